@@ -1,0 +1,579 @@
+"""What the train scripts share: config files, run folders, checkpoints, logging.
+
+    load_config, build      YAML in sections and key.sub=value overrides, checked against the signatures of what they build
+    TrainSettings           the section `train`, common to both stages; learning_rate_at is its schedule
+    Run                     a run folder: checkpoints, resume, metrics, pictures, the reasons to stop
+    load_run                a model from a run folder, for the other scripts and for users
+
+A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl, tensorboard/, samples/*.png and
+checkpoints/: step_XXXXXXXX folders, and best.safetensors, the weights of the best validation so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import types
+import typing
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import torch
+import torch.nn as nn
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from dataset import DataError
+from vqgan import VQGAN, VQVAE
+
+MODELS = {"vqgan": VQGAN, "vqvae": VQVAE}
+
+
+class UserError(Exception):
+    """Something that the user can put right, in one sentence."""
+
+
+@dataclass
+class TrainSettings:
+    """The section `train`. Names follow accelerate's and diffusers' scripts.
+
+    output_dir                  the run folder (default: runs/NAME for configs/.../NAME.yaml)
+    train_batch_size            images per process and forward pass; a step takes train_batch_size x processes x
+                                gradient_accumulation_steps of them, the "global batch"
+    max_train_steps, num_train_epochs   how long (one of them)
+    max_minutes                 save and end after so long, for clusters with time limits; --resume auto continues
+    learning_rate, base_lr      one of them; base_lr is per image: it is multiplied by the global batch
+    lr_scheduler                after the warm-up (lr_warmup_steps + lr_warmup_epochs): constant, or cosine to 0
+    max_grad_norm               gradients are clipped to this norm, for each optimizer
+    mixed_precision             null: as `accelerate launch` says
+    use_ema, ema_decay          keep moving averages of the weights; they are validated, and what load_run gives
+    compile                     torch.compile the parts of the model
+    logging_steps, validation_steps, checkpointing_steps   every so many steps
+    num_validation_images       spread evenly over the validation split; null: all
+    checkpoints_total_limit     how many of the last checkpoints are kept; null: all
+    log_with                    any tracker that accelerate knows, or null
+    """
+
+    output_dir: str | None = None
+    seed: int = 0
+    train_batch_size: int = 12
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int | None = None
+    num_train_epochs: float | None = None
+    max_minutes: float | None = None
+    learning_rate: float | None = None
+    base_lr: float | None = None
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    lr_warmup_epochs: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    compile: bool = False
+    channels_last: bool = False
+    dataloader_num_workers: int = 4
+    logging_steps: int = 50
+    validation_steps: int = 1000
+    num_validation_images: int | None = 1000
+    checkpointing_steps: int = 5000
+    checkpoints_total_limit: int | None = 2
+    log_with: str | None = "tensorboard"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
+                        "or start if there is none; or the path of a checkpoint folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+    return parser.parse_args(argv)
+
+
+def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> dict[str, dict]:
+    """The config of a YAML file with overrides, complete with defaults and checked.
+
+    sections: name to the function or class that takes the section's keys as arguments, whose signature says their types
+    and defaults; or to a dict of such, among which the key `name` chooses. UserError, in one sentence, otherwise.
+    """
+    given = _read_yaml(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r} is not of the form key.sub=value")
+        *parents, last = key.split(".")
+        section = given
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{key} cannot be set: {parent} is not a section")
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"the value of {override!r} is not valid YAML") from None
+    targets = {}
+    for name, target in sections.items():
+        if isinstance(target, dict):
+            choice = given.get(name, {}).get("name") if isinstance(given.get(name, {}), dict) else None
+            if choice not in target:
+                raise UserError(f"{name}.name must be one of {', '.join(target)}; it is {choice!r}")
+            target = target[choice]
+        targets[name] = target
+    keys = [key for name, target in targets.items() for key in _keys(target, name)]
+    for name in given:
+        if name not in sections:
+            raise UserError(f"unknown section {name!r} in {path}; the nearest valid one is {_nearest(name, list(sections))!r}")
+    config = {}
+    for name, target in targets.items():
+        section = dict(_mapping(given.get(name), name))
+        choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
+        config[name] = choice | _fill(target, section, name, keys)
+    if "image_size" in config["model"] and "image_size" not in given["model"]:
+        config["model"]["image_size"] = config["data"]["image_size"]
+    if config["train"]["output_dir"] is None:
+        config["train"]["output_dir"] = f"runs/{Path(path).stem}"
+    return config
+
+
+def build(target: Callable, settings: dict, **more: Any) -> Any:
+    """target(**settings, **more), where a setting that is itself a section is built first."""
+    arguments = {}
+    for key, (kind, _) in _signature(target).items():
+        if key in settings:
+            nested = _module_of(kind)
+            arguments[key] = build(nested, settings[key]) if nested else settings[key]
+    try:
+        return target(**arguments, **more)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def _read_yaml(path: str | Path) -> dict:
+    try:
+        with open(path) as file:
+            return _mapping(yaml.safe_load(file), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path} ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path} is not valid YAML{where}") from None
+
+
+def _mapping(value: Any, where: str) -> dict:
+    if not isinstance(value or {}, dict):
+        raise UserError(f"{where} must be a section of key: value lines; it is {value!r}")
+    return value or {}
+
+
+def _signature(target: Callable) -> dict[str, tuple[Any, Any]]:
+    """{argument: (type, default)}, of those that a config may set."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters = inspect.signature(target).parameters
+    return {key: (hints[key], p.default) for key, p in parameters.items() if key not in ("split", "uint8")}
+
+
+def _module_of(kind: Any) -> type | None:
+    """The module class in an annotation such as `VectorQuantizer | None`: the setting is a section of its own."""
+    classes = [k for k in (kind, *typing.get_args(kind)) if inspect.isclass(k) and issubclass(k, nn.Module)]
+    return classes[0] if classes else None
+
+
+def _keys(target: Callable, where: str) -> list[str]:
+    keys = []
+    for key, (kind, _) in _signature(target).items():
+        nested = _module_of(kind)
+        keys += _keys(nested, f"{where}.{key}") if nested else [f"{where}.{key}"]
+    return keys
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    return difflib.get_close_matches(word, valid, n=1, cutoff=0)[0]
+
+
+def _fill(target: Callable, given: dict, where: str, keys: list[str]) -> dict:
+    signature, filled = _signature(target), {}
+    for key in given:
+        if key not in signature:
+            raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', keys)}")
+    for key, (kind, default) in signature.items():
+        nested = _module_of(kind)
+        if nested:
+            filled[key] = _fill(nested, _mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", keys)
+        elif key in given:
+            filled[key] = _checked(given[key], kind, f"{where}.{key}")
+        else:
+            filled[key] = list(default) if isinstance(default, tuple) else default
+    return filled
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    """The value as the type `kind`, or a UserError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1:
+            return _checked(value, kinds[0], where)
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise UserError(f"{where} must be one of {', '.join(map(str, args))}; it is {value!r}")
+    if origin is list:
+        if isinstance(value, list):
+            return [_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    elif kind is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4, without a dot, as a string
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise UserError(f"{where} must be {name}; it is {value!r}")
+
+
+def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch: float) -> float:
+    """The learning rate of step number `step` (from 0): linear warm-up, then constant or cosine to 0."""
+    peak = train["learning_rate"] if train["learning_rate"] is not None else train["base_lr"] * global_batch
+    warmup = train["lr_warmup_steps"] + train["lr_warmup_epochs"] * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if train["lr_scheduler"] == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step)."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+    for averaged, current in zip(ema.buffers(), model.buffers()):
+        averaged.copy_(current)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+
+
+class Run:
+    """A run folder and all that is written to it; the same object on every process.
+
+    Made before the models, so that a folder that cannot be used stops the run at once. `track` names what a checkpoint
+    holds beside the optimizers and the random state, `resume` loads the newest one.
+    """
+
+    def __init__(self, config: dict[str, dict], resume: str | None = None):
+        train = self.train = config["train"]
+        if (train["learning_rate"] is None) == (train["base_lr"] is None):
+            raise UserError("give one of train.learning_rate and train.base_lr")
+        if (train["max_train_steps"] is None) == (train["num_train_epochs"] is None):
+            raise UserError("give one of train.max_train_steps and train.num_train_epochs")
+        for key in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps", "checkpointing_steps"):
+            if train[key] < 1:
+                raise UserError(f"train.{key} must be at least 1; it is {train[key]}")
+        self.config, self.wanted = config, resume
+        self.folder = Path(train["output_dir"])
+        self._check_folder()
+        try:
+            self.accelerator = Accelerator(
+                gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
+                log_with=train["log_with"],
+                project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
+                # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+        except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
+            raise UserError(str(error)) from error
+        set_seed(train["seed"])
+        self.is_main = self.accelerator.is_main_process
+        self.modules: dict[str, nn.Module] = {}
+        self.best = -math.inf
+        self.started = time.monotonic()
+        self._signal: str | None = None
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def _check_folder(self) -> None:
+        if not self._checkpoints():
+            return
+        if self.wanted is None:
+            raise UserError(f"{self.folder} already holds checkpoints; continue it with --resume auto, or choose another "
+                            "train.output_dir")
+        before, now = _flat(_read_yaml(self.folder / "config.yaml").get("model", {})), _flat(self.config["model"])
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise UserError(f"{self.folder} holds a model with model.{key}={before.get(key)}, but the config asks for "
+                                f"{now.get(key)}; use its own config ({self.folder}/config.yaml) or another train.output_dir")
+
+    # Checkpoints
+
+    def track(self, stateful: dict[str, nn.Module], **modules: nn.Module) -> None:
+        """Names the modules whose weights a checkpoint holds, as NAME.safetensors. `stateful` ones have small buffers
+        only, and are kept with the optimizers."""
+        self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
+        self.accelerator.register_for_checkpointing(*stateful.values())
+        self.accelerator.register_save_state_pre_hook(self._save_weights)
+        self.accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def _save_weights(self, models: list, weights: list, folder: str) -> None:
+        weights.clear()  # accelerate would name them by number, and by how many processes there were
+        if self.is_main:
+            for name, module in self.modules.items():
+                save_file(_state(module), f"{folder}/{name}.safetensors")
+
+    def _load_weights(self, models: list, folder: str) -> None:
+        models.clear()
+        for name, module in self.modules.items():
+            module.load_state_dict(load_file(f"{folder}/{name}.safetensors"))
+
+    def save(self, step: int) -> None:
+        """Writes checkpoints/step_XXXXXXXX under a temporary name, renames it when it is whole, removes the oldest."""
+        final = self.folder / "checkpoints" / f"step_{step:08d}"
+        if final.is_dir():
+            return
+        temporary = final.with_name(f".{final.name}")
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(temporary.iterdir())}
+            (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+            os.replace(temporary, final)
+            limit = self.train["checkpoints_total_limit"]
+            for old in self._checkpoints()[limit:] if limit else []:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.folder / "checkpoints").glob("step_*"), reverse=True)
+
+    def resume(self) -> int:
+        """Loads what `resume` asks for; the number of steps done, 0 for a new run. Then opens the log."""
+        step, path = 0, [None]
+        if self.is_main and self.wanted == "auto":
+            path = [_newest_whole(self._checkpoints(), self.accelerator.print)]
+            if path[0] is None and self._checkpoints():
+                raise UserError(f"no checkpoint in {self.folder}/checkpoints is whole; start again in another train.output_dir")
+        elif self.is_main and self.wanted:
+            path = [Path(self.wanted)]
+            if damage := _damage(path[0]):
+                raise UserError(f"the checkpoint {self.wanted} cannot be used: {damage}")
+        broadcast_object_list(path)
+        if path[0] is not None:
+            self.accelerator.load_state(str(path[0]))
+            step = json.loads((path[0] / "checkpoint.json").read_text())["step"]
+            self.accelerator.print(f"continuing {self.folder} from step {step}")
+        if self.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            _write(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+            log = self.folder / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.is_file() and step else []
+            _write(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            if step and (self.folder / "checkpoints/best.safetensors").is_file():
+                with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
+                    self.best = float(best.metadata()["score"])
+        flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in _flat(self.config).items()}
+        self.accelerator.init_trackers("tensorboard", flat, {"tensorboard": {"purge_step": step + 1}})
+        return step
+
+    def save_best(self, step: int, score: float, module: nn.Module) -> None:
+        """Keeps the weights of the highest score so far."""
+        if self.is_main and score > self.best:
+            self.best = score
+            path = self.folder / "checkpoints/best.safetensors"
+            save_file(_state(module), f"{path}.tmp", metadata={"step": str(step), "score": repr(score)})
+            os.replace(f"{path}.tmp", path)
+
+    # Metrics and pictures
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds scalars to the means that `log` writes; they stay on the device."""
+        for key, value in values.items():
+            value = value.detach().float()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.counts[key] += 1
+
+    def log(self, step: int, more: dict[str, float]) -> dict[str, float]:
+        """Writes `more` and the means of what was added since the last call, over steps and processes."""
+        keys = list(self.sums)
+        means = torch.stack([self.sums[k] / self.counts[k] for k in keys])
+        values = more | dict(zip(keys, self.accelerator.reduce(means, "mean").tolist()))
+        self.sums.clear()
+        self.counts.clear()
+        self.write(step, values)
+        return values
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars to the tracker and to metrics.jsonl."""
+        self.accelerator.log(values, step=step)
+        if self.is_main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def picture(self, step: int, name: str, rows: list[Tensor]) -> Path:
+        """Rows of images (B, 3, H, W) or maps (B, 1, h, w) in [-1, 1], one below the other: samples/NAME_step.png."""
+        path = self.folder / "samples" / f"{name}_{step:08d}.png"
+        if self.is_main:
+            size = rows[0].shape[-2:]
+            rows = [nn.functional.interpolate(r.detach().float().cpu(), size).expand(-1, 3, -1, -1) for r in rows]
+            grid = make_grid(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, nrow=len(rows[0]))
+            save_image(grid, path)
+            for tracker in self.accelerator.trackers:
+                nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
+        return path
+
+    def progress(self, start: int, total: int) -> tqdm:
+        return tqdm(total=total, initial=start, unit="step", disable=not self.is_main, dynamic_ncols=True)
+
+    # Stopping
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C
+        self._signal = signal.Signals(number).name
+
+    def stop_reason(self, step: int) -> str | None:
+        """Why to save and end now: a signal, or max_minutes. The same on all processes, which agree every 10 steps."""
+        reason, limit = self._signal, self.train["max_minutes"]
+        if limit is not None and time.monotonic() - self.started > 60 * limit:
+            reason = reason or f"train.max_minutes={limit:g}"
+        if self.accelerator.num_processes > 1:
+            if step % 10:
+                return None
+            reason = max((r or "" for r in _gather(reason)), key=len) or None
+        return reason
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") -> tuple[nn.Module, dict]:
+    """The model of a run folder, in eval mode on the CPU, and its config.
+
+    which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be from before the GAN
+    loss began). Averaged weights, if the run kept them. UserError if there is no such run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    config = _read_yaml(folder / "config.yaml")
+    path = folder / "checkpoints/best.safetensors"
+    if which == "latest":
+        checkpoint = _newest_whole(sorted((folder / "checkpoints").glob("step_*"), reverse=True), print)
+        if checkpoint is None:
+            raise UserError(f"{folder} has no whole checkpoint yet")
+        path = next(p for n in ("ema", "model") if (p := checkpoint / f"{n}.safetensors").is_file())
+    if not path.is_file():
+        raise UserError(f"{folder} has no {path.name} yet")
+    settings = dict(config["model"])
+    model = build(MODELS[settings.pop("name")], settings)
+    model.load_state_dict(load_file(path))
+    return model.eval(), config
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a script; what the user can put right ends it with one sentence instead of a traceback."""
+    try:
+        main()
+    except (UserError, DataError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:
+    for path in checkpoints:
+        damage = _damage(path)
+        if damage is None:
+            return path
+        say(f"the checkpoint {path} is damaged ({damage}); trying the one before")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        files = json.loads((path / "checkpoint.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "checkpoint.json is missing or unreadable"
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _gather(value: Any) -> list[Any]:
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

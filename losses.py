@@ -1,0 +1,184 @@
+"""The losses of stage 1: reconstruction (L1 or L2), LPIPS, PatchGAN with the adaptive weight, LeCam.
+
+    Stage1Loss          all of it together: `generator(...)` and `discriminator(...)`, each a loss and its named parts
+    PatchGAN            the discriminator of pix2pix (Isola et al., CVPR 2017)
+    discriminator_loss, generator_loss      hinge, vanilla and non-saturating
+    adaptive_weight     "Taming Transformers" (Esser et al., CVPR 2021), eq. 7
+    LeCam               regularises the discriminator (Tseng et al., CVPR 2021)
+    load_lpips          the perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
+
+Needs torch and, for a perceptual loss only, lpips.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+GAN = Literal["hinge", "vanilla", "non_saturating"]
+
+
+class Stage1Loss(nn.Module):
+    """Everything that a stage-1 model is trained on.
+
+    reconstruction      distance between pixels in [-1, 1]
+    perceptual_weight   weight of LPIPS-VGG; 0: no LPIPS, and no weights wanted for it
+    gan                 kind of GAN loss (see discriminator_loss and generator_loss)
+    disc_weight         weight of the GAN loss in the generator's; 0: no discriminator
+    adaptive_weight     multiply that by ||grad reconstruction|| / ||grad GAN|| at the model's last layer
+    disc_weight_max     upper limit of the resulting weight
+    disc_start          the step from which the discriminator learns
+    gan_start           the step from which the generator hears it (default: disc_start). Earlier learning for the
+                        discriminator spares the generator the jolt of an untrained one.
+    disc_loss_weight    factor on the discriminator's own loss
+    lecam_weight        weight of LeCam in the discriminator's loss (0.001 in MAGVIT); 0: none
+    """
+
+    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0, gan: GAN = "hinge",
+                 disc_weight: float = 0.8, adaptive_weight: bool = True, disc_weight_max: float | None = None,
+                 disc_start: int = 0, gan_start: int | None = None, disc_loss_weight: float = 1.0, lecam_weight: float = 0.0):
+        super().__init__()
+        self.reconstruction, self.perceptual_weight, self.gan = reconstruction, perceptual_weight, gan
+        self.disc_weight, self.adaptive_weight, self.disc_weight_max = disc_weight, adaptive_weight, disc_weight_max
+        self.disc_start, self.gan_start = disc_start, disc_start if gan_start is None else gan_start
+        self.disc_loss_weight, self.lecam_weight = disc_loss_weight, lecam_weight
+        self.lpips = load_lpips() if perceptual_weight > 0 else None
+        self.lecam = LeCam()
+
+    def discriminator_learns(self, step: int) -> bool:
+        return self.disc_weight > 0 and step >= self.disc_start
+
+    def generator(self, images: Tensor, out, last_layer: Tensor, discriminator: nn.Module | None, step: int,
+                  scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's loss, to call backward on, and its parts, detached.
+
+        images (B, 3, H, W) in [-1, 1]; out: a stage-1 model's output for them; scale: the loss scale of fp16 training.
+
+        The reconstruction and the GAN loss are led back to the image once each. Both gradients there serve the adaptive
+        weight (which needs one layer more) as well as the update, so neither LPIPS nor the discriminator is traversed
+        twice, and their activations are free before the model's own backward begins. What is returned is therefore a
+        loss of the same gradient; its value is in the parts.
+        """
+        recon = out.images.float()
+        error = recon - images
+        parts = {self.reconstruction: error.abs().mean() if self.reconstruction == "l1" else error.square().mean()}
+        reconstruction = parts[self.reconstruction]
+        if self.lpips is not None:
+            parts["lpips"] = self.lpips(recon, images).mean()
+            reconstruction = reconstruction + self.perceptual_weight * parts["lpips"]
+        parts.update(out.losses)
+        of_model = sum(out.losses.values())
+        value = loss = reconstruction + of_model
+        if self.disc_weight > 0 and step >= self.gan_start:
+            parts["gan"] = generator_loss(discriminator(recon), self.gan)
+            to_recon = torch.autograd.grad(reconstruction * scale, recon)[0] / scale         # (B, 3, H, W)
+            to_gan = torch.autograd.grad(parts["gan"] * scale, recon)[0] / scale             # (B, 3, H, W)
+            weight = recon.new_tensor(self.disc_weight)
+            if self.adaptive_weight:
+                weight = weight * adaptive_weight(*(
+                    torch.autograd.grad(recon, last_layer, g * scale, retain_graph=True)[0].float() / scale
+                    for g in (to_recon, to_gan)))
+            if self.disc_weight_max is not None:
+                weight = weight.clamp(max=self.disc_weight_max)
+            loss = (recon * (to_recon + weight * to_gan)).sum() + of_model
+            value = value + weight * parts["gan"]
+            parts["gan_weight"] = weight
+        return loss, {"loss": value.detach(), **{k: v.detach() for k, v in parts.items()}}
+
+    def discriminator(self, images: Tensor, recon: Tensor, discriminator: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss for images and reconstructions (B, 3, H, W), and its parts, detached."""
+        real, fake = discriminator(images).float(), discriminator(recon.detach().float()).float()
+        loss = discriminator_loss(real, fake, self.gan)
+        parts = {"d_loss": loss, "d_real": real.mean(), "d_fake": fake.mean()}
+        if self.lecam_weight > 0:
+            parts["lecam"] = self.lecam(real, fake)
+            loss = loss + self.lecam_weight * parts["lecam"]
+        return self.disc_loss_weight * loss, {k: v.detach() for k, v in parts.items()}
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: GAN) -> Tensor:
+    """Of the logits for real and fake images (any shape), a scalar."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # cross-entropy
+
+
+def generator_loss(fake: Tensor, kind: GAN) -> Tensor:
+    """Of the logits for fake images (any shape), a scalar: -logit, or for the non-saturating loss -log sigmoid(logit)."""
+    fake = fake.float()
+    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
+
+
+def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor) -> Tensor:
+    """||grad_rec|| / (||grad_gan|| + 1e-4), at most 1e4; of the gradients averaged over all processes."""
+    rec, gan = _mean_over_processes(torch.stack([grad_rec, grad_gan])).flatten(1).norm(dim=1)
+    return (rec / (gan + 1e-4)).clamp(0, 1e4)
+
+
+class LeCam(nn.Module):
+    """Keeps logits for real images near the moving average of those for fake ones, and the other way round."""
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("ema", torch.zeros(2))  # of the mean logits: real, fake
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        means = _mean_over_processes(torch.stack([real.mean(), fake.mean()]).detach())
+        self.ema.lerp_(means, 1 - self.decay)
+        ema = self.ema.clone()
+        return F.relu(real - ema[1]).square().mean() + F.relu(ema[0] - fake).square().mean()
+
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+class PatchGAN(nn.Sequential):
+    """A logit for each patch of the image: (B, 3, H, W) to (B, 1, H', W'); patches of 70 x 70 pixels with 3 layers.
+
+    ch, num_layers      channels of the first conv, doubled up to 8 times; convs of stride 2
+    norm                "batch" as in the papers (statistics per process), or "group", which does not mix images
+    """
+
+    def __init__(self, ch: int = 64, num_layers: int = 3, norm: Literal["batch", "group"] = "batch"):
+        channels = [ch * min(2**i, 8) for i in range(num_layers + 1)]
+        layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):
+            layers += [nn.Conv2d(c_in, c_out, 4, 2 if i < num_layers - 1 else 1, 1, bias=False),
+                       nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(min(32, c_out), c_out),
+                       nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
+        for m in self:
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+            elif not isinstance(m, nn.LeakyReLU):
+                nn.init.normal_(m.weight, 1.0, 0.02)
+
+
+def load_lpips() -> nn.Module:
+    """LPIPS with VGG-16, frozen: distance (B, 1, 1, 1) of two batches of images in [-1, 1].
+
+    FileNotFoundError, in one sentence, if the VGG weights are neither on disk nor to be downloaded.
+    """
+    import lpips
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
+            return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
+        raise FileNotFoundError(
+            f"the perceptual loss needs VGG-16's weights, which could not be downloaded ({error}); put the file "
+            f"vgg16-397923af.pth (download.pytorch.org/models) into {torch.hub.get_dir()}/checkpoints, or do without "
+            "by loss.perceptual_weight=0") from error

@@ -1,0 +1,160 @@
+"""Stage 1: trains an autoencoder with discrete codes (VQGAN, VQ-VAE).
+
+    accelerate launch train_stage1.py --config configs/quickstart/vqgan.yaml [--resume auto] [key.sub=value ...]
+
+The loop knows no model by name: a model hands over images, losses, scalars to log and maps to draw.
+"""
+
+import copy
+import time
+
+import torch
+
+from dataset import eval_loader, make_dataset, train_loader
+from experiment import (MODELS, Run, TrainSettings, build, learning_rate_at, load_config, parse_args, peak_memory, run_main,
+                        update_ema)
+from losses import PatchGAN, Stage1Loss
+
+SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": TrainSettings}
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Config and run folder
+    args = parse_args(__doc__, argv)
+    config = load_config(args.config, args.overrides, SECTIONS)
+    train, model_settings = config["train"], dict(config["model"])
+    run = Run(config, args.resume)
+    accelerator, device = run.accelerator, run.accelerator.device
+
+    # Data
+    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, train["gradient_accumulation_steps"]
+    train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
+    global_batch = train["train_batch_size"] * world * accumulate
+    steps_per_epoch = len(train_set) / global_batch
+    max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * steps_per_epoch)
+
+    # Models
+    model = build(MODELS[model_settings.pop("name")], model_settings)
+    with accelerator.local_main_process_first():  # one process downloads LPIPS
+        criterion = build(Stage1Loss, config["loss"]).to(device)
+    discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
+    memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
+    model, criterion = model.to(device, memory_format=memory_format), criterion.to(memory_format=memory_format)
+    ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
+    raw_model, raw_discriminator = model, discriminator
+    if train["compile"]:
+        # Part by part, and not the quantizer nor the last layer, at whose weight the adaptive GAN weight asks for gradients.
+        for part in model.children():
+            if any(True for _ in part.children()):
+                part.compile()
+
+    # Optimizers
+    def adamw(module):
+        return torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=0.0, betas=(train["adam_beta1"], train["adam_beta2"]),
+            eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
+
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    if discriminator is not None:
+        discriminator = discriminator.to(device, memory_format=memory_format)
+        discriminator, d_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
+
+    # Resume
+    run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
+    step = first = run.resume()
+    batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
+                           start=step * accumulate, rank=rank, world=world, device=device)
+    accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
+                      f"{len(train_set)} images, {world} process(es), global batch {global_batch}, {max_steps} steps")
+
+    # Loop
+    progress, logged_at, logged_step, stop, psnr, grid = run.progress(step, max_steps), time.monotonic(), step, None, None, None
+    while step < max_steps and stop is None:
+        lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
+        for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator is not None else []):
+            group["lr"] = lr
+
+        for _ in range(accumulate):
+            images = next(batches)[0].to(memory_format=memory_format)
+            with accelerator.accumulate(*filter(None, (model, discriminator))):
+                # Generator
+                out = model(images)
+                with accelerator.autocast():
+                    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                    loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, scale)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"] or float("inf"))
+                optimizer.step()
+                optimizer.zero_grad()
+
+                # Discriminator, on the same reconstruction
+                if criterion.discriminator_learns(step):
+                    d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
+                    accelerator.backward(d_loss)
+                    if accelerator.sync_gradients:
+                        d_parts["d_grad_norm"] = accelerator.clip_grad_norm_(
+                            discriminator.parameters(), train["max_grad_norm"] or float("inf"))
+                    d_optimizer.step()
+                    d_optimizer.zero_grad()
+                    parts |= d_parts
+            run.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
+
+        step += 1
+        if ema is not None:
+            update_ema(ema, raw_model, train["ema_decay"], step)
+        progress.update()
+        stop = run.stop_reason(step)
+        last = step == max_steps or stop is not None
+
+        if step % train["logging_steps"] == 0 or last:
+            images_per_second = (step - logged_step) * global_batch / (time.monotonic() - logged_at)
+            values = run.log(step, {"lr": lr, "images_per_second": images_per_second, "peak_memory_gib": peak_memory(),
+                                    "epoch": step / steps_per_epoch})
+            progress.set_postfix({"loss": f"{values['loss']:.3f}", "usage": f"{values['usage']:.0%}", "img/s": f"{images_per_second:.0f}"})
+            logged_at, logged_step = time.monotonic(), step
+
+        if step % train["validation_steps"] == 0 or last:
+            paused = time.monotonic()
+            psnr, grid = validate(run, ema or raw_model, val_set, step)
+            logged_at += time.monotonic() - paused
+        if step % train["checkpointing_steps"] == 0 or last:
+            run.save(step)
+
+    progress.close()
+    if stop is not None:
+        accelerator.print(f"stopped by {stop} at step {step} of {max_steps}, saved; --resume auto continues")
+    if psnr is not None:
+        accelerator.print(f"PSNR {psnr:.2f} dB on validation images; originals above reconstructions: {grid}")
+    elif first >= max_steps:
+        accelerator.print(f"{run.folder} already has its {max_steps} steps")
+    run.close()
+
+
+@torch.no_grad()
+def validate(run: Run, model: torch.nn.Module, dataset, step: int):
+    """Mean PSNR (dB) over the validation images, and the path of a grid of the first ones."""
+    accelerator, was_training = run.accelerator, model.training
+    model.eval()
+    total, rows = torch.zeros(2, device=accelerator.device), None
+    for images, _ in eval_loader(dataset, run.train["train_batch_size"], run.train["num_validation_images"],
+                                 run.train["dataloader_num_workers"], accelerator.process_index,
+                                 accelerator.num_processes, accelerator.device):
+        with accelerator.autocast():
+            out = model(images)
+        error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # of values 2 apart
+        psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
+        total += torch.stack([psnr.sum(), psnr.new_tensor(len(psnr))])
+        if rows is None:
+            maps = [v for v in out.info.values() if v.ndim == 4]
+            rows = [r[:16] for r in (images, *maps, out.images)]
+    psnr_sum, count = accelerator.reduce(total, "sum").tolist()
+    psnr = psnr_sum / count
+    run.write(step, {"val_psnr": psnr})
+    run.save_best(step, psnr, model)
+    model.train(was_training)
+    return psnr, run.picture(step, "reconstructions", rows)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,436 @@
+"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors are replaced by the nearest of K learned codes.
+
+    VQGAN               residual + attention encoder and decoder  "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.1
+    VQVAE               four convolutions each way, for small images        "Neural Discrete Representation Learning"
+                                                                                  (van den Oord et al., NeurIPS 2017)
+    VectorQuantizer     nearest code, straight-through gradient; codebook learned by gradient or by moving average (EMA),
+                        optionally between unit vectors (ViT-VQGAN) and with entropy regularisation
+    DownPath, Neck,     the parts of the encoder and of the decoder, which mqvae.py and dqvae.py share
+    UpPath, ResBlock, Attention
+
+Both models have the same interface. Images are float tensors (B, 3, H, W) in [-1, 1].
+
+    model = VQGAN(image_size=256, quantizer=VectorQuantizer(codebook_size=1024, dim=256))
+    out = model(images)                 # out.images, out.codes, out.losses, out.info
+    codes = model.encode(images)        # {"indices": int64 (B, h, w)}
+    images = model.decode(codes)
+
+LlamaGen's tokenizers (Sun et al., 2024) are VQGAN with attention at the last level only and an l2-normalised codebook:
+VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)). The GAN part is losses.py: nothing in
+here depends on it. This file needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Output(NamedTuple):
+    """What a stage-1 model returns."""
+
+    images: Tensor  # (B, 3, H, W), the reconstruction, about [-1, 1]
+    codes: dict[str, Tensor]  # int64 tensors: all that is needed to get the image back
+    losses: dict[str, Tensor]  # scalars to be added to the reconstruction loss
+    info: dict[str, Tensor]  # scalars to log, and (B, 1 or 3, h, w) maps in [-1, 1] to draw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class VQModel(nn.Module):
+    """Encoder, 1x1 conv, quantizer, 1x1 conv, decoder: what VQGAN and VQVAE have in common.
+
+    `factor` is the side of the image over the side of the grid of codes. The last layer is kept apart from the decoder
+    because the adaptive GAN weight needs the gradients at its weight, and nothing before it.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module, squash: nn.Module,
+                 z_channels: int, factor: int, quantizer: VectorQuantizer):
+        super().__init__()
+        self.factor = factor
+        self.encoder = encoder
+        self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
+        self.quantizer = quantizer
+        self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
+        self.decoder = decoder
+        self.to_image = to_image
+        self.squash = squash
+
+    def forward(self, images: Tensor) -> Output:
+        """Images (B, 3, H, W) in [-1, 1] to an `Output`; its losses are `codebook` and `commitment` (and `entropy`)."""
+        z_q, indices, losses, info = self.quantizer(self.latents(images))
+        return Output(self._decode(z_q), {"indices": indices}, losses, info)
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] to codes {"indices": int64 (B, H / factor, W / factor)}."""
+        return {"indices": self.quantizer.nearest(self.latents(images))}
+
+    def decode(self, codes: dict[str, Tensor]) -> Tensor:
+        """Codes {"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
+        return self._decode(self.quantizer.lookup(codes["indices"]))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the vectors that are quantized, (B, h, w, D). ValueError unless `factor` divides H and W."""
+        check_size(images, self.factor)
+        return self.pre_quant(self.encoder(images)).permute(0, 2, 3, 1)
+
+    def _decode(self, z_q: Tensor) -> Tensor:
+        z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())                            # (B, z_channels, h, w)
+        return self.squash(self.to_image(self.decoder(z)))                                   # (B, 3, H, W)
+
+    def bits(self, codes: dict[str, Tensor]) -> Tensor:
+        """What the codes of each image cost, in bits (B,): log2 K per code."""
+        indices = codes["indices"].flatten(1)
+        return torch.full_like(indices[:, 0], indices.shape[1], dtype=torch.float32) * math.log2(self.quantizer.codebook_size)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight at which the adaptive GAN weight compares gradients."""
+        return self.to_image.weight
+
+
+class VQGAN(VQModel):
+    """The autoencoder of Taming Transformers (and of LlamaGen); f = 2 ** (len(ch_mult) - 1).
+
+    image_size         side of the training images; with `attn_resolutions` it decides which levels get attention. Any
+                       other size that f divides works as well.
+    ch, ch_mult        channels of level i are ch * ch_mult[i]; ch must be a multiple of 32 (GroupNorm)
+    num_res_blocks     residual blocks per level (one more per level in the decoder)
+    z_channels         channels of the encoder's output, before the 1x1 conv to the code dimension
+    """
+
+    def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+                 attn_resolutions: list[int] = (16,), z_channels: int = 256, quantizer: VectorQuantizer | None = None):
+        size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
+        down = DownPath(num_res_blocks=num_res_blocks, **size)
+        up = UpPath(num_res_blocks=num_res_blocks + 1, **size)
+        super().__init__(
+            encoder=nn.Sequential(down, Last(), Neck(down.channels[-1], z_channels)),
+            decoder=nn.Sequential(nn.Conv2d(z_channels, up.in_channels, 3, padding=1), Mid(up.in_channels), up),
+            to_image=nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1), squash=nn.Identity(),
+            z_channels=z_channels, factor=2 ** (len(ch_mult) - 1), quantizer=quantizer or VectorQuantizer())
+
+
+class VQVAE(VQModel):
+    """The small VQ-VAE ("SimpleCNN") of the study of codebook collapse in visual-tokenizer-pytorch; f = 4.
+
+    ch                 channels; half of it at half resolution
+    num_res_blocks     residual blocks, in the encoder and in the decoder
+    """
+
+    def __init__(self, ch: int = 256, num_res_blocks: int = 2, quantizer: VectorQuantizer | None = None):
+        leaky = nn.LeakyReLU(0.01)
+        encoder = nn.Sequential(
+            nn.Conv2d(3, ch // 2, 4, 2, 1), leaky, nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky, nn.Conv2d(ch, ch, 3, 1, 1),
+            *[SimpleResBlock(ch) for _ in range(num_res_blocks)])
+        decoder = nn.Sequential(
+            *[SimpleResBlock(ch) for _ in range(num_res_blocks)],
+            leaky, nn.Conv2d(ch, ch, 3, 1, 1), leaky, nn.ConvTranspose2d(ch, ch // 2, 4, 2, 1), leaky)
+        super().__init__(encoder, decoder, to_image=nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), squash=nn.Tanh(),
+                         z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizer
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each vector by the nearest of K codes.
+
+    codebook_size, dim K codes of this dimension; the codebook starts uniform in +-1/K
+    beta               weight of the commitment loss, beta * ||z - sg(e)||^2, beside the codebook loss ||sg(z) - e||^2
+    legacy             beta weights the codebook loss instead, as the Taming Transformers release does
+    l2_norm            compare unit vectors (ViT-VQGAN, LlamaGen)
+    ema_decay          None: the codebook learns by gradient. A number, such as 0.99: codes are moving averages of the
+                       vectors that chose them (VQ-VAE, appendix A.1), with Laplace smoothing by ema_eps
+    restart            with EMA: a code that less than one vector chose (moving average) becomes a random current vector
+    entropy_weight     weight of the mean entropy of each vector's softmax(-distance / entropy_temperature) minus the
+                       entropy of their mean (MaskGIT, LlamaGen): sharp choices, all codes in use. Not chunked: N x K floats.
+    queue_size         how many of the last codes are kept to measure how many different ones are in use
+
+    Distances, losses and EMA are float32 whatever autocast says. Several processes hold the same codebook: EMA sums are
+    all-reduced, and restarted codes are drawn from the vectors of all processes.
+    """
+
+    CHUNK = 2**25  # distances computed at a time, as floats (128 MB)
+
+    def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, legacy: bool = False,
+                 l2_norm: bool = False, ema_decay: float | None = None, ema_eps: float = 1e-5, restart: bool = True,
+                 entropy_weight: float = 0.0, entropy_temperature: float = 0.01, queue_size: int = 65536):
+        super().__init__()
+        self.codebook_size, self.dim, self.beta, self.legacy, self.l2_norm = codebook_size, dim, beta, legacy, l2_norm
+        self.ema_decay, self.ema_eps, self.restart = ema_decay, ema_eps, restart
+        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        codebook = torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        if l2_norm:
+            codebook = F.normalize(codebook, dim=-1)
+        self.codebook = nn.Parameter(codebook, requires_grad=ema_decay is None)
+        if ema_decay is not None:
+            # With restarts the count starts at 0, so that most codes become vectors of the first batches. Without, it
+            # must start at 1, or codes that are not chosen at once would be divided by nothing and flung far away.
+            self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
+            self.register_buffer("ema_sum", codebook.clone())
+        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # the last codes; -1 = none yet
+
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+        """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
+
+        loss_weight, ema_weight (...): weight of each vector in the losses (a plain mean follows) and in the EMA sums.
+        info: `usage`, distinct codes in the queue over K; `perplexity` of this batch's codes.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._normalize(z.float())
+            indices = self.nearest(z)
+            z_q = self.lookup(indices)
+            losses = self._losses(z, z_q, loss_weight)
+            if self.training:
+                self._record(indices)
+                if self.ema_decay is not None:
+                    self._ema_update(z.detach().flatten(0, -2), indices.flatten(),
+                                     None if ema_weight is None else ema_weight.flatten())
+            z_q = z_q.detach() + (z - z.detach())  # straight-through: exactly z_q, with the gradient of z
+        return z_q, indices, losses, {"usage": self.usage(), "perplexity": self.perplexity(indices)}
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the nearest code, int64 (...), for vectors (..., D); never more than CHUNK distances in memory."""
+        with torch.autocast(z.device.type, enabled=False):
+            codes = self._normalize(self.codebook.float())
+            vectors = self._normalize(z.float()).flatten(0, -2)
+            bias = codes.square().sum(1)  # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e, and ||z||^2 is the same for all codes
+            rows = max(1, self.CHUNK // self.codebook_size)
+            nearest = [torch.addmm(bias, part, codes.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
+        return torch.cat(nearest).view(z.shape[:-1])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (..., D), float32, for indices (...)."""
+        return self._normalize(F.embedding(indices, self.codebook.float()))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    def _losses(self, z: Tensor, z_q: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        weight = 1.0 if weight is None else weight.unsqueeze(-1)
+        codebook = ((z_q - z.detach()).square() * weight).mean()
+        commitment = ((z_q.detach() - z).square() * weight).mean()
+        if self.legacy:
+            losses = {"codebook": self.beta * codebook, "commitment": commitment}
+        else:
+            losses = {"codebook": codebook, "commitment": self.beta * commitment}
+        if self.entropy_weight > 0 and self.training:
+            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook)
+            distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
+            log_p = F.log_softmax(-distance / self.entropy_temperature, dim=1)
+            mean_p = log_p.exp().mean(0)
+            each = -(log_p.exp() * log_p).sum(1).mean()
+            losses["entropy"] = self.entropy_weight * (each + (mean_p * mean_p.clamp(min=1e-5).log()).sum())
+        return losses
+
+    @torch.no_grad()
+    def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor | None) -> None:
+        """One step of the moving averages, from vectors (N, D) and the codes (N,) that they chose."""
+        ones = torch.ones_like(z[:, :1]) if weight is None else weight.to(z).unsqueeze(1)
+        stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors, and in the last column how many
+        stats.index_add_(0, indices, torch.cat([z * ones, ones], dim=1))
+        if _world() > 1:
+            dist.all_reduce(stats)
+        ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * stats[:, :-1]
+        ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * stats[:, -1]
+        if self.restart:
+            dead = ema_count < 1
+            ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z), ema_sum)
+            ema_count = ema_count.masked_fill(dead, 1.0)
+        total = ema_count.sum()
+        smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
+        finite = stats.isfinite().all()  # vectors that overflowed (fp16) must not enter the codebook
+        for old, new in ((self.ema_sum, ema_sum), (self.ema_count, ema_count), (self.codebook, ema_sum / smoothed.unsqueeze(1))):
+            old.copy_(torch.where(finite, new, old))
+
+    def _random_vectors(self, z: Tensor) -> Tensor:
+        """(K, D): different random rows of all processes' z (N, D), the same on every process."""
+        rank, total = (dist.get_rank() if _world() > 1 else 0), len(z) * _world()
+        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: use each several times, with noise
+        pick = torch.randperm(total * tiles, device=z.device)[: self.codebook_size] % total
+        if _world() > 1:
+            dist.broadcast(pick, 0)
+        mine = (pick // len(z) == rank).unsqueeze(1)
+        vectors = torch.where(mine, z[pick % len(z)], 0.0)
+        if tiles > 1 and rank == 0:
+            vectors += torch.rand_like(vectors) * 0.01 / math.sqrt(self.dim)
+        if _world() > 1:
+            dist.all_reduce(vectors)
+        return vectors
+
+    @torch.no_grad()
+    def _record(self, indices: Tensor) -> None:
+        recent = indices.flatten()[-len(self.queue):].to(self.queue.dtype)
+        self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
+
+    @torch.no_grad()
+    def usage(self) -> Tensor:
+        """Distinct codes among the last `queue_size` that training chose (in this process), over K."""
+        seen = torch.zeros(self.codebook_size + 1, device=self.queue.device)
+        return seen.index_fill_(0, self.queue.long() + 1, 1.0)[1:].mean()
+
+    @torch.no_grad()
+    def perplexity(self, indices: Tensor) -> Tensor:
+        """exp(entropy) of how often each code was chosen: K if all were chosen equally often, 1 if one always was."""
+        ones = torch.ones(indices.numel(), device=indices.device)
+        p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
+        return torch.exp(-(p * (p + 1e-10).log()).sum())
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the encoder and of the decoder
+
+
+class DownPath(nn.Module):
+    """The downsampling half of the encoder: images to the features of every level, finest first, before downsampling."""
+
+    def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+        super().__init__()
+        check_channels(ch)
+        self.channels = [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
+            self.levels.append(level(c_in, c_out, num_res_blocks, attention=image_size // 2**i in attn_resolutions))
+            if i < len(ch_mult) - 1:
+                self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_out, c_out, 3, stride=2)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to a list of (B, channels[i], H / 2**i, W / 2**i)."""
+        x, features = self.conv_in(images), []
+        for i, blocks in enumerate(self.levels):
+            x = blocks(x if i == 0 else self.downs[i - 1](x))
+            features.append(x)
+        return features
+
+
+class Last(nn.Module):
+    """Picks the last of a list of features."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return features[-1]
+
+
+class Mid(nn.Sequential):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int):
+        super().__init__(ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels))
+
+
+class Neck(nn.Sequential):
+    """The end of the encoder: middle blocks, then normalised and led to `z_channels`."""
+
+    def __init__(self, channels: int, z_channels: int):
+        super().__init__(Mid(channels), norm(channels), nn.SiLU(), nn.Conv2d(channels, z_channels, 3, padding=1))
+
+
+class UpPath(nn.Module):
+    """The upsampling half of the decoder: (B, in_channels, h, w) to normalised features (B, ch * ch_mult[0], H, W)."""
+
+    def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+        super().__init__()
+        check_channels(ch)
+        channels = [ch * m for m in ch_mult][::-1]  # coarsest first
+        self.in_channels = channels[0]
+        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([channels[0], *channels], channels)):
+            size = image_size // 2 ** (len(ch_mult) - 1 - i)
+            self.levels.append(level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
+            if i < len(ch_mult) - 1:
+                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"),
+                                              nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.norm_out = norm(channels[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, blocks in enumerate(self.levels):
+            x = blocks(x if i == 0 else self.ups[i - 1](x))
+        return F.silu(self.norm_out(x))
+
+
+def level(c_in: int, c_out: int, num_res_blocks: int, attention: bool) -> nn.Sequential:
+    """Residual blocks at one resolution, each followed by attention if asked for."""
+    blocks = []
+    for i in range(num_res_blocks):
+        blocks.append(ResBlock(c_in if i == 0 else c_out, c_out))
+        if attention:
+            blocks.append(Attention(c_out))
+    return nn.Sequential(*blocks)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3x3 conv, twice; a 1x1 conv on the skip when channels change."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the cells of a feature map, with a residual connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to the same. key_weight (B, h * w) multiplies the softmax weights of each key."""
+        B, C, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3).unbind(1)      # each (B, hw, C)
+        if key_weight is not None:
+            v = v * key_weight.unsqueeze(-1).to(v)  # sum_j p_ij m_j v_j: weighting a key's probability = weighting its value
+        a = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))   # (B, 1, hw, C)
+        return x + self.out(a.squeeze(1).transpose(1, 2).reshape(B, C, h, w))
+
+
+class SimpleResBlock(nn.Module):
+    """ReLU, 3x3 conv, ReLU, 1x1 conv, without biases; the skip carries relu(x), as in the reference."""
+
+    def __init__(self, ch: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(ch, ch, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(ch, ch, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def check_channels(ch: int) -> None:
+    if ch % 32:
+        raise ValueError(f"ch must be a multiple of 32, because GroupNorm has 32 groups; it is {ch}")
+
+
+def check_size(images: Tensor, factor: int) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(f"images must be (B, 3, H, W) with H and W divisible by {factor}; they are {tuple(images.shape)}")
