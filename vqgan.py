@@ -5,8 +5,7 @@
                                                                                   (van den Oord et al., NeurIPS 2017)
     VectorQuantizer     nearest code, straight-through gradient; codebook learned by gradient or by moving average (EMA),
                         optionally between unit vectors (ViT-VQGAN) and with entropy regularisation
-    DownPath, Neck,     the parts of the encoder and of the decoder, which mqvae.py and dqvae.py share
-    UpPath, ResBlock, Attention
+    Encoder, Decoder    and their parts, which mqvae.py and dqvae.py share: DownPath, Neck, UpPath, Mid, ResBlock, Attention
 
 Both models have the same interface. Images are float tensors (B, 3, H, W) in [-1, 1].
 
@@ -110,11 +109,9 @@ class VQGAN(VQModel):
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
                  attn_resolutions: list[int] = (16,), z_channels: int = 256, quantizer: VectorQuantizer | None = None):
         size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
-        down = DownPath(num_res_blocks=num_res_blocks, **size)
-        up = UpPath(num_res_blocks=num_res_blocks + 1, **size)
         super().__init__(
-            encoder=nn.Sequential(down, Last(), Neck(down.channels[-1], z_channels)),
-            decoder=nn.Sequential(nn.Conv2d(z_channels, up.in_channels, 3, padding=1), Mid(up.in_channels), up),
+            encoder=Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels),
+            decoder=Decoder(UpPath(num_res_blocks=num_res_blocks + 1, **size), z_channels),
             to_image=nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1), squash=nn.Identity(),
             z_channels=z_channels, factor=2 ** (len(ch_mult) - 1), quantizer=quantizer or VectorQuantizer())
 
@@ -296,81 +293,111 @@ def _world() -> int:
 # Parts of the encoder and of the decoder
 
 
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to (B, z_channels, h, w)."""
+
+    def __init__(self, down: DownPath, z_channels: int):
+        super().__init__()
+        self.down = down
+        self.neck = Neck(down.channels[-1], z_channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.neck(self.down(images)[-1])
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) to the features (B, C, H, W) from which the last layer makes the image."""
+
+    def __init__(self, up: UpPath, z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(z_channels, up.channels[0], 3, padding=1)
+        self.mid = Mid(up.channels[0])
+        self.up = up
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.up(self.mid(self.conv_in(z)))
+
+
 class DownPath(nn.Module):
-    """The downsampling half of the encoder: images to the features of every level, finest first, before downsampling."""
+    """The downsampling half of the encoder: the features of every level, finest first, before they are downsampled."""
 
     def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
-        check_channels(ch)
-        self.channels = [ch * m for m in ch_mult]
+        self.channels = _channels(ch, ch_mult)
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
-            self.levels.append(level(c_in, c_out, num_res_blocks, attention=image_size // 2**i in attn_resolutions))
-            if i < len(ch_mult) - 1:
-                self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_out, c_out, 3, stride=2)))
+            if i > 0:
+                self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_in, c_in, 3, stride=2)))
+            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=image_size // 2**i in attn_resolutions))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to a list of (B, channels[i], H / 2**i, W / 2**i)."""
         x, features = self.conv_in(images), []
-        for i, blocks in enumerate(self.levels):
-            x = blocks(x if i == 0 else self.downs[i - 1](x))
+        for i, level in enumerate(self.levels):
+            x = level(x if i == 0 else self.downs[i - 1](x))
             features.append(x)
         return features
 
 
-class Last(nn.Module):
-    """Picks the last of a list of features."""
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return features[-1]
-
-
-class Mid(nn.Sequential):
-    """Residual block, attention, residual block."""
-
-    def __init__(self, channels: int):
-        super().__init__(ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels))
-
-
-class Neck(nn.Sequential):
-    """The end of the encoder: middle blocks, then normalised and led to `z_channels`."""
-
-    def __init__(self, channels: int, z_channels: int):
-        super().__init__(Mid(channels), norm(channels), nn.SiLU(), nn.Conv2d(channels, z_channels, 3, padding=1))
-
-
 class UpPath(nn.Module):
-    """The upsampling half of the decoder: (B, in_channels, h, w) to normalised features (B, ch * ch_mult[0], H, W)."""
+    """The upsampling half of the decoder: (B, channels[0], h, w) to normalised features (B, channels[-1], H, W)."""
 
     def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
-        check_channels(ch)
-        channels = [ch * m for m in ch_mult][::-1]  # coarsest first
-        self.in_channels = channels[0]
+        self.channels = _channels(ch, ch_mult)[::-1]  # coarsest first
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(zip([channels[0], *channels], channels)):
+        for i, (c_in, c_out) in enumerate(zip([self.channels[0], *self.channels], self.channels)):
+            if i > 0:
+                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)))
             size = image_size // 2 ** (len(ch_mult) - 1 - i)
-            self.levels.append(level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
-            if i < len(ch_mult) - 1:
-                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"),
-                                              nn.Conv2d(c_out, c_out, 3, padding=1)))
-        self.norm_out = norm(channels[-1])
+            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
+        self.norm_out = _norm(self.channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, blocks in enumerate(self.levels):
-            x = blocks(x if i == 0 else self.ups[i - 1](x))
+        for i, level in enumerate(self.levels):
+            x = level(x if i == 0 else self.ups[i - 1](x))
         return F.silu(self.norm_out(x))
 
 
-def level(c_in: int, c_out: int, num_res_blocks: int, attention: bool) -> nn.Sequential:
+class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention if asked for."""
-    blocks = []
-    for i in range(num_res_blocks):
-        blocks.append(ResBlock(c_in if i == 0 else c_out, c_out))
-        if attention:
-            blocks.append(Attention(c_out))
-    return nn.Sequential(*blocks)
+
+    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks))
+        self.attns = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(num_res_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attn in zip(self.blocks, self.attns):
+            x = attn(block(x))
+        return x
+
+
+class Mid(nn.Module):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block1 = ResBlock(channels, channels)
+        self.attn = Attention(channels)
+        self.block2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(self.attn(self.block1(x)))
+
+
+class Neck(nn.Module):
+    """The end of the encoder: (B, channels, h, w) through the middle blocks to (B, z_channels, h, w)."""
+
+    def __init__(self, channels: int, z_channels: int):
+        super().__init__()
+        self.mid = Mid(channels)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class ResBlock(nn.Module):
@@ -378,9 +405,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = _norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = norm(c_out)
+        self.norm2 = _norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -395,7 +422,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -422,13 +449,14 @@ class SimpleResBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def check_channels(ch: int) -> None:
+def _channels(ch: int, ch_mult: list[int]) -> list[int]:
     if ch % 32:
         raise ValueError(f"ch must be a multiple of 32, because GroupNorm has 32 groups; it is {ch}")
+    return [ch * m for m in ch_mult]
 
 
 def check_size(images: Tensor, factor: int) -> None:
