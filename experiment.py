@@ -30,11 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Literal
 
+import psutil
 import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, get_cpu_distributed_information, set_seed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -514,12 +515,27 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script; what the user can put right ends it with one sentence instead of a traceback."""
+    _start_cpu_processes()
     try:
         main()
     except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _start_cpu_processes() -> None:
+    """`accelerate launch --cpu --num_processes N` starts one process and leaves the others to MPI. If there is no MPI, this
+    process becomes torch's launcher of N."""
+    launched_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    if not launched_for_cpu or "RANK" in os.environ or get_cpu_distributed_information().world_size > 1:
+        return
+    launcher = argparse.ArgumentParser(add_help=False)
+    launcher.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    number = launcher.parse_known_args(psutil.Process().parent().cmdline())[0].num_processes
+    if number > 1:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *sys.argv])
 
 
 def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:

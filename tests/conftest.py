@@ -1,0 +1,82 @@
+"""What the tests share. They run on small networks, on the CPU, and need neither a network nor downloaded weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
+
+TINY = {  # a stage-1 run of about a second
+    "model": "name: vqgan\n  ch: 32\n  ch_mult: [1, 1]\n  num_res_blocks: 1\n  attn_resolutions: []\n  z_channels: 32\n"
+             "  quantizer: {codebook_size: 32, dim: 8, ema_decay: 0.9}",
+    "data": "name: shapes\n  image_size: 16\n  train_size: 40\n  val_size: 4",
+    "loss": "perceptual_weight: 0\n  disc_weight: 0.1\n  disc_start: 2",
+    "discriminator": "ch: 8\n  num_layers: 1\n  norm: group",
+    "train": "train_batch_size: 4\n  max_train_steps: 6\n  learning_rate: 1.0e-3\n  dataloader_num_workers: 0\n"
+             "  logging_steps: 1\n  validation_steps: 3\n  checkpointing_steps: 3\n  log_with: null",
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The path of a tiny config, whose run folder is tmp_path / "run"."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("".join(f"{name}:\n  {lines}\n" for name, lines in TINY.items()) + f"  output_dir: {tmp_path / 'run'}\n")
+    return path
+
+
+@pytest.fixture
+def train(tiny):
+    """Runs train_stage1 in this process on the tiny config: train("key.sub=value", ..., resume="auto")."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_stage1
+
+    def run(*overrides, resume=None, config=tiny):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train_stage1.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+
+    yield run
+    AcceleratorState._reset_state(True)
+
+
+def command(*words, check=True, env=None, **kwargs):
+    """Runs a command in the repository's folder; its combined output."""
+    done = subprocess.run([str(w) for w in words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | (env or {}), **kwargs)
+    assert done.returncode == 0 or not check, done.stdout
+    return done.stdout
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    clock = {"images_per_second", "peak_memory_gib"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").open()]
+
+
+def weights(folder, step):
+    """All tensors in a checkpoint, by file and name."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for path in sorted((folder / f"checkpoints/step_{step:08d}").iterdir()):
+        if path.suffix == ".safetensors":
+            tensors |= {f"{path.stem}.{k}": v for k, v in load_file(path).items()}
+        elif path.suffix in (".bin", ".pkl") and not path.name.startswith("random"):
+            tensors |= {f"{path.stem}.{k}": v for k, v in _tensors(torch.load(path, weights_only=True))}
+    return tensors
+
+
+def _tensors(value, name=""):
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(v, f"{name}.{k}")

@@ -1,0 +1,297 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dataset
+from dataset import DataError, TrainBatches, draw_shapes, eval_loader, make_dataset, read_image, to_float, to_uint8, train_loader
+
+
+def save(path, size=(20, 16), colour=None, **options):
+    """A photo-like file; `colour` for a plain one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(path.name))
+    pixels = np.full((size[1], size[0], 3), colour, np.uint8) if colour else rng.integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_float_and_uint8():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert to_float(x).min() == -1 and to_float(x).max() == 1
+    assert torch.equal(to_uint8(to_float(x)), x)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+# Layouts
+
+
+def test_imagenet(tmp_path):
+    for split in ("train", "val"):
+        for synset in ("n02", "n01"):
+            save(tmp_path / split / synset / "a.JPEG")
+    (tmp_path / "synset_human.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\n")
+    data = make_dataset("imagenet", str(tmp_path), image_size=8)
+    assert data.classes == ["tench, Tinca tinca", "goldfish"]
+    assert [label for _, label in (data[i] for i in range(2))] == [0, 1]
+    image, _ = data[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and -1 <= image.min() and image.max() <= 1
+    assert len(make_dataset("imagenet", str(tmp_path), "val")) == 2
+
+
+def test_imagenet_folders_named_by_index(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / split / "0" / "a.JPEG")
+    (tmp_path / "imagenet_idx_to_synset.yml").write_text("0: n01\n1: n02\n")
+    assert make_dataset("imagenet", str(tmp_path)).classes == ["n01"]
+    (tmp_path / "synset_human.txt").write_text("n01 tench\n")
+    assert make_dataset("imagenet", str(tmp_path)).classes == ["tench"]
+
+
+def test_ffhq(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        save(tmp_path / "ffhq" / "00000" / f"0000{i}.png")
+    root = str(tmp_path / "ffhq")
+    assert len(make_dataset("ffhq", root)) == 4
+    with pytest.raises(DataError, match="no images for the val split"):
+        make_dataset("ffhq", root, "val")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/ffhqtrain.txt").write_text("00002.png\n00000.png\n00001.png\n")
+    with pytest.raises(DataError, match="no ffhqvalidation.txt beside it"):
+        make_dataset("ffhq", root, "val")
+    (tmp_path / "assets/ffhqvalidation.txt").write_text("00003.png\n00009.png\n")
+    assert [make_dataset("ffhq", root).source.name(i)[-9:] for i in range(3)] == ["00002.png", "00000.png", "00001.png"]
+    with pytest.raises(DataError, match="lists 00009.png"):
+        make_dataset("ffhq", root, "val")
+
+
+def test_celeba(tmp_path):
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[57:185, 25:153] = 255  # the crop: 128 x 128 around x 89, y 121
+    (tmp_path / "img_align_celeba").mkdir()
+    for i in range(3):
+        Image.fromarray(pixels).save(tmp_path / "img_align_celeba" / f"{i}.png")
+    with pytest.raises(DataError, match="list_eval_partition.txt"):
+        make_dataset("celeba", str(tmp_path))
+    (tmp_path / "list_eval_partition.txt").write_text("0.png 0\n1.png 1\n2.png 2\n")
+    data = make_dataset("celeba", str(tmp_path), image_size=64)
+    assert len(data) == 1 and (data[0][0] == 1).all()
+    assert make_dataset("celeba", str(tmp_path), "val").source.name(0).endswith("1.png")
+
+
+def test_cifar10(tmp_path):
+    with pytest.raises(DataError, match="CIFAR-10"):
+        make_dataset("cifar10", str(tmp_path))
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": np.full((2, 3072), 255, np.uint8), "labels": [3, 1]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    with pytest.MonkeyPatch.context() as patch:  # these files are not the published ones
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        data = make_dataset("cifar10", str(tmp_path), image_size=32)
+    assert len(data) == 10 and data[0][1] == 3 and (data[0][0] == 1).all() and data.classes == list("abcdefghij")
+
+
+def test_folder_with_splits_and_classes(tmp_path):
+    for path in ("train/cat/1.png", "train/dog/x/2.png", "val/dog/3.png"):
+        save(tmp_path / path)
+    train, val = (make_dataset("folder", str(tmp_path), split, 8) for split in ("train", "val"))
+    assert train.classes == ["cat", "dog"] and [train[i][1] for i in range(2)] == [0, 1]
+    assert val.classes == ["cat", "dog"] and val[0][1] == 1  # the training split's classes
+    save(tmp_path / "val/bird/4.png")
+    with pytest.raises(DataError, match="'bird', which the training split does not have"):
+        make_dataset("folder", str(tmp_path), "val", 8)
+
+
+def test_folder_holds_out_a_stable_share(tmp_path):
+    for i in range(200):
+        save(tmp_path / f"{i}.png", size=(2, 2))
+    names = {}
+    for split in ("train", "val"):
+        data = make_dataset("folder", str(tmp_path), split, val_fraction=0.2)
+        names[split] = {data.source.name(i) for i in range(len(data))}
+    assert len(names["train"] | names["val"]) == 200 and not names["train"] & names["val"]
+    assert 20 <= len(names["val"]) <= 60
+    for i in range(0, 200, 2):  # what is left stays where it was
+        (tmp_path / f"{i}.png").unlink()
+    val = make_dataset("folder", str(tmp_path), "val", val_fraction=0.2)
+    assert {val.source.name(i) for i in range(len(val))} <= names["val"]
+    assert make_dataset("folder", str(tmp_path))[0][1] == 0
+    for path in sorted(tmp_path.iterdir())[2:]:  # two images: one for each
+        path.unlink()
+    assert [len(make_dataset("folder", str(tmp_path), s, val_fraction=0.01)) for s in ("train", "val")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["imagenet", "ffhq", "celeba", "cifar10", "folder"])
+def test_wrong_roots_are_one_sentence(name, tmp_path):
+    for root in (None, str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(DataError) as error:
+            make_dataset(name, root)
+        assert "data.root" in str(error.value) and "\n" not in str(error.value)
+        assert root is None or dataset.LAYOUTS[name] in str(error.value)
+
+
+# Reading
+
+
+def test_every_kind_of_image_is_read_right(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "grey.png")), grey[..., None].repeat(3, 2))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png")), grey[..., None].repeat(3, 2))
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8), "CMYK").save(tmp_path / "cmyk.jpg")
+    assert np.asarray(read_image(tmp_path / "cmyk.jpg")).min() > 250  # no ink: white
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 255])
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    assert np.asarray(read_image(tmp_path / "palette.gif")).min() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+    save(tmp_path / "turned.jpg", size=(30, 10), exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (10, 30)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 10), (64, 64), (65, 90)])
+def test_any_shape_becomes_a_square(size, tmp_path):
+    save(tmp_path / "train" / "x.png", size=size)
+    (tmp_path / "val").mkdir()
+    for random_crop in (True, False):
+        data = make_dataset("folder", str(tmp_path), "train", 32, random_crop=random_crop, min_scale=0.75)
+        assert data[(3, 0)][0].shape == (3, 32, 32)
+
+
+def test_centre_crop_equals_resize_then_crop(tmp_path):
+    path = save(tmp_path / "val" / "x.png", size=(96, 64))
+    save(tmp_path / "train" / "x.png")
+    ours = make_dataset("folder", str(tmp_path), "val", 32, uint8=True)[0][0]
+    resized = Image.open(path).resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    assert (ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(resized)).__abs__().max() <= 1
+
+
+def test_augmentation_follows_from_seed_epoch_and_index(tmp_path):
+    for i in range(3):
+        save(tmp_path / "train" / f"{i}.png", size=(40, 20))
+    a, b, c = (make_dataset("folder", str(tmp_path), "train", 16, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a[(2, 1)][0], b[(2, 1)][0])
+    assert not torch.equal(a[(2, 1)][0], a[(3, 1)][0]) and not torch.equal(a[(2, 1)][0], c[(2, 1)][0])
+    flips = [make_dataset("folder", str(tmp_path), "train", 20, random_crop=False, seed=s)[0][0] for s in range(20)]
+    assert len({f.numpy().tobytes() for f in flips}) == 2  # as it is, and mirrored
+
+
+# Unreadable images
+
+
+def broken_tree(tmp_path, good, bad):
+    for i in range(good):
+        save(tmp_path / "train" / f"{i:03}.png", size=(8, 8))
+    for i in range(bad):
+        (tmp_path / "train" / f"050x{i}.png").write_bytes(b"not an image")
+    (tmp_path / "val").mkdir()
+    return make_dataset("folder", str(tmp_path), image_size=8)
+
+
+def test_unreadable_images_are_replaced_and_told_once(tmp_path):
+    data = broken_tree(tmp_path, good=199, bad=1)
+    bad = next(i for i in range(200) if "x0" in data.source.name(i))
+    with pytest.warns(UserWarning, match="050x0.png") as told:
+        first, second = data[bad], data[bad]
+    assert len(told) == 1 and torch.equal(first[0], second[0])
+    assert data[(0, bad)][1] == 0
+
+
+def test_workers_share_what_is_unreadable(tmp_path):
+    data = broken_tree(tmp_path, good=149, bad=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = train_loader(data, 50, num_workers=1)
+        [next(loader) for _ in range(4)]
+    assert data.unreadable.sum() == 1  # found in the worker, seen here
+
+
+def test_above_one_percent_training_stops(tmp_path):
+    data = broken_tree(tmp_path, good=150, bad=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError) as error:
+            [data[i] for i in range(len(data))]
+        assert "1 more of 152" in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(DataError) as error:  # through a worker process as well
+            loader = train_loader(make_dataset("folder", str(tmp_path), image_size=8), 19, num_workers=1)
+            [next(loader) for _ in range(16)]
+        assert str(error.value).startswith("cannot read ") and "\n" not in str(error.value)
+
+
+def test_evaluation_stops_at_an_unreadable_image(tmp_path):
+    save(tmp_path / "train" / "a.png")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "b.png").write_bytes(b"")
+    with pytest.raises(DataError, match="b.png"):
+        make_dataset("folder", str(tmp_path), "val")[0]
+
+
+# Loaders
+
+
+def test_epochs_are_permutations_shared_out_without_overlap():
+    n, batch, world = 23, 3, 2
+    epochs = []
+    parts = [iter(TrainBatches(n, batch, seed=5, rank=r, world=world)) for r in range(world)]
+    single = iter(TrainBatches(n, batch * world, seed=5))
+    for _ in range(2 * (n // (batch * world))):
+        shares = [next(p) for p in parts]
+        assert sum(shares, []) == next(single)  # two processes take what one would take at once
+        epochs.append(sum(shares, []))
+    first = [i for b in epochs[:3] for e, i in b if e == 0]
+    assert len(set(first)) == len(first) == 18 and all(e == 1 for b in epochs[3:] for e, _ in b)
+
+
+def test_resumed_order_is_the_same():
+    whole = iter(TrainBatches(23, 4, seed=1))
+    order = [next(whole) for _ in range(20)]
+    rest = iter(TrainBatches(23, 4, seed=1, start=13))
+    assert [next(rest) for _ in range(7)] == order[13:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders(workers):
+    data, val = (make_dataset("shapes", split=s, image_size=16, train_size=20, val_size=7) for s in ("train", "val"))
+    images, labels = next(train_loader(data, 4, num_workers=workers))
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert images.min() >= -1 and images.max() <= 1
+    shares = [torch.cat([x for x, _ in eval_loader(val, 2, num_workers=workers, rank=r, world=3)]) for r in range(3)]
+    assert [len(s) for s in shares] == [3, 2, 2]  # each image once
+    assert sum(len(x) for x, _ in eval_loader(val, 2, limit=5, num_workers=0)) == 5
+    with pytest.raises(DataError, match="fewer than one batch"):
+        train_loader(data, 21)
+
+
+# Shapes
+
+
+def test_shapes_are_deterministic_and_labelled():
+    a, b = make_dataset("shapes", image_size=32, seed=1), make_dataset("shapes", image_size=32, seed=1)
+    assert all(torch.equal(a[i][0], b[i][0]) and a[i][1] == b[i][1] for i in range(20))
+    assert a.source.labels[3] == a[3][1] == draw_shapes(1, 3, 32)[1]
+    assert not torch.equal(a[0][0], make_dataset("shapes", image_size=32, seed=2)[0][0])
+    assert not torch.equal(a[0][0], make_dataset("shapes", split="val", image_size=32, seed=1)[0][0])
+    assert len(a.classes) == 10 and {a[i][1] for i in range(200)} == set(range(10))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_shapes_have_15_to_60_percent_detail_where_they_say(size):
+    for i in range(100):
+        image, _, detail = draw_shapes(0, i, size)
+        assert 0.15 <= detail.float().mean() <= 0.60
+        gray = image.float().mean(0)
+        change = (gray[1:, 1:] - gray[:-1, 1:]).abs() + (gray[1:, 1:] - gray[1:, :-1]).abs()
+        inside = detail[1:, 1:] & detail[:-1, :-1]
+        outside = ~(detail[1:, 1:] | detail[:-1, :-1])
+        assert change[inside].mean() > 3 * change[outside].mean()  # textured against smooth

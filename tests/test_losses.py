@@ -1,0 +1,133 @@
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import losses
+from losses import LeCam, PatchGAN, Stage1Loss, discriminator_loss, generator_loss
+
+
+def setup(**settings):
+    """A two-layer "model" and a discriminator, and what the generator's loss is given."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    out = SimpleNamespace(images=model(images), losses={"codebook": model[0].weight.square().mean()}, info={})
+    return model, PatchGAN(8, 2), images, out, Stage1Loss(perceptual_weight=0, **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"adaptive_weight": False, "disc_weight": 0.5}, {"reconstruction": "l2", "gan": "non_saturating"},
+    {"disc_weight_max": 1e-3}, {"gan": "vanilla", "disc_weight": 2.0}])
+def test_generator_gradient_is_that_of_the_plain_sum(settings):
+    """Against reconstruction + weight * GAN, differentiated in one go, with the weight of Taming Transformers' eq. 7."""
+    model, discriminator, images, out, criterion = setup(**settings)
+    loss, parts = criterion.generator(images, out, model[2].weight, discriminator, step=0)
+    loss.backward(retain_graph=True)
+    got = [p.grad for p in model.parameters()]
+    assert all(p.grad is None for p in discriminator.parameters())
+
+    rec = (out.images - images).abs().mean() if criterion.reconstruction == "l1" else (out.images - images).square().mean()
+    gan = generator_loss(discriminator(out.images), criterion.gan)
+    weight = criterion.disc_weight
+    if criterion.adaptive_weight:
+        norms = [torch.autograd.grad(x, model[2].weight, retain_graph=True)[0].norm() for x in (rec, gan)]
+        weight = weight * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
+    weight = torch.as_tensor(weight).detach().clamp(max=criterion.disc_weight_max or float("inf"))
+    plain = rec + weight * gan + out.losses["codebook"]
+    for a, b in zip(got, torch.autograd.grad(plain, model.parameters())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(parts["loss"], plain.detach())
+    torch.testing.assert_close(parts["gan_weight"], weight)
+
+
+def test_loss_scale_does_not_change_the_weight():
+    model, discriminator, images, out, criterion = setup()
+    parts = [criterion.generator(images, out, model[2].weight, discriminator, 0, scale)[1] for scale in (1.0, 1024.0)]
+    torch.testing.assert_close(parts[0]["gan_weight"], parts[1]["gan_weight"])
+
+
+def test_discriminator_learns_before_the_generator_hears_it():
+    model, discriminator, images, out, criterion = setup(disc_start=10, gan_start=20)
+    assert [criterion.discriminator_learns(s) for s in (9, 10)] == [False, True]
+    assert "gan" not in criterion.generator(images, out, model[2].weight, discriminator, 19)[1]
+    assert "gan" in criterion.generator(images, out, model[2].weight, discriminator, 20)[1]
+    assert Stage1Loss(perceptual_weight=0, disc_start=7).gan_start == 7
+
+
+def test_discriminator_loss_reaches_the_discriminator_only():
+    model, discriminator, images, out, criterion = setup(disc_loss_weight=0.5)
+    loss, parts = criterion.discriminator(images, out.images, discriminator)
+    loss.backward()
+    assert all(p.grad is not None for p in discriminator.parameters()) and all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(loss.detach(), parts["d_loss"] * 0.5)
+
+
+def test_gan_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
+    assert discriminator_loss(real, fake, "hinge").item() == pytest.approx(0.5 * (0.25 + 1.0))
+    cross_entropy = 0.5 * (F.binary_cross_entropy_with_logits(real, torch.ones(2)) + F.binary_cross_entropy_with_logits(fake, torch.zeros(2)))
+    for kind in ("vanilla", "non_saturating"):
+        torch.testing.assert_close(discriminator_loss(real, fake, kind), cross_entropy)
+    assert generator_loss(fake, "hinge").item() == generator_loss(fake, "vanilla").item() == 1.0
+    torch.testing.assert_close(generator_loss(fake, "non_saturating"), F.binary_cross_entropy_with_logits(fake, torch.ones(2)))
+
+
+def test_lecam():
+    lecam = LeCam(decay=0.5)
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 0.0], requires_grad=True)
+    value = lecam(real, fake)  # averages are then 1 and -0.25
+    torch.testing.assert_close(lecam.ema, torch.tensor([1.0, -0.25]))
+    torch.testing.assert_close(value, torch.tensor((1.25**2 + 3.25**2) / 2 + (2**2 + 1**2) / 2))
+    value.backward()
+    assert (fake.grad != 0).all()
+    *_, criterion = setup(lecam_weight=0.1)
+    _, discriminator, images, out, _ = setup()
+    assert "lecam" in criterion.discriminator(images, out.images, discriminator)[1]
+
+
+def test_patchgan():
+    model = PatchGAN(64, 3)
+    assert model(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert [m.out_channels for m in model if isinstance(m, nn.Conv2d)] == [64, 128, 256, 512, 1]
+    assert abs(model[2].weight.std().item() - 0.02) < 0.002
+    group = PatchGAN(16, 2, norm="group")
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(group(x)[:1], group(x[:1]))  # images do not mix
+
+
+def lpips_without_weights():
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
+def test_perceptual_loss(monkeypatch):
+    monkeypatch.setattr(losses, "load_lpips", lpips_without_weights)
+    model, discriminator, images, out, _ = setup()
+    criterion = Stage1Loss(perceptual_weight=0.7)
+    loss, parts = criterion.generator(images, out, model[2].weight, discriminator, 0)
+    loss.backward()
+    assert parts["lpips"] > 0 and model[0].weight.grad.abs().sum() > 0
+    torch.testing.assert_close(parts["loss"], parts["l1"] + 0.7 * parts["lpips"] + parts["codebook"] + parts["gan_weight"] * parts["gan"])
+    assert not any(p.requires_grad for p in criterion.parameters())
+    assert criterion.lpips(images, images).abs().max() == 0
+
+
+def test_missing_vgg_weights_are_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(FileNotFoundError) as error:
+        Stage1Loss()
+    sentence = str(error.value)
+    assert "vgg16-397923af.pth" in sentence and str(tmp_path) in sentence and "loss.perceptual_weight=0" in sentence
+    assert "\n" not in sentence
