@@ -217,7 +217,8 @@ class TrainBatches(Sampler):
 
 def _workers(num_workers: int, device: torch.device | str) -> dict:
     return dict(num_workers=num_workers, pin_memory=torch.device(device).type == "cuda",
-                prefetch_factor=4 if num_workers else None, worker_init_fn=_ignore_interrupt)
+                prefetch_factor=4 if num_workers else None, worker_init_fn=_ignore_interrupt,
+                generator=torch.Generator())  # or making a loader would draw from the models' random numbers
 
 
 def _ignore_interrupt(_: int) -> None:

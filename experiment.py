@@ -357,8 +357,6 @@ class Run:
     def save(self, step: int) -> None:
         """Writes checkpoints/step_XXXXXXXX under a temporary name, renames it when it is whole, removes the oldest."""
         final = self.folder / "checkpoints" / f"step_{step:08d}"
-        if final.is_dir():
-            return
         temporary = final.with_name(f".{final.name}")
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -368,6 +366,7 @@ class Run:
         if self.is_main:
             files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(temporary.iterdir())}
             (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, from which the run did not continue
             os.replace(temporary, final)
             limit = self.train["checkpoints_total_limit"]
             for old in self._checkpoints()[limit:] if limit else []:

@@ -1,0 +1,92 @@
+"""Config files and run folders."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from experiment import UserError, build, learning_rate_at, load_config, load_run
+from train_stage1 import SECTIONS
+from vqgan import VQGAN
+
+
+def load(path, *overrides):
+    return load_config(str(path), list(overrides), SECTIONS)
+
+
+def test_config_is_complete_and_typed(tiny):
+    config = load(tiny, "model.quantizer.codebook_size=64", "train.learning_rate=1e-4", "data.image_size=8", "train.max_grad_norm=null")
+    assert config["model"]["quantizer"] == {
+        "codebook_size": 64, "dim": 8, "beta": 0.25, "legacy": False, "l2_norm": False, "ema_decay": 0.9, "ema_eps": 1e-5,
+        "restart": True, "entropy_weight": 0.0, "entropy_temperature": 0.01, "queue_size": 65536}
+    assert config["train"]["learning_rate"] == 1e-4  # which YAML reads as a string
+    assert config["model"]["image_size"] == 8  # follows the data
+    assert load(tiny, "model.image_size=32")["model"]["image_size"] == 32
+    assert yaml.safe_load(yaml.safe_dump(config)) == config
+    settings = dict(config["model"])
+    settings.pop("name")
+    assert isinstance(build(VQGAN, settings), VQGAN)
+
+
+def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
+    config = load(tiny)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("override, sentence", [
+    ("train.train_batchsize=4", "unknown key train.train_batchsize; the nearest valid one is train.train_batch_size"),
+    ("model.quantizer.codebook_sizes=4", "nearest valid one is model.quantizer.codebook_size"),
+    ("train.max_step=4", "nearest valid one is train.max_train_steps"),
+    ("losses.gan=hinge", "unknown section 'losses'"),
+    ("model.name=vqgn", "model.name must be one of vqgan, vqvae; it is 'vqgn'"),
+    ("train.train_batch_size=four", "train.train_batch_size must be int; it is 'four'"),
+    ("train.train_batch_size=4.5", "train.train_batch_size must be int; it is 4.5"),
+    ("train.train_batch_size=true", "train.train_batch_size must be int; it is True"),
+    ("train.learning_rate=fast", "train.learning_rate must be float; it is 'fast'"),
+    ("train.use_ema=1", "train.use_ema must be bool; it is 1"),
+    ("train.seed=null", "train.seed must be int; it is None"),
+    ("model.ch_mult=2", "model.ch_mult must be list[int]; it is 2"),
+    ("model.ch_mult=[1,x]", "model.ch_mult[1] must be int; it is 'x'"),
+    ("model.quantizer=5", "model.quantizer must be a section"),
+    ("loss.gan=hing", "loss.gan must be one of hinge, vanilla, non_saturating; it is 'hing'"),
+    ("train.seed", "'train.seed' is not of the form key.sub=value"),
+    ("train.seed=[", "not valid YAML"),
+    ("train.seed.sub=1", "must be int"),
+])
+def test_mistakes_are_one_sentence(tiny, override, sentence):
+    with pytest.raises(UserError) as error:
+        load(tiny, override)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, sentence", [("model: [", "not valid YAML at line"), ("- 1", "must be a section"), ("train: 3", "train must be a section"),
+                                            ("", "model.name must be one of")])
+def test_files_that_are_no_config(tmp_path, text, sentence):
+    (tmp_path / "c.yaml").write_text("model: {name: vqgan}\n" + text if text.startswith("train") else text)
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="cannot read the config"):
+        load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_config_of_the_repo_builds(path):
+    config = load(path)
+    settings = dict(config["model"])
+    model = build(SECTIONS["model"][settings.pop("name")], settings)
+    assert config["train"]["output_dir"] == f"runs/{path.stem}"
+    assert config["data"]["image_size"] % model.factor == 0
+
+
+def test_learning_rate():
+    train = dict(learning_rate=None, base_lr=1e-3, lr_scheduler="cosine", lr_warmup_steps=4, lr_warmup_epochs=0.5)
+    rates = [learning_rate_at(s, train, global_batch=8, max_steps=109, steps_per_epoch=10) for s in range(109)]
+    assert rates[8] == pytest.approx(8 * 0.9e-3) and rates[9] == pytest.approx(8e-3)  # warmed up after 4 + 5 steps
+    assert rates[59] == pytest.approx(4e-3) and 0 < rates[-1] < 1e-4
+    constant = dict(learning_rate=0.5, base_lr=None, lr_scheduler="constant", lr_warmup_steps=0, lr_warmup_epochs=0)
+    assert {learning_rate_at(s, constant, 8, 100, 10) for s in range(100)} == {0.5}
+
+
+def test_load_run_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="has no config.yaml"):
+        load_run(tmp_path)

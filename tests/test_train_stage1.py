@@ -1,0 +1,280 @@
+"""The training script as a whole: on tiny runs, in this process, in two, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, metrics, weights
+from PIL import Image
+
+import experiment
+from dataset import DataError
+from experiment import UserError, load_run
+
+EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "loss.lecam_weight=0.01", "loss.disc_start=1", "loss.gan_start=3",
+              "train.lr_scheduler=cosine", "train.lr_warmup_steps=2", "train.max_grad_norm=1.0"]
+
+
+def test_a_run_leaves_what_it_should(train, tmp_path):
+    train("train.log_with=tensorboard", "train.use_ema=true", "train.checkpoints_total_limit=1", "train.max_train_steps=9")
+    run = tmp_path / "run"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.safetensors", "step_00000009"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [f"reconstructions_0000000{i}.png" for i in (3, 6, 9)]
+    assert Image.open(run / "samples/reconstructions_00000009.png").size == (4 * 18 + 2, 2 * 18 + 2)
+    assert list((run / "tensorboard").glob("events*"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    logged = set().union(*lines)
+    assert {"loss", "l1", "codebook", "commitment", "gan", "gan_weight", "d_loss", "lr", "grad_norm", "d_grad_norm", "usage",
+            "perplexity", "images_per_second", "peak_memory_gib", "val_psnr"} <= logged
+    model, config = load_run(run)
+    assert config["train"]["max_train_steps"] == 9 and not model.training
+    ema = weights(run, 9)
+    assert all(torch.equal(v, ema[f"ema.{k}"]) for k, v in model.state_dict().items())  # averaged weights if there are any
+    best = max((line for line in lines if "val_psnr" in line), key=lambda line: line["val_psnr"])
+    if best["step"] == 9:
+        assert all(torch.equal(v, w) for v, w in zip(model.state_dict().values(), load_run(run, "best")[0].state_dict().values()))
+
+
+def test_it_learns(train, tmp_path):
+    train("train.max_train_steps=60", "train.learning_rate=3e-3", "train.validation_steps=30", "train.checkpointing_steps=60")
+    psnr = [line["val_psnr"] for line in metrics(tmp_path / "run") if "val_psnr" in line]
+    assert psnr[-1] > psnr[0] > 8
+
+
+@pytest.mark.parametrize("settings", [
+    ["model.quantizer.l2_norm=true", "model.quantizer.ema_decay=null", "loss.reconstruction=l2", "loss.adaptive_weight=false"],
+    ["train.gradient_accumulation_steps=2", "train.channels_last=true", "loss.gan=non_saturating", "discriminator.norm=batch"],
+    ["model={name: vqvae, ch: 32}", "loss.disc_weight=0", "data.image_size=32"],
+    ["train.mixed_precision=bf16"],
+    ["train.learning_rate=null", "train.base_lr=1e-5", "train.max_train_steps=null", "train.num_train_epochs=0.4"],
+])
+def test_settings(train, tiny, tmp_path, settings):
+    if settings[0].startswith("model={"):
+        import yaml
+
+        config = yaml.safe_load(tiny.read_text()) | {"model": yaml.safe_load(settings[0][6:])}
+        tiny.write_text(yaml.safe_dump(config))
+        settings = settings[1:]
+    train(*settings)
+    lines = metrics(tmp_path / "run")
+    assert all(v == v and abs(v) < 1e6 for line in lines for v in line.values())  # finite
+    if "train.base_lr=1e-5" in settings:
+        assert lines[-1]["step"] == 4 and lines[0]["lr"] == pytest.approx(4e-5)
+    load_run(tmp_path / "run")
+
+
+def test_accumulation_equals_a_larger_batch(train, tmp_path):
+    """Both optimizers; the codebook by gradient and weighted GAN loss fixed, since batch statistics are per forward."""
+    same = ["model.quantizer.ema_decay=null", "loss.adaptive_weight=false", "train.adam_epsilon=1e-3", "train.max_train_steps=3"]
+    train(*same, f"train.output_dir={tmp_path}/a", "train.train_batch_size=4")
+    train(*same, f"train.output_dir={tmp_path}/b", "train.train_batch_size=2", "train.gradient_accumulation_steps=2")
+    compare(weights(tmp_path / "a", 3), weights(tmp_path / "b", 3), skip=("quantizer.queue",))
+
+
+def compare(a, b, skip=()):
+    assert a.keys() == b.keys() and len(a) > 20
+    for name in a:
+        if not name.endswith(skip):
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_compiled_equals_eager(train, tmp_path, monkeypatch):
+    """The parts that compile are cut so that the adaptive weight still gets its gradients. (Backend "eager": what is tested
+    is the cutting, not the code generator, which needs a compiler.)"""
+    compile_ = torch.nn.Module.compile
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (compiled.append(type(self).__name__), compile_(self, backend="aot_eager"))[1])
+    train("train.adam_epsilon=1e-3", f"train.output_dir={tmp_path}/a", "train.max_train_steps=4")
+    assert not compiled
+    train("train.adam_epsilon=1e-3", f"train.output_dir={tmp_path}/b", "train.max_train_steps=4", "train.compile=true")
+    assert compiled == ["Encoder", "Decoder"]
+    compare(weights(tmp_path / "a", 4), weights(tmp_path / "b", 4))
+
+
+# Resuming
+
+
+def test_resumed_run_is_bit_identical(train, tmp_path):
+    train(*EVERYTHING, f"train.output_dir={tmp_path}/whole", "train.max_train_steps=9")
+    resumed = [*EVERYTHING, f"train.output_dir={tmp_path}/parts"]
+    train(*resumed, "train.max_train_steps=9", "train.max_minutes=0", resume="auto")  # ends after a step
+    with pytest.raises(UserError, match="--resume auto"):
+        train(*resumed, "train.max_train_steps=9")
+    train(*resumed, "train.max_train_steps=9", resume="auto")
+    same_run(tmp_path / "whole", tmp_path / "parts", 9)
+    train(*resumed, "train.max_train_steps=9", resume="auto")  # nothing left to do, nothing harmed
+    same_run(tmp_path / "whole", tmp_path / "parts", 9)
+
+
+def same_run(a, b, step):
+    a_weights, b_weights = weights(a, step), weights(b, step)
+    assert a_weights.keys() == b_weights.keys()
+    assert {k.split(".")[0] for k in a_weights} >= {"model", "ema", "discriminator", "optimizer", "optimizer_1", "custom_checkpoint_0"}
+    assert [k for k in a_weights if not torch.equal(a_weights[k], b_weights[k])] == []
+    a_lines, b_lines = ({line["step"]: line for line in metrics(x) if "loss" in line} for x in (a, b))
+    assert a_lines == b_lines and len(a_lines) == step
+    assert (a / f"samples/reconstructions_{step:08d}.png").read_bytes() == (b / f"samples/reconstructions_{step:08d}.png").read_bytes()
+
+
+def test_killed_run_continues_bit_identically(train, tiny, tmp_path):
+    settings = [*EVERYTHING, "train.max_train_steps=60", "train.checkpointing_steps=4", "train.validation_steps=60"]
+    train(*settings, f"train.output_dir={tmp_path}/whole")
+    killed = tmp_path / "killed"
+    words = [sys.executable, "train_stage1.py", "--config", str(tiny), *settings, f"train.output_dir={killed}"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = max(p.name for p in killed.glob("checkpoints/step_*"))
+    assert done < "step_00000060", "it finished before it could be killed"
+    train(*settings, f"train.output_dir={killed}", resume="auto")
+    same_run(tmp_path / "whole", killed, 60)
+
+
+def test_signal_saves_and_ends_cleanly(tiny, tmp_path):
+    words = [sys.executable, "train_stage1.py", "--config", str(tiny), "train.max_train_steps=100000", "train.validation_steps=100000"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by SIGTERM" in output and "--resume auto" in output
+    last = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / f"run/checkpoints/step_{last:08d}/checkpoint.json").is_file()
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda c: (c / "model.safetensors").write_bytes((c / "model.safetensors").read_bytes()[:-100]), "bytes instead of"),
+    (lambda c: (c / "optimizer.bin").unlink(), "optimizer.bin is missing"),
+    (lambda c: (c / "checkpoint.json").write_text("{"), "checkpoint.json is missing or unreadable"),
+    (lambda c: flip(c / "discriminator.safetensors"), "discriminator.safetensors has changed"),
+])
+def test_damaged_checkpoint_falls_back_to_the_one_before(train, tmp_path, capsys, damage, told):
+    train()
+    checkpoints = tmp_path / "run/checkpoints"
+    want = weights(tmp_path / "run", 6)
+    damage(checkpoints / "step_00000006")
+    load_run(tmp_path / "run")
+    assert told in capsys.readouterr().out
+    train(resume="auto")
+    output = capsys.readouterr().out
+    assert f"{checkpoints}/step_00000006 is damaged" in output and told in output and "from step 3" in output
+    assert all(torch.equal(v, want[k]) for k, v in weights(tmp_path / "run", 6).items())  # written again, whole
+    for folder in checkpoints.glob("step_*"):
+        damage(folder)
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        train(resume="auto")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_resuming_another_model_is_refused(train, tmp_path):
+    train()
+    with pytest.raises(UserError) as error:
+        train("model.quantizer.dim=4", resume="auto")
+    assert "holds a model with model.quantizer.dim=8, but the config asks for 4" in str(error.value)
+    with pytest.raises(UserError, match="checkpoint.json is missing"):
+        train(f"train.output_dir={tmp_path}/other", resume=str(tmp_path / "nothing"))
+
+
+# Several processes
+
+
+def launch(tiny, *overrides, processes=2):
+    return command(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "train_stage1.py",
+                   "--config", tiny, *overrides)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(train, tiny, tmp_path):
+    """Weights, EMA codebook with restarts, the discriminator and both optimizers. With GroupNorm, because BatchNorm's
+    statistics are per process; with a large epsilon, because Adam turns a gradient that is zero but for rounding into a
+    full step."""
+    same = ["train.adam_epsilon=1e-3", "loss.lecam_weight=0.01", "train.use_ema=true", "model.quantizer.codebook_size=256"]
+    train(*same, f"train.output_dir={tmp_path}/one", "train.train_batch_size=8")
+    output = launch(tiny, *same, f"train.output_dir={tmp_path}/two", "train.train_batch_size=4")
+    assert "2 process(es), global batch 8" in output
+    one, two = (weights(tmp_path / x, 6) for x in ("one", "two"))
+    compare(one, two, skip=("quantizer.queue",))
+    assert (one["model.quantizer.ema_count"] == 1).any()  # some codes did restart
+    one, two = (metrics(tmp_path / x) for x in ("one", "two"))
+    for a, b in zip(one, two):
+        for key in a.keys() - {"usage", "perplexity"}:  # of each process's own codes
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
+    # A run of two processes goes on in two, and in one.
+    train(*same, f"train.output_dir={tmp_path}/two", "train.train_batch_size=8", "train.max_train_steps=7", resume="auto")
+    train(*same, f"train.output_dir={tmp_path}/one", "train.train_batch_size=8", "train.max_train_steps=7", resume="auto")
+    compare(weights(tmp_path / "one", 7), weights(tmp_path / "two", 7), skip=("quantizer.queue",))
+
+
+# What the user can put right
+
+
+def test_mistakes_end_with_one_sentence(tiny, tmp_path):
+    """As the user sees them: the script prints one line and no traceback."""
+    (tmp_path / "empty").mkdir()
+    code = f"""
+import sys, warnings, experiment, train_stage1
+def say(*words):
+    sys.argv[1:] = ["--config", {str(tiny)!r}, *words]
+    try:
+        experiment.run_main(train_stage1.main)
+    except SystemExit as stop:
+        print(stop.code, flush=True)
+say("train.lr=3")
+say("train.seed=x")
+say("data.name=folder", "data.root={tmp_path}/nowhere")
+say("data.name=folder", "data.root={tmp_path}/empty")
+say("loss.perceptual_weight=1")
+say("train.mixed_precision=fp16")
+say("model.ch=40")
+say("train.log_with=nothing")
+say("train.max_train_steps=null")
+say("train.train_batch_size=0")
+"""
+    # No network: the proxy does not exist.
+    env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT),
+           "PYTHONWARNINGS": "ignore"}
+    lines = [line for line in command(sys.executable, "-c", code, env=env).splitlines() if line.startswith("error: ") or "Traceback" in line]
+    for line, words in zip(lines, ["unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",
+                                   "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "at least 1"], strict=True):
+        assert line.startswith("error: ") and words in line, line
+
+
+def test_unreadable_images_stop_the_run(train, tmp_path):
+    for i in range(40):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    for i in range(3):
+        (tmp_path / f"broken{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="above 1% training stops"):
+        train("data.name=folder", f"data.root={tmp_path}", "train.max_train_steps=30", "data.val_fraction=0.1")
+
+
+def test_second_interrupt_stops_at_once(train, monkeypatch):
+    """The first Ctrl-C asks the loop to save and end, the second raises."""
+    seen = []
+    original = experiment.Run.stop_reason
+
+    def interrupt(self, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(step)
+        if len(seen) == 1:
+            return None
+        return original(self, step)
+
+    monkeypatch.setattr(experiment.Run, "stop_reason", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert len(seen) == 1
