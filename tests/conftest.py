@@ -68,7 +68,7 @@ def weights(folder, step):
     tensors = {}
     for path in sorted((folder / f"checkpoints/step_{step:08d}").iterdir()):
         if path.suffix == ".safetensors":
-            tensors |= {f"{path.stem}.{k}": v for k, v in load_file(path).items()}
+            tensors |= {f"{path.stem}.{k}": v.clone() for k, v in load_file(path).items()}  # not a map of the file
         elif path.suffix in (".bin", ".pkl") and not path.name.startswith("random"):
             tensors |= {f"{path.stem}.{k}": v for k, v in _tensors(torch.load(path, weights_only=True))}
     return tensors
