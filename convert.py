@@ -10,7 +10,7 @@ other is an error that names it.
 from __future__ import annotations
 
 import re
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn

@@ -29,7 +29,8 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Literal
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -206,13 +207,13 @@ class TrainBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.n // (self.batch_size * self.world)
-        epoch, i = divmod(self.start, per_epoch)
+        epoch, first_batch = divmod(self.start, per_epoch)
         while True:
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
-            for i in range(i, per_epoch):
+            for i in range(first_batch, per_epoch):
                 first = (i * self.world + self.rank) * self.batch_size
                 yield [(epoch, j) for j in order[first:first + self.batch_size].tolist()]
-            epoch, i = epoch + 1, 0
+            epoch, first_batch = epoch + 1, 0
 
 
 def _workers(num_workers: int, device: torch.device | str) -> dict:
@@ -419,8 +420,8 @@ class _ShapeLabels:
 def draw_shapes(seed: int, index: int, size: int) -> tuple[Tensor, int, Tensor]:
     """Image number `index`: (uint8 (3, size, size), label, detail bool (size, size)).
 
-    One to three objects of one form and one texture (period 7 to 11 pixels) over a smooth gradient. `detail` is where the
-    objects are: 15 % to 60 % of the image.
+    One to three objects of one form, one of six colours and one texture (period 7 to 11 pixels) over a smooth gradient.
+    `detail` is where the objects are: 15 % to 60 % of the image.
     """
     rng = random.Random(f"shapes {seed} {index}")
     label = rng.randrange(len(SHAPES_CLASSES))
@@ -436,12 +437,12 @@ def draw_shapes(seed: int, index: int, size: int) -> tuple[Tensor, int, Tensor]:
             break
     hue, angle = rng.random(), rng.uniform(0, 2 * math.pi)
     slope = 0.5 + 0.7 * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
-    background = _mix(slope, _colour(hue, 0.35, rng.uniform(0.35, 0.6)), _colour(hue + rng.uniform(-0.2, 0.2), 0.25, 0.9))
+    background = _mix(slope, _colour(hue, 0.3, rng.uniform(0.4, 0.6)), _colour(hue + rng.uniform(-0.2, 0.2), 0.2, 0.9))
     angle, period = rng.uniform(0, math.pi), rng.uniform(7, 11)
     waves = [np.sin(2 * math.pi * size / period * (x * math.cos(a) + y * math.sin(a))) for a in (angle, angle + math.pi / 2)]
     wave = waves[0] if texture == "striped" else waves[0] * waves[1] * 1.5
-    bright, dark = rng.random(), rng.random()
-    paint = _mix(0.5 + 0.5 * np.tanh(3 * wave), _colour(dark, 0.9, 0.25), _colour(bright, rng.uniform(0.2, 0.9), 1.0))
+    hue = rng.randrange(6) / 6
+    paint = _mix(0.5 + 0.5 * np.tanh(3 * wave), _colour(hue, 0.9, 0.15), _colour(hue, 0.7, 1.0))
     image = background + inside * (paint - background)
     return torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8)), label, torch.from_numpy(inside > 0.5)
 

@@ -28,7 +28,8 @@ import typing
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Literal
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -108,13 +109,18 @@ class TrainSettings:
 # Config
 
 
-def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+    return parser
+
+
+def training_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(description)
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
                         "or start if there is none; or the path of a checkpoint folder")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
 def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> dict[str, dict]:
@@ -269,6 +275,14 @@ def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, 
     if train["lr_scheduler"] == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
+
+
+def compile_parts(model: nn.Module) -> None:
+    """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, at whose weight the adaptive
+    GAN weight asks for gradients; neither has parts of its own."""
+    for part in model.children():
+        if any(True for _ in part.children()):
+            part.compile()
 
 
 @torch.no_grad()
@@ -441,13 +455,14 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def picture(self, step: int, name: str, rows: list[Tensor]) -> Path:
-        """Rows of images (B, 3, H, W) or maps (B, 1, h, w) in [-1, 1], one below the other: samples/NAME_step.png."""
+    def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
+        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top."""
         path = self.folder / "samples" / f"{name}_{step:08d}.png"
         if self.is_main:
-            size = rows[0].shape[-2:]
-            rows = [nn.functional.interpolate(r.detach().float().cpu(), size).expand(-1, 3, -1, -1) for r in rows]
-            grid = make_grid(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, nrow=len(rows[0]))
+            size = columns[0][0].shape[-2:]
+            cells = [nn.functional.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1)
+                     for row in zip(*columns) for cell in row]
+            grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
             save_image(grid, path)
             for tracker in self.accelerator.trackers:
                 nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -7,12 +7,13 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 
 import copy
 import time
+from pathlib import Path
 
 import torch
 
 from dataset import eval_loader, make_dataset, train_loader
-from experiment import (MODELS, Run, TrainSettings, build, learning_rate_at, load_config, parse_args, peak_memory, run_main,
-                        update_ema)
+from experiment import (MODELS, Run, TrainSettings, build, compile_parts, learning_rate_at, load_config, peak_memory, run_main,
+                        training_arguments, update_ema)
 from losses import PatchGAN, Stage1Loss
 
 SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": TrainSettings}
@@ -20,7 +21,7 @@ SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discrimi
 
 def main(argv: list[str] | None = None) -> None:
     # Config and run folder
-    args = parse_args(__doc__, argv)
+    args = training_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, SECTIONS)
     train, model_settings = config["train"], dict(config["model"])
     run = Run(config, args.resume)
@@ -43,10 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
     raw_model, raw_discriminator = model, discriminator
     if train["compile"]:
-        # Part by part, and not the quantizer nor the last layer, at whose weight the adaptive GAN weight asks for gradients.
-        for part in model.children():
-            if any(True for _ in part.children()):
-                part.compile()
+        compile_parts(model)
 
     # Optimizers
     def adamw(module):
@@ -61,14 +59,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume
     run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
-    step = first = run.resume()
+    step = run.resume()
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
                            start=step * accumulate, rank=rank, world=world, device=device)
     accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
                       f"{len(train_set)} images, {world} process(es), global batch {global_batch}, {max_steps} steps")
 
     # Loop
-    progress, logged_at, logged_step, stop, psnr, grid = run.progress(step, max_steps), time.monotonic(), step, None, None, None
+    progress, logged_at, logged_step, stop = run.progress(step, max_steps), time.monotonic(), step, None
+    if step >= max_steps:
+        accelerator.print(f"{run.folder} has had its {max_steps} steps")
     while step < max_steps and stop is None:
         lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator is not None else []):
@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
             progress.set_postfix({"loss": f"{values['loss']:.3f}", "usage": f"{values['usage']:.0%}", "img/s": f"{images_per_second:.0f}"})
             logged_at, logged_step = time.monotonic(), step
 
-        if step % train["validation_steps"] == 0 or last:
+        if step % train["validation_steps"] == 0 and step < max_steps:
             paused = time.monotonic()
-            psnr, grid = validate(run, ema or raw_model, val_set, step)
+            report(run, ema or raw_model, val_set, step)
             logged_at += time.monotonic() - paused
         if step % train["checkpointing_steps"] == 0 or last:
             run.save(step)
@@ -124,19 +124,19 @@ def main(argv: list[str] | None = None) -> None:
     progress.close()
     if stop is not None:
         accelerator.print(f"stopped by {stop} at step {step} of {max_steps}, saved; --resume auto continues")
-    if psnr is not None:
-        accelerator.print(f"PSNR {psnr:.2f} dB on validation images; originals above reconstructions: {grid}")
-    elif first >= max_steps:
-        accelerator.print(f"{run.folder} already has its {max_steps} steps")
+    else:
+        psnr, grid = report(run, ema or raw_model, val_set, step)
+        accelerator.print(f"PSNR {psnr:.2f} dB on validation images. Originals above reconstructions: {grid}")
     run.close()
 
 
 @torch.no_grad()
-def validate(run: Run, model: torch.nn.Module, dataset, step: int):
-    """Mean PSNR (dB) over the validation images, and the path of a grid of the first ones."""
+def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float, Path]:
+    """Mean PSNR (dB) over the validation images, logged; and the path of a picture of the first ones, the maps that the
+    model draws of them, and their reconstructions. The best weights so far are kept."""
     accelerator, was_training = run.accelerator, model.training
     model.eval()
-    total, rows = torch.zeros(2, device=accelerator.device), None
+    total, rows = torch.zeros(2, device=accelerator.device), []
     for images, _ in eval_loader(dataset, run.train["train_batch_size"], run.train["num_validation_images"],
                                  run.train["dataloader_num_workers"], accelerator.process_index,
                                  accelerator.num_processes, accelerator.device):
@@ -145,15 +145,15 @@ def validate(run: Run, model: torch.nn.Module, dataset, step: int):
         error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # of values 2 apart
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
         total += torch.stack([psnr.sum(), psnr.new_tensor(len(psnr))])
-        if rows is None:
+        if len(rows) < 16:
             maps = [v for v in out.info.values() if v.ndim == 4]
-            rows = [r[:16] for r in (images, *maps, out.images)]
+            rows += zip(images, *maps, out.images)
+    model.train(was_training)
     psnr_sum, count = accelerator.reduce(total, "sum").tolist()
     psnr = psnr_sum / count
     run.write(step, {"val_psnr": psnr})
     run.save_best(step, psnr, model)
-    model.train(was_training)
-    return psnr, run.picture(step, "reconstructions", rows)
+    return psnr, run.picture(step, "reconstructions", rows[:16])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_imagenet(tmp_path):
     assert data.classes == ["tench, Tinca tinca", "goldfish"]
     assert [label for _, label in (data[i] for i in range(2))] == [0, 1]
     image, _ = data[0]
-    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and -1 <= image.min() and image.max() <= 1
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and image.min() >= -1 and image.max() <= 1
     assert len(make_dataset("imagenet", str(tmp_path), "val")) == 2
 
 

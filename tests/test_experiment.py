@@ -59,8 +59,9 @@ def test_mistakes_are_one_sentence(tiny, override, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, sentence", [("model: [", "not valid YAML at line"), ("- 1", "must be a section"), ("train: 3", "train must be a section"),
-                                            ("", "model.name must be one of")])
+@pytest.mark.parametrize("text, sentence", [
+    ("model: [", "not valid YAML at line"), ("- 1", "must be a section"), ("train: 3", "train must be a section"),
+    ("", "model.name must be one of")])
 def test_files_that_are_no_config(tmp_path, text, sentence):
     (tmp_path / "c.yaml").write_text("model: {name: vqgan}\n" + text if text.startswith("train") else text)
     with pytest.raises(UserError, match=sentence):

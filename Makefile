@@ -1,0 +1,29 @@
+# `make` alone lists the targets. Needs Python 3.10 or newer; another one than python3: make PYTHON=python3.12 ...
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## make the environment .venv, with the tested versions
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "minVQ needs Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: install  ## train VQGAN on the embedded dataset, end with a picture (under 10 minutes on 2 cores)
+	$(BIN)/python train_stage1.py --config configs/quickstart/vqgan.yaml --resume auto train.output_dir=runs/demo
+
+test: install  ## run the tests (under 8 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+lint: install  ## check the style
+	$(BIN)/ruff check .
+
+clean:  ## remove the environment and caches, but not runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
