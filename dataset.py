@@ -75,11 +75,15 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
     DataError, in one sentence, if the data is not there or not laid out as the top of this file says.
     """
     train = split == "train"
+    if min(image_size, train_size, val_size) < 1 or not 0 < min_scale <= 1 or not 0 <= val_fraction < 1:
+        raise DataError("data.image_size, train_size and val_size must be at least 1, min_scale in (0, 1], val_fraction in [0, 1); "
+                        f"they are {image_size}, {train_size}, {val_size}, {min_scale}, {val_fraction}")
     if name == "shapes":
         source = shapes(train, image_size, seed, train_size if train else val_size)
     else:
         if root is None:
             raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
+        root = os.path.expanduser(root)
         if not Path(root).is_dir():
             raise DataError(f"there is no folder {root}; data.root must be {LAYOUTS[name]}")
         source = {"imagenet": imagenet, "ffhq": ffhq, "celeba": celeba, "cifar10": cifar10,
@@ -218,13 +222,16 @@ class TrainBatches(Sampler):
 
 def _workers(num_workers: int, device: torch.device | str) -> dict:
     return dict(num_workers=num_workers, pin_memory=torch.device(device).type == "cuda",
-                prefetch_factor=4 if num_workers else None, worker_init_fn=_ignore_interrupt,
+                prefetch_factor=4 if num_workers else None, worker_init_fn=_leave_signals_to_the_trainer,
                 generator=torch.Generator())  # or making a loader would draw from the models' random numbers
 
 
-def _ignore_interrupt(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Schedulers and Ctrl-C signal every process, but the training process must save before its workers end. A second
+    SIGTERM, which it sends a worker that will not end, counts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,7 +257,7 @@ class Source:
 class Files:
     """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first."""
 
-    paths: list[Path]
+    paths: list[str]
     crop: tuple[int, int, int, int] | None = None
 
     def load(self, index: int) -> Image.Image:
@@ -258,7 +265,7 @@ class Files:
         return image.crop(self.crop) if self.crop else image
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return self.paths[index]
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -312,7 +319,7 @@ def imagenet(root: Path, train: bool) -> Source:
     if (root / "synset_human.txt").is_file():
         words = dict(line.split(maxsplit=1) for line in (root / "synset_human.txt").read_text().splitlines() if " " in line)
     names = [words.get(synsets.get(c, c), synsets.get(c, c)) for c in classes]
-    files = Files(paths)
+    files = Files([str(p) for p in paths])
     return Source(files.load, files.name, labels, names)
 
 
@@ -331,7 +338,7 @@ def ffhq(root: Path, train: bool) -> Source:
         raise DataError(f"there is {lists[other]} but no {name} beside it; add it, or remove both to split at 60,000")
     else:
         paths = paths[:60_000] if train else paths[60_000:]
-    files = Files(paths)
+    files = Files([str(p) for p in paths])
     return Source(files.load, files.name, [0] * len(paths), ["face"])
 
 
@@ -342,7 +349,7 @@ def celeba(root: Path, train: bool) -> Source:
             raise DataError(f"there is no {path}; data.root must be {LAYOUTS['celeba']}")
     rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
     names = [name for name, split in rows if split == ("0" if train else "1")]
-    files = Files([images / name for name in names], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
+    files = Files([str(images / name) for name in names], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
     return Source(files.load, files.name, [0] * len(names), ["face"])
 
 
@@ -378,7 +385,7 @@ def folder(root: Path, train: bool, val_fraction: float) -> Source:
         limit = max(val_fraction, min(place) + 2**-32)  # at least one image for validation
         keep = [i for i, x in enumerate(place) if (x >= limit) == train]
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-    files = Files(paths)
+    files = Files([str(p) for p in paths])
     return Source(files.load, files.name, labels, classes)
 
 

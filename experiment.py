@@ -137,7 +137,9 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> di
         *parents, last = key.split(".")
         section = given
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise UserError(f"{key} cannot be set: {parent} is not a section")
         try:
@@ -148,7 +150,7 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> di
     for name, target in sections.items():
         if isinstance(target, dict):
             choice = given.get(name, {}).get("name") if isinstance(given.get(name, {}), dict) else None
-            if choice not in target:
+            if choice not in list(target):
                 raise UserError(f"{name}.name must be one of {', '.join(target)}; it is {choice!r}")
             target = target[choice]
         targets[name] = target
@@ -179,6 +181,8 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
         return target(**arguments, **more)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
+    except (ArithmeticError, IndexError, RuntimeError) as error:  # values that nobody thought of
+        raise UserError(f"{target.__name__} cannot be made with these settings ({error})") from error
 
 
 def _read_yaml(path: str | Path) -> dict:
@@ -249,6 +253,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if len(kinds) == 1:
             return _checked(value, kinds[0], where)
     if origin is Literal:
+        if value is False and "no" in args:  # which YAML reads as false
+            return "no"
         if value in args and not isinstance(value, bool):
             return value
         raise UserError(f"{where} must be one of {', '.join(map(str, args))}; it is {value!r}")
@@ -310,21 +316,30 @@ class Run:
             raise UserError("give one of train.learning_rate and train.base_lr")
         if (train["max_train_steps"] is None) == (train["num_train_epochs"] is None):
             raise UserError("give one of train.max_train_steps and train.num_train_epochs")
-        for key in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps", "checkpointing_steps"):
-            if train[key] < 1:
-                raise UserError(f"train.{key} must be at least 1; it is {train[key]}")
+        for key in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps", "checkpointing_steps",
+                    "max_train_steps", "num_train_epochs", "num_validation_images", "checkpoints_total_limit"):
+            if train[key] is not None and train[key] <= 0:
+                raise UserError(f"train.{key} must be more than 0; it is {train[key]}")
+        for key, (low, high) in {"seed": (0, 2**32 - 1), "dataloader_num_workers": (0, 1024), "adam_beta1": (0, 1 - 1e-9),
+                                 "adam_beta2": (0, 1 - 1e-9), "ema_decay": (0, 1), "adam_weight_decay": (0, math.inf),
+                                 "lr_warmup_steps": (0, math.inf), "lr_warmup_epochs": (0, math.inf), "max_minutes": (0, math.inf),
+                                 "max_grad_norm": (1e-12, math.inf), "learning_rate": (0, math.inf), "base_lr": (0, math.inf),
+                                 "adam_epsilon": (0, math.inf)}.items():
+            if train[key] is not None and not low <= train[key] <= high:
+                raise UserError(f"train.{key} must be between {low:g} and {high:g}; it is {train[key]}")
         self.config, self.wanted = config, resume
-        self.folder = Path(train["output_dir"])
+        self.folder = Path(train["output_dir"]).expanduser()
         self._check_folder()
         try:
             self.accelerator = Accelerator(
                 gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
                 log_with=train["log_with"],
-                project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder)),
+                project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "tensorboard")),
                 # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
         except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
             raise UserError(str(error)) from error
+        train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
         self.is_main = self.accelerator.is_main_process
         self.modules: dict[str, nn.Module] = {}
@@ -336,16 +351,18 @@ class Run:
         self.counts: dict[str, int] = defaultdict(int)
 
     def _check_folder(self) -> None:
-        if not self._checkpoints():
-            return
-        if self.wanted is None:
+        """Refuses to start where there are checkpoints, and to continue those of other networks."""
+        if self.wanted is None and self._checkpoints():
             raise UserError(f"{self.folder} already holds checkpoints; continue it with --resume auto, or choose another "
                             "train.output_dir")
-        before, now = _flat(_read_yaml(self.folder / "config.yaml").get("model", {})), _flat(self.config["model"])
+        source = self.folder if self.wanted == "auto" else Path(self.wanted or "").parent.parent
+        if self.wanted is None or not (source / "config.yaml").is_file():
+            return
+        before, now = (_networks(c) for c in (_read_yaml(source / "config.yaml"), self.config))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
-                raise UserError(f"{self.folder} holds a model with model.{key}={before.get(key)}, but the config asks for "
-                                f"{now.get(key)}; use its own config ({self.folder}/config.yaml) or another train.output_dir")
+                raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
+                                f"use its own config ({source}/config.yaml) or another train.output_dir")
 
     # Checkpoints
 
@@ -380,7 +397,7 @@ class Run:
         if self.is_main:
             files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(temporary.iterdir())}
             (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, from which the run did not continue
+            shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             limit = self.train["checkpoints_total_limit"]
             for old in self._checkpoints()[limit:] if limit else []:
@@ -393,32 +410,42 @@ class Run:
 
     def resume(self) -> int:
         """Loads what `resume` asks for; the number of steps done, 0 for a new run. Then opens the log."""
-        step, path = 0, [None]
+        step, found = 0, [None, None]  # the checkpoint, and what is wrong
         if self.is_main and self.wanted == "auto":
-            path = [_newest_whole(self._checkpoints(), self.accelerator.print)]
-            if path[0] is None and self._checkpoints():
-                raise UserError(f"no checkpoint in {self.folder}/checkpoints is whole; start again in another train.output_dir")
+            found[0] = _newest_whole(self._checkpoints(), self.accelerator.print)
+            if found[0] is None and self._checkpoints():
+                found[1] = f"no checkpoint in {self.folder}/checkpoints is whole; start again in another train.output_dir"
         elif self.is_main and self.wanted:
-            path = [Path(self.wanted)]
-            if damage := _damage(path[0]):
-                raise UserError(f"the checkpoint {self.wanted} cannot be used: {damage}")
-        broadcast_object_list(path)
-        if path[0] is not None:
-            self.accelerator.load_state(str(path[0]))
-            step = json.loads((path[0] / "checkpoint.json").read_text())["step"]
+            found[0] = Path(self.wanted)
+            if damage := _damage(found[0]):
+                found[1] = f"the checkpoint {self.wanted} cannot be used: {damage}"
+        path, wrong = broadcast_object_list(found)
+        if wrong:
+            raise UserError(wrong)
+        if path is not None:
+            self.accelerator.load_state(str(path))
+            self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
+            step = json.loads((path / "checkpoint.json").read_text())["step"]
             self.accelerator.print(f"continuing {self.folder} from step {step}")
         if self.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
+            for later in self._checkpoints():  # damaged, or of a future that this run does not continue
+                if later.name > f"step_{step:08d}":
+                    abandoned = later.with_name(f"abandoned_{later.name}")
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                    os.replace(later, abandoned)
+                    self.accelerator.print(f"{later} is now {abandoned.name}; remove it when you like")
             _write(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             log = self.folder / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.is_file() and step else []
             _write(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
             if step and (self.folder / "checkpoints/best.safetensors").is_file():
                 with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
-                    self.best = float(best.metadata()["score"])
+                    if int(best.metadata()["step"]) <= step:
+                        self.best = float(best.metadata()["score"])
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in _flat(self.config).items()}
-        self.accelerator.init_trackers("tensorboard", flat, {"tensorboard": {"purge_step": step + 1}})
+        self.accelerator.init_trackers("minVQ", flat, {"tensorboard": {"purge_step": step + 1}})
         return step
 
     def save_best(self, step: int, score: float, module: nn.Module) -> None:
@@ -428,6 +455,26 @@ class Run:
             path = self.folder / "checkpoints/best.safetensors"
             save_file(_state(module), f"{path}.tmp", metadata={"step": str(step), "score": repr(score)})
             os.replace(f"{path}.tmp", path)
+
+    # Training
+
+    def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clips the gradients of this optimizer's module; their norm from before. (accelerate's own clipping would undo the
+        fp16 loss scale of every optimizer's gradients, those that still accumulate among them.)"""
+        self.accelerator.unscale_gradients(optimizer)
+        return nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
+
+    def local_main_first(self, make: Callable[[], Any]) -> Any:
+        """make(), on one process per machine before the others: for what downloads something."""
+        made = failure = None
+        with self.accelerator.local_main_process_first():
+            try:
+                made = make()
+            except UserError as error:  # must not keep the others waiting
+                failure = error
+        if failure:
+            raise failure
+        return made
 
     # Metrics and pictures
 
@@ -450,21 +497,23 @@ class Run:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars to the tracker and to metrics.jsonl."""
+        values = {k: v for k, v in values.items() if math.isfinite(v)}  # gradient norms are not, where fp16 overflowed
         self.accelerator.log(values, step=step)
         if self.is_main:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
-        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top."""
+        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top.
+        Small images are enlarged by a whole factor, to about 128 pixels."""
         path = self.folder / "samples" / f"{name}_{step:08d}.png"
         if self.is_main:
-            size = columns[0][0].shape[-2:]
+            size = [s * max(1, 128 // s) for s in columns[0][0].shape[-2:]]
             cells = [nn.functional.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1)
                      for row in zip(*columns) for cell in row]
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
             save_image(grid, path)
-            for tracker in self.accelerator.trackers:
+            for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
                 nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
         return path
@@ -545,11 +594,12 @@ def _start_cpu_processes() -> None:
     if not launched_for_cpu or "RANK" in os.environ or get_cpu_distributed_information().world_size > 1:
         return
     launcher = argparse.ArgumentParser(add_help=False)
-    launcher.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    launcher.add_argument("--num_processes", "--num-processes", type=int)
     number = launcher.parse_known_args(psutil.Process().parent().cmdline())[0].num_processes
-    if number > 1:
-        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *sys.argv])
+    if number is None:
+        sys.exit("error: accelerate was asked for several processes on the CPU but started one; say --num_processes on the command line")
+    del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *sys.argv])
 
 
 def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:
@@ -601,6 +651,13 @@ def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _networks(config: dict) -> dict[str, Any]:
+    """The settings that decide which weights a run has."""
+    flat = _flat(config)
+    gan = flat.get("loss.disc_weight", 0) > 0
+    return {k: v for k, v in flat.items() if k.startswith("model.") or (gan and k.startswith("discriminator.")) or k == "train.use_ema"}
 
 
 def _gather(value: Any) -> list[Any]:

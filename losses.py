@@ -12,6 +12,7 @@ Needs torch and, for a perceptual loss only, lpips.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal
 
@@ -79,7 +80,7 @@ class Stage1Loss(nn.Module):
             parts["gan"] = generator_loss(discriminator(recon), self.gan)
             to_recon = torch.autograd.grad(reconstruction * scale, recon)[0] / scale         # (B, 3, H, W)
             to_gan = torch.autograd.grad(parts["gan"] * scale, recon)[0] / scale             # (B, 3, H, W)
-            weight = recon.new_tensor(self.disc_weight)
+            weight = recon.new_full((), self.disc_weight)
             if self.adaptive_weight:
                 weight = weight * adaptive_weight(*(
                     torch.autograd.grad(recon, last_layer, g * scale, retain_graph=True)[0].float() / scale
@@ -131,6 +132,7 @@ class LeCam(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         means = _mean_over_processes(torch.stack([real.mean(), fake.mean()]).detach())
+        means = torch.where(means.isfinite().all(), means, self.ema)  # a batch that overflowed (fp16) does not count
         self.ema.lerp_(means, 1 - self.decay)
         ema = self.ema.clone()
         return F.relu(real - ema[1]).square().mean() + F.relu(ema[0] - fake).square().mean()
@@ -152,11 +154,13 @@ class PatchGAN(nn.Sequential):
     """
 
     def __init__(self, ch: int = 64, num_layers: int = 3, norm: Literal["batch", "group"] = "batch"):
+        if ch < 1 or num_layers < 1:
+            raise ValueError(f"a discriminator needs at least 1 channel and 1 layer; it is given {ch} and {num_layers}")
         channels = [ch * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):
             layers += [nn.Conv2d(c_in, c_out, 4, 2 if i < num_layers - 1 else 1, 1, bias=False),
-                       nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(min(32, c_out), c_out),
+                       nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(math.gcd(32, c_out), c_out),
                        nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
         for m in self:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from dataset import eval_loader, make_dataset, train_loader
-from experiment import (MODELS, Run, TrainSettings, build, compile_parts, learning_rate_at, load_config, peak_memory, run_main,
-                        training_arguments, update_ema)
+from experiment import (MODELS, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
+                        run_main, training_arguments, update_ema)
 from losses import PatchGAN, Stage1Loss
 
 SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": TrainSettings}
@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Models
     model = build(MODELS[model_settings.pop("name")], model_settings)
-    with accelerator.local_main_process_first():  # one process downloads LPIPS
-        criterion = build(Stage1Loss, config["loss"]).to(device)
+    criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
+    check_image_size(config["data"]["image_size"], model, discriminator)
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model, criterion = model.to(device, memory_format=memory_format), criterion.to(memory_format=memory_format)
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                     loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, scale)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"] or float("inf"))
+                    parts["grad_norm"] = run.clip(model, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
                     d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
                     accelerator.backward(d_loss)
                     if accelerator.sync_gradients:
-                        d_parts["d_grad_norm"] = accelerator.clip_grad_norm_(
-                            discriminator.parameters(), train["max_grad_norm"] or float("inf"))
+                        d_parts["d_grad_norm"] = run.clip(discriminator, d_optimizer)
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts
@@ -128,6 +127,17 @@ def main(argv: list[str] | None = None) -> None:
         psnr, grid = report(run, ema or raw_model, val_set, step)
         accelerator.print(f"PSNR {psnr:.2f} dB on validation images. Originals above reconstructions: {grid}")
     run.close()
+
+
+def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
+    """Says now what would otherwise end the run at its first step, or at the discriminator's."""
+    if size % model.factor:
+        raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
+    if discriminator is not None:
+        try:
+            copy.deepcopy(discriminator)(torch.zeros(2, 3, size, size))
+        except (RuntimeError, ValueError):
+            raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; choose fewer") from None
 
 
 @torch.no_grad()

@@ -163,6 +163,9 @@ class VectorQuantizer(nn.Module):
                  l2_norm: bool = False, ema_decay: float | None = None, ema_eps: float = 1e-5, restart: bool = True,
                  entropy_weight: float = 0.0, entropy_temperature: float = 0.01, queue_size: int = 65536):
         super().__init__()
+        if min(codebook_size, dim, queue_size) < 1 or (ema_decay is not None and not 0 <= ema_decay < 1):
+            raise ValueError("codebook_size, dim and queue_size must be at least 1, and ema_decay in [0, 1); "
+                             f"they are {codebook_size}, {dim}, {queue_size} and {ema_decay}")
         self.codebook_size, self.dim, self.beta, self.legacy, self.l2_norm = codebook_size, dim, beta, legacy, l2_norm
         self.ema_decay, self.ema_eps, self.restart = ema_decay, ema_eps, restart
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
@@ -365,6 +368,8 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
         super().__init__()
+        if num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks must be at least 1; it is {num_res_blocks}")
         self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks))
         self.attns = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(num_res_blocks))
 
@@ -429,7 +434,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """(B, C, h, w) to the same. key_weight (B, h * w) multiplies the softmax weights of each key."""
         B, C, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3).unbind(1)      # each (B, hw, C)
+        qkv = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3)                # (B, 3, hw, C)
+        q, k, v = qkv.contiguous().unbind(1)  # fused attention kernels want the channels last
         if key_weight is not None:
             v = v * key_weight.unsqueeze(-1).to(v)  # sum_j p_ij m_j v_j: weighting a key's probability = weighting its value
         a = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))   # (B, 1, hw, C)
@@ -454,8 +460,10 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _channels(ch: int, ch_mult: list[int]) -> list[int]:
-    if ch % 32:
+    if ch < 1 or ch % 32:
         raise ValueError(f"ch must be a multiple of 32, because GroupNorm has 32 groups; it is {ch}")
+    if not ch_mult or min(ch_mult) < 1:
+        raise ValueError(f"ch_mult must have a number of at least 1 for each level; it is {list(ch_mult)}")
     return [ch * m for m in ch_mult]
 
 

@@ -5,8 +5,8 @@
 
 Without --data the steps run on random images that lie on the device, so that nothing but the step is measured; with it the
 loader is measured alone and then feeds the steps. Every step has generator and discriminator, whatever the config's
-`disc_start`. MFU counts the multiplications and additions of forward and backward passes (torch's FlopCounterMode) against
---peak_tflops.
+`disc_start`; in bf16 on a GPU unless the config names a precision. MFU counts the multiplications and additions of forward
+and backward passes (torch's FlopCounterMode) against --peak_tflops.
 """
 
 import sys
@@ -35,7 +35,8 @@ def main() -> None:
     train, settings = config["train"], dict(config["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, size = train["train_batch_size"], config["data"]["image_size"]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train["mixed_precision"])
+    precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     if args.data:
         dataset = build(make_dataset, config["data"], split="train")
@@ -70,7 +71,7 @@ def main() -> None:
             optimizer.zero_grad()
 
     seconds = timed(step, args.warmup, args.steps)
-    line = f"{batch / seconds:.1f} images/s, {1e3 * seconds:.1f} ms/step of {batch}, peak memory {peak_memory():.2f} GiB"
+    line = f"{precision}: {batch / seconds:.1f} images/s, {1e3 * seconds:.1f} ms/step of {batch}, peak memory {peak_memory():.2f} GiB"
     if not train["compile"]:
         with FlopCounterMode(display=False) as counter:
             step()

@@ -22,9 +22,15 @@ def test_config_is_complete_and_typed(tiny):
     assert config["model"]["image_size"] == 8  # follows the data
     assert load(tiny, "model.image_size=32")["model"]["image_size"] == 32
     assert yaml.safe_load(yaml.safe_dump(config)) == config
+    assert load(tiny, "train.mixed_precision=no")["train"]["mixed_precision"] == "no"  # which YAML reads as false
     settings = dict(config["model"])
     settings.pop("name")
     assert isinstance(build(VQGAN, settings), VQGAN)
+
+
+def test_an_override_may_fill_an_empty_section(tiny):
+    tiny.write_text(tiny.read_text().replace("  ch: 8\n  num_layers: 1\n  norm: group\n", ""))
+    assert load(tiny, "discriminator.ch=32")["discriminator"]["ch"] == 32
 
 
 def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
@@ -39,6 +45,7 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("train.max_step=4", "nearest valid one is train.max_train_steps"),
     ("losses.gan=hinge", "unknown section 'losses'"),
     ("model.name=vqgn", "model.name must be one of vqgan, vqvae; it is 'vqgn'"),
+    ("model.name=[vqgan]", "model.name must be one of"),
     ("train.train_batch_size=four", "train.train_batch_size must be int; it is 'four'"),
     ("train.train_batch_size=4.5", "train.train_batch_size must be int; it is 4.5"),
     ("train.train_batch_size=true", "train.train_batch_size must be int; it is True"),

@@ -25,8 +25,8 @@ def test_a_run_leaves_what_it_should(train, tmp_path):
     run = tmp_path / "run"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.safetensors", "step_00000009"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == [f"reconstructions_0000000{i}.png" for i in (3, 6, 9)]
-    assert Image.open(run / "samples/reconstructions_00000009.png").size == (4 * 18 + 2, 2 * 18 + 2)
-    assert list((run / "tensorboard").glob("events*"))
+    assert Image.open(run / "samples/reconstructions_00000009.png").size == (4 * 130 + 2, 2 * 130 + 2)
+    assert list((run / "tensorboard").rglob("events*"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     logged = set().union(*lines)
     assert {"loss", "l1", "codebook", "commitment", "gan", "gan_weight", "d_loss", "lr", "grad_norm", "d_grad_norm", "usage",
@@ -143,14 +143,16 @@ def test_killed_run_continues_bit_identically(train, tiny, tmp_path):
     same_run(tmp_path / "whole", killed, 60)
 
 
-def test_signal_saves_and_ends_cleanly(tiny, tmp_path):
-    words = [sys.executable, "train_stage1.py", "--config", str(tiny), "train.max_train_steps=100000", "train.validation_steps=100000"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def test_signal_to_all_processes_saves_and_ends_cleanly(tiny, tmp_path):
+    """To the loader's workers too, as schedulers do."""
+    words = [sys.executable, "train_stage1.py", "--config", str(tiny), "train.max_train_steps=100000", "train.validation_steps=100000",
+             "train.dataloader_num_workers=2"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     log = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "stopped by SIGTERM" in output and "--resume auto" in output
     last = json.loads(log.read_text().splitlines()[-1])["step"]
@@ -186,11 +188,30 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_resuming_another_model_is_refused(train, tmp_path):
+def test_going_back_keeps_the_checkpoint_gone_back_to_and_what_follows(train, tmp_path):
+    train("train.checkpointing_steps=1", "train.checkpoints_total_limit=4")
+    checkpoints, want = tmp_path / "run/checkpoints", weights(tmp_path / "run", 6)
+    train("train.max_train_steps=4", "train.checkpointing_steps=1", "train.checkpoints_total_limit=2",
+          resume=f"{checkpoints}/step_00000003")
+    names = sorted(p.name for p in checkpoints.iterdir() if p.is_dir())
+    assert names == [*(f"abandoned_step_0000000{i}" for i in (4, 5, 6)), "step_00000003", "step_00000004"]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    train(resume="auto")
+    assert all(torch.equal(v, want[k]) for k, v in weights(tmp_path / "run", 6).items())
+
+
+@pytest.mark.parametrize("change, told", [
+    ("model.quantizer.dim=4", "model.quantizer.dim=8, but the config asks for 4"),
+    ("discriminator.ch=16", "discriminator.ch=8, but the config asks for 16"),
+    ("train.use_ema=true", "train.use_ema=False, but the config asks for True"),
+])
+def test_resuming_another_model_is_refused(train, tmp_path, change, told):
     train()
     with pytest.raises(UserError) as error:
-        train("model.quantizer.dim=4", resume="auto")
-    assert "holds a model with model.quantizer.dim=8, but the config asks for 4" in str(error.value)
+        train(change, resume="auto")
+    assert f"holds a run with {told}" in str(error.value)
+    with pytest.raises(UserError, match="holds a run with"):
+        train(change, f"train.output_dir={tmp_path}/other", resume=f"{tmp_path}/run/checkpoints/step_00000006")
     with pytest.raises(UserError, match="checkpoint.json is missing"):
         train(f"train.output_dir={tmp_path}/other", resume=str(tmp_path / "nothing"))
 
@@ -248,14 +269,19 @@ say("model.ch=40")
 say("train.log_with=nothing")
 say("train.max_train_steps=null")
 say("train.train_batch_size=0")
+say("data.image_size=17")
+say("discriminator.num_layers=5")
+say("train.adam_beta2=1")
 """
     # No network: the proxy does not exist.
     env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9",
            "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     output = command(sys.executable, "-c", code, env=env).splitlines()
     lines = [line for line in output if line.startswith("error: ") or "Traceback" in line]
-    for line, words in zip(lines, ["unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",
-                                   "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "at least 1"], strict=True):
+    for line, words in zip(lines, [
+            "unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",
+            "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "more than 0", "divisible by 2",
+            "too small for discriminator.num_layers", "train.adam_beta2 must be between"], strict=True):
         assert line.startswith("error: ") and words in line, line
 
 
