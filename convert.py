@@ -3,35 +3,38 @@
     from_reference(kind, state_dict, config)     a model in eval mode
 
 Kinds: vqgan_taming (CompVis/taming-transformers), vqgan_llamagen (FoundationVision/LlamaGen), vqvae_simplecnn
-(visual-tokenizer-pytorch). Every key of the release is renamed by a rule below, or dropped by one that says why; any
+(visual-tokenizer-pytorch), mqvae and dqvae (the papers' official releases). Every key of the release is renamed by a rule below, or dropped by one that says why; any
 other is an error that names it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dqvae import DQVAE
+from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE, VectorQuantizer
 
-Rule = tuple[str, str | Callable[[re.Match], str]]  # the whole name in the release, and ours
+Rule = tuple  # (the whole name in the release, ours) and perhaps (..., what becomes of the tensor)
 
-BLOCK: list[Rule] = [(r"(.*)\.nin_shortcut\.(.*)", r"\1.skip.\2"), (r"(.*)\.proj_out\.(.*)", r"\1.out.\2")]
-
-# Training leaves these in a checkpoint; nothing needs them to reconstruct.
+# Training leaves these in a checkpoint, or they do nothing; reconstruction needs none of them.
 DROP = [
     r"loss\..*",  # discriminator and LPIPS
     r".*\.num_batches_tracked",  # BatchNorm's counter
+    r".*\.temb_proj\..*",  # time embedding of MQ-VAE's de-mask blocks, which is never given a time
+    r"quantize\.codebook\.(cluster_size_ema|embed_ema)",  # moving averages, which start anew
+    r"quantize\.codebook_used",  # LlamaGen's record of the codes in use
 ]
 
 
 def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
     """The model of a release, in eval mode. ValueError names every key that is unknown, missing or of another shape."""
-    kinds = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn}
+    kinds = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn,
+             "mqvae": _mqvae, "dqvae": _dqvae}
     if kind not in kinds:
         raise ValueError(f"kind must be one of {', '.join(kinds)}; it is {kind!r}")
     model, rules = kinds[kind](config)
@@ -43,112 +46,174 @@ def _vqgan_taming(config: dict) -> tuple[nn.Module, list[Rule]]:
     net = config["ddconfig"]
     model = VQGAN(net["resolution"], net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"],
                   net["z_channels"], VectorQuantizer(config["n_embed"], config["embed_dim"], legacy=True))
-    last = len(net["ch_mult"]) - 1  # the release counts the decoder's levels from the finest, we from the coarsest
-
-    def up(rest: str) -> Callable[[re.Match], str]:
-        return lambda m: m.expand(rf"decoder.up.levels.{last - int(m[1])}.{rest}")
-
-    return model, [
-        *_COMMON,
-        (r"encoder\.down\.(\d+)\.block\.(.*)", r"encoder.down.levels.\1.blocks.\2"),
-        (r"encoder\.down\.(\d+)\.attn\.(.*)", r"encoder.down.levels.\1.attns.\2"),
-        (r"encoder\.down\.(\d+)\.downsample\.conv\.(.*)", r"encoder.down.downs.\1.1.\2"),
-        (r"encoder\.mid\.block_(\d)\.(.*)", r"encoder.neck.mid.block\1.\2"),
-        (r"encoder\.mid\.attn_1\.(.*)", r"encoder.neck.mid.attn.\1"),
-        (r"decoder\.mid\.block_(\d)\.(.*)", r"decoder.mid.block\1.\2"),
-        (r"decoder\.mid\.attn_1\.(.*)", r"decoder.mid.attn.\1"),
-        (r"decoder\.up\.(\d+)\.block\.(.*)", up(r"blocks.\2")),
-        (r"decoder\.up\.(\d+)\.attn\.(.*)", up(r"attns.\2")),
-        (r"decoder\.up\.(\d+)\.upsample\.conv\.(.*)", lambda m: f"decoder.up.ups.{last - int(m[1])}.1.{m[2]}"),
-        *BLOCK,
-    ]
+    return model, [*_down("encoder.down"), *_neck("", "encoder.neck"), *_decoder("decoder", len(net["ch_mult"])),
+                   *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook")]
 
 
 def _vqgan_llamagen(config: dict) -> tuple[nn.Module, list[Rule]]:
-    levels = len(config["ch_mult"])
-    model = VQGAN(256, config["ch"], config["ch_mult"], config["num_res_blocks"], [256 // 2 ** (levels - 1)], config["z_channels"],
+    last = 256 // 2 ** (len(config["ch_mult"]) - 1)
+    model = VQGAN(256, config["ch"], config["ch_mult"], config["num_res_blocks"], [last], config["z_channels"],
                   VectorQuantizer(config["codebook_size"], config["codebook_embed_dim"], beta=config["beta"], l2_norm=config["l2_norm"]))
     mid = {"0": "block1", "1": "attn", "2": "block2"}
     return model, [
-        *_COMMON,
+        (r"encoder\.conv_in\.(.*)", r"encoder.down.conv_in.\1"),
         (r"encoder\.conv_blocks\.(\d+)\.res\.(.*)", r"encoder.down.levels.\1.blocks.\2"),
         (r"encoder\.conv_blocks\.(\d+)\.attn\.(.*)", r"encoder.down.levels.\1.attns.\2"),
         (r"encoder\.conv_blocks\.(\d+)\.downsample\.conv\.(.*)", r"encoder.down.downs.\1.1.\2"),
         (r"encoder\.mid\.([012])\.(.*)", lambda m: f"encoder.neck.mid.{mid[m[1]]}.{m[2]}"),
+        (r"encoder\.(norm_out|conv_out)\.(.*)", r"encoder.neck.\1.\2"),
+        (r"decoder\.conv_in\.(.*)", r"decoder.conv_in.\1"),
         (r"decoder\.mid\.([012])\.(.*)", lambda m: f"decoder.mid.{mid[m[1]]}.{m[2]}"),
         (r"decoder\.conv_blocks\.(\d+)\.res\.(.*)", r"decoder.up.levels.\1.blocks.\2"),
         (r"decoder\.conv_blocks\.(\d+)\.attn\.(.*)", r"decoder.up.levels.\1.attns.\2"),
         (r"decoder\.conv_blocks\.(\d+)\.upsample\.conv\.(.*)", r"decoder.up.ups.\1.1.\2"),
-        *BLOCK,
+        (r"decoder\.norm_out\.(.*)", r"decoder.up.norm_out.\1"),
+        (r"decoder\.conv_out\.(.*)", r"to_image.\1"),
+        *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook"),
     ]
-
-
-_COMMON: list[Rule] = [
-    (r"quantize\.embedding\.weight", "quantizer.codebook"),
-    (r"quant_conv\.(.*)", r"pre_quant.\1"),
-    (r"post_quant_conv\.(.*)", r"post_quant.\1"),
-    (r"encoder\.conv_in\.(.*)", r"encoder.down.conv_in.\1"),
-    (r"encoder\.(norm_out|conv_out)\.(.*)", r"encoder.neck.\1.\2"),
-    (r"decoder\.norm_out\.(.*)", r"decoder.up.norm_out.\1"),
-    (r"decoder\.conv_out\.(.*)", r"to_image.\1"),
-]
 
 
 def _vqvae_simplecnn(config: dict) -> tuple[nn.Module, list[Rule]]:
     model = VQVAE(config["hidden_dim"], config["n_resblocks"],
                   VectorQuantizer(config["codebook_num"], config["codebook_dim"], l2_norm=config["l2_norm"]))
-    blocks = config["n_resblocks"]
-
-    def residual(half: str, first: int) -> Callable[[re.Match], str]:
-        return lambda m: f"{half}.{first + int(m[1])}.{ {'1': 'conv1', '3': 'conv2'}[m[2]]}.{m[3]}"
-
+    blocks, conv = config["n_resblocks"], {"1": "conv1", "3": "conv2"}
     return model, [
         (r"quantizer\.codebook\.weight", "quantizer.codebook"),
         (r"enc2code\.(.*)", r"pre_quant.\1"),
         (r"code2dec\.(.*)", r"post_quant.\1"),
-        (r"encoder\.downblocks\.(.*)", r"encoder.\1"),
-        (r"encoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", residual("encoder", 5)),
-        (r"decoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", residual("decoder", 0)),
+        (r"encoder\.downblocks\.(\d+)\.(.*)", r"encoder.\1.\2"),
+        (r"encoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", lambda m: f"encoder.{5 + int(m[1])}.{conv[m[2]]}.{m[3]}"),
+        (r"decoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", lambda m: f"decoder.{m[1]}.{conv[m[2]]}.{m[3]}"),
+        (r"decoder\.upblocks\.([13])\.(.*)", lambda m: f"decoder.{blocks + int(m[1])}.{m[2]}"),
         (r"decoder\.upblocks\.5\.(.*)", r"to_image.\1"),
-        (r"decoder\.upblocks\.(\d+)\.(.*)", lambda m: f"decoder.{blocks + int(m[1])}.{m[2]}"),
     ]
 
 
-def _rename(name: str, rules: list[Rule]) -> str | None:
-    """Each rule that fits is applied, in order; None if none does and the name is not ours already."""
-    for pattern, ours in rules:
-        name = re.sub(rf"^{pattern}$", ours, name)
-    return name
+def _mqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
+    net, quantizer = config["encoder"], config["quantizer"]
+    model = MQVAE(net["resolution"], net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"], net["z_channels"],
+                  config["masker"]["topk_ratio"], config["demasker"]["n_layer"],
+                  VectorQuantizer(quantizer["codebook_size"], quantizer["codebook_dim"], quantizer["commitment_beta"],
+                                  ema_decay=quantizer["decay"], restart=quantizer["restart_unused_codes"]))
+    return model, [
+        *_down("encoder.down"), *_neck("", "encoder.neck"), *_up("decoder", len(net["ch_mult"])),
+        (r"masker\.score_pred_net\.1\.(.*)", r"score_net.conv1.\1"),
+        (r"masker\.score_pred_net\.3\.(.*)", r"score_net.conv2.\1"),
+        (r"masker\.score_pred_net\.4\.(.*)", r"score_net.norm.\1"),
+        (r"masker\.pre_projection\.weight", "pre_quant.weight"),
+        (r"demasker\.mask_token", "demask.token", lambda x: x.flatten()),
+        (r"demasker\.post_projection\.(.*)", r"demask.post_quant.\1"),
+        (r"demasker\.conv_in\.(.*)", r"demask.conv_in.\1"),
+        (r"demasker\.transformer\.blocks\.(\d+)\.resblock\.(.*)", r"demask.blocks.\1.\2"),
+        (r"demasker\.transformer\.blocks\.(\d+)\.attn\.(.*)", r"demask.attns.\1.\2"),
+        (r"demasker\.transformer\.last_resblock\.(.*)", r"demask.last_block.\1"),
+        _PADDED_CODEBOOK,
+    ]
+
+
+def _dqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
+    net, decoder, budget, router = config["encoder"], config["decoder"], config["budget"], config["router"]
+    names = ["coarse", "median", "fine"] if config["kind"].startswith("triple") else ["coarse", "fine"]
+    entropy = config["kind"].endswith("entropy")
+    levels = len(net["ch_mult"])
+    ratios = [budget["target_median_ratio"], budget["target_fine_ratio"]] if len(names) == 3 else [budget["target_ratio"]]
+    model = DQVAE(
+        net["resolution"], [2 ** (levels - 1 - g) for g in range(len(names))], ratios, "entropy" if entropy else "feature",
+        budget["gamma"], False, net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"], net["z_channels"],
+        decoder["ch_mult"], decoder["attn_resolutions"],
+        VectorQuantizer(config["codebook_size"], config["codebook_dim"], config["beta"], ema_decay=0.99))
+    if entropy:
+        model.set_thresholds([router["threshold"]], router["patch_size"])
+    rules = [*_down("down"), *_decoder("decoder", len(decoder["ch_mult"])), *_QUANT_CONVS, _PADDED_CODEBOOK,
+             (r"encoder\.router\.gate\.0\.(.*)", r"router.fc1.\1"),
+             (r"encoder\.router\.gate\.2\.(.*)", r"router.fc2.\1"),
+             (r"decoder\.position_bias_fourier\.lff\.ffm\.conv\.(.*)", r"position.fourier.\1"),
+             (r"decoder\.position_bias_learned\.row_embed\.weight", "position.rows"),
+             (r"decoder\.position_bias_learned\.col_embed\.weight", "position.columns")]
+    for g, name in enumerate(names):
+        rules += [*_neck(f"_{name}", f"necks.{g}"), (rf"encoder\.router\.feature_norm_{name}\.(.*)", rf"router.norms.{g}.\1")]
+    return model, rules
+
+
+# The encoder and the decoder of Taming Transformers, which the MQ-VAE and DQ-VAE releases build on.
+
+
+def _down(ours: str) -> list[Rule]:
+    return [(r"encoder\.conv_in\.(.*)", rf"{ours}.conv_in.\1"),
+            (r"encoder\.down\.(\d+)\.block\.(.*)", rf"{ours}.levels.\1.blocks.\2"),
+            (r"encoder\.down\.(\d+)\.attn\.(.*)", rf"{ours}.levels.\1.attns.\2"),
+            (r"encoder\.down\.(\d+)\.downsample\.conv\.(.*)", rf"{ours}.downs.\1.1.\2")]
+
+
+def _neck(suffix: str, ours: str) -> list[Rule]:
+    return [(rf"encoder\.mid{suffix}\.block_(\d)\.(.*)", rf"{ours}.mid.block\1.\2"),
+            (rf"encoder\.mid{suffix}\.attn_1\.(.*)", rf"{ours}.mid.attn.\1"),
+            (rf"encoder\.(norm_out|conv_out){suffix}\.(.*)", rf"{ours}.\1.\2")]
+
+
+def _decoder(ours: str, levels: int) -> list[Rule]:
+    return [(r"decoder\.conv_in\.(.*)", rf"{ours}.conv_in.\1"),
+            (r"decoder\.mid\.block_(\d)\.(.*)", rf"{ours}.mid.block\1.\2"),
+            (r"decoder\.mid\.attn_1\.(.*)", rf"{ours}.mid.attn.\1"),
+            *_up(f"{ours}.up", levels)]
+
+
+def _up(ours: str, levels: int) -> list[Rule]:
+    """The releases count the decoder's levels from the finest, we from the coarsest."""
+    return [(r"decoder\.up\.(\d+)\.block\.(.*)", lambda m: f"{ours}.levels.{levels - 1 - int(m[1])}.blocks.{m[2]}"),
+            (r"decoder\.up\.(\d+)\.attn\.(.*)", lambda m: f"{ours}.levels.{levels - 1 - int(m[1])}.attns.{m[2]}"),
+            (r"decoder\.up\.(\d+)\.upsample\.conv\.(.*)", lambda m: f"{ours}.ups.{levels - 1 - int(m[1])}.1.{m[2]}"),
+            (r"decoder\.norm_out\.(.*)", rf"{ours}.norm_out.\1"),
+            (r"decoder\.conv_out\.(.*)", r"to_image.\1")]
+
+
+_QUANT_CONVS: list[Rule] = [(r"quant_conv\.(.*)", r"pre_quant.\1"), (r"post_quant_conv\.(.*)", r"post_quant.\1")]
+_PADDED_CODEBOOK: Rule = (r"quantize\.codebook\.weight", "quantizer.codebook", lambda x: x[:-1])  # the last row is never used
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]) -> None:
-    state, wanted = {}, dict(model.state_dict())
-    for key in [k for k in wanted if k.startswith("quantizer.") and k != "quantizer.codebook"]:
-        state[key] = wanted[key]  # training statistics, which start anew
-    problems, split = [], {}
+    wanted = model.state_dict()
+    state = {k: v for k, v in wanted.items() if k == "thresholds" or re.fullmatch(r".*num_batches_tracked|quantizer\.(ema_.*|queue)", k)}
+    parts: dict[str, dict[str, Tensor]] = {}
+    problems = []
     for name, value in state_dict.items():
         if any(re.fullmatch(pattern, name) for pattern in DROP):
             continue
-        ours = _rename(name, rules)
-        if part := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours):
-            split.setdefault(f"{part[1]}.qkv.{part[3]}", {})[part[2]] = (name, value)  # we have one conv for the three
+        ours, value = _rename(name, value, rules)
+        if ours and (qkv := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours)):  # one conv here, three in the releases
+            parts.setdefault(f"{qkv[1]}.qkv.{qkv[3]}", {})[qkv[2]] = value
+            if f"{qkv[1]}.qkv.{qkv[3]}" not in wanted:
+                problems.append(f"unknown {name}")
         elif ours not in wanted:
             problems.append(f"unknown {name}")
         elif value.shape != wanted[ours].shape:
             problems.append(f"{name} is {tuple(value.shape)} instead of {tuple(wanted[ours].shape)}")
-        else:
-            state[ours] = value
-    for ours, parts in split.items():
-        values = [parts[k][1] for k in "qkv" if k in parts]
-        if ours not in wanted:
-            problems += [f"unknown {name}" for name, _ in parts.values()]
-        elif len(values) < 3 or sum(v.shape[0] for v in values) != wanted[ours].shape[0] or values[0].shape[1:] != wanted[ours].shape[1:]:
-            problems.append(f"{', '.join(n for n, _ in parts.values())} do not make {ours} {tuple(wanted[ours].shape)}")
             state[ours] = wanted[ours]
         else:
-            state[ours] = torch.cat(values)
+            state[ours] = value
+    for ours, qkv in parts.items():
+        if ours in wanted and len(qkv) == 3:
+            shape = wanted[ours].shape
+            problems += [f"{k} of {ours} is {tuple(v.shape)}" for k, v in qkv.items() if v.shape != (shape[0] // 3, *shape[1:])]
+            state[ours] = torch.cat([qkv[k] for k in "qkv"]) if not problems else wanted[ours]
+        elif ours in wanted:
+            problems.append(f"missing {' and '.join(set('qkv') - qkv.keys())} of what becomes {ours}")
+            state[ours] = wanted[ours]
     problems += [f"missing what becomes {k}" for k in wanted if k not in state]
     if problems:
-        raise ValueError(f"these weights do not fit the config: {'; '.join(problems[:5])}"
-                         + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(state)
+    if getattr(model.quantizer, "ema_decay", None) is not None:
+        model.quantizer.ema_sum.copy_(model.quantizer.codebook)
+        model.quantizer.ema_count.fill_(1.0)
+
+
+def _rename(name: str, value: Tensor, rules: list[Rule]) -> tuple[str | None, Tensor]:
+    """Our name for a tensor of the release, None if no rule fits, and the tensor as we hold it."""
+    for pattern, ours, *change in rules:
+        if match := re.fullmatch(pattern, name):
+            ours = ours(match) if callable(ours) else match.expand(ours)
+            ours = ours.replace(".nin_shortcut.", ".skip.").replace(".proj_out.", ".out.")
+            return ours, change[0](value) if change else value
+    return None, value

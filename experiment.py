@@ -26,7 +26,7 @@ import time
 import types
 import typing
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 from collections.abc import Callable
@@ -44,9 +44,11 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import DataError
+from dqvae import DQVAE
+from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
 
-MODELS = {"vqgan": VQGAN, "vqvae": VQVAE}
+MODELS = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
 
 
 class UserError(Exception):
@@ -204,7 +206,7 @@ def _mapping(value: Any, where: str) -> dict:
 
 def _signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     """{argument: (type, default)}, of those that a config may set."""
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = typing.get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__)
     parameters = inspect.signature(target).parameters
     return {key: (hints[key], p.default) for key, p in parameters.items() if key not in ("split", "uint8")}
 
@@ -387,6 +389,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """Writes checkpoints/step_XXXXXXXX under a temporary name, renames it when it is whole, removes the oldest."""
+        self.average_batchnorm()
         final = self.folder / "checkpoints" / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
         if self.is_main:
@@ -464,6 +467,14 @@ class Run:
         self.accelerator.unscale_gradients(optimizer)
         return nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
 
+    def average_batchnorm(self) -> None:
+        """While it trains, each process has BatchNorm statistics of its own; what is validated and kept is their mean."""
+        for module in self.modules.values() if self.accelerator.num_processes > 1 else ():
+            for part in module.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.running_mean.copy_(self.accelerator.reduce(part.running_mean, "mean"))
+                    part.running_var.copy_(self.accelerator.reduce(part.running_var, "mean"))
+
     def local_main_first(self, make: Callable[[], Any]) -> Any:
         """make(), on one process per machine before the others: for what downloads something."""
         made = failure = None
@@ -540,9 +551,17 @@ class Run:
         return reason
 
     def close(self) -> None:
+        """Ends the run; with several processes, ends this process too."""
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.accelerator.num_processes > 1:
+            # Taking apart a process group can wait for a thread that waits for Python's lock, which is held meanwhile.
+            # Everything is written: leave without taking anything apart.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def peak_memory() -> float:

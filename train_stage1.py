@@ -1,4 +1,4 @@
-"""Stage 1: trains an autoencoder with discrete codes (VQGAN, VQ-VAE).
+"""Stage 1: trains an autoencoder with discrete codes (VQGAN, VQ-VAE, MQ-VAE, DQ-VAE).
 
     accelerate launch train_stage1.py --config configs/quickstart/vqgan.yaml [--resume auto] [key.sub=value ...]
 
@@ -6,17 +6,33 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 """
 
 import copy
+import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from dataset import eval_loader, make_dataset, train_loader
 from experiment import (MODELS, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
                         run_main, training_arguments, update_ema)
 from losses import PatchGAN, Stage1Loss
 
-SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": TrainSettings}
+
+@dataclass
+class Stage1Settings(TrainSettings):
+    """The section `train`: all of TrainSettings, and
+
+    calibration_images          how many training images the thresholds of an entropy router are computed from
+    calibration_file            use the thresholds in this file instead, the thresholds.json of an earlier run
+    """
+
+    calibration_images: int = 2000
+    calibration_file: str | None = None
+
+
+SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     # Resume
     run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
     step = run.resume()
+    if step == 0 and hasattr(raw_model, "calibrate"):
+        calibrate(run, raw_model, train_set)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
                            start=step * accumulate, rank=rank, world=world, device=device)
     accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
@@ -133,6 +151,8 @@ def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.
     """Says now what would otherwise end the run at its first step, or at the discriminator's."""
     if size % model.factor:
         raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
+    if getattr(model, "image_size", size) != size:
+        raise UserError(f"data.image_size and model.image_size must be the same for this model; they are {size} and {model.image_size}")
     if discriminator is not None:
         try:
             copy.deepcopy(discriminator)(torch.zeros(2, 3, size, size))
@@ -140,13 +160,41 @@ def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.
             raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; choose fewer") from None
 
 
+def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
+    """What a model must know of the training images before it starts; kept in its buffers, and as thresholds.json."""
+    path, accelerator = run.train["calibration_file"], run.accelerator
+
+    def batches():
+        loader = eval_loader(dataset, run.train["train_batch_size"], run.train["calibration_images"],
+                             run.train["dataloader_num_workers"], device=accelerator.device)
+        total = -(-min(run.train["calibration_images"], len(dataset)) // run.train["train_batch_size"])
+        yield from (images for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main))
+
+    try:
+        if path is None:
+            found = model.calibrate(batches())
+        else:
+            found = json.loads(Path(path).expanduser().read_text())
+            model.set_thresholds(found["thresholds"], found["patch_size"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"no thresholds from train.calibration_file={path}: {error}" if path else str(error)) from error
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    if found and run.is_main:
+        (run.folder / "thresholds.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
 @torch.no_grad()
 def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float, Path]:
     """Mean PSNR (dB) over the validation images, logged; and the path of a picture of the first ones, the maps that the
     model draws of them, and their reconstructions. The best weights so far are kept."""
     accelerator, was_training = run.accelerator, model.training
+    run.average_batchnorm()
     model.eval()
-    total, rows = torch.zeros(2, device=accelerator.device), []
+    total, seen, rows = torch.zeros(2, device=accelerator.device), 0, []
+    count = min(run.train["num_validation_images"] or len(dataset), len(dataset)) // accelerator.num_processes
+    shown = {i * count // 16 for i in range(16)}  # spread over the split, which may be in order of class
     for images, _ in eval_loader(dataset, run.train["train_batch_size"], run.train["num_validation_images"],
                                  run.train["dataloader_num_workers"], accelerator.process_index,
                                  accelerator.num_processes, accelerator.device):
@@ -155,15 +203,15 @@ def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float,
         error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # of values 2 apart
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
         total += torch.stack([psnr.sum(), psnr.new_tensor(len(psnr))])
-        if len(rows) < 16:
-            maps = [v for v in out.info.values() if v.ndim == 4]
-            rows += zip(images, *maps, out.images)
+        maps = [v for v in out.info.values() if v.ndim == 4]
+        rows += [row for i, row in enumerate(zip(images, *maps, out.images), seen) if i in shown]
+        seen += len(images)
     model.train(was_training)
-    psnr_sum, count = accelerator.reduce(total, "sum").tolist()
-    psnr = psnr_sum / count
+    psnr, images = accelerator.reduce(total, "sum").tolist()
+    psnr /= images
     run.write(step, {"val_psnr": psnr})
     run.save_best(step, psnr, model)
-    return psnr, run.picture(step, "reconstructions", rows[:16])
+    return psnr, run.picture(step, "reconstructions", rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,28 @@ TINY = {  # a stage-1 run of about a second
 }
 
 
+NET = "  ch: 32\n  num_res_blocks: 1\n  attn_resolutions: []\n  z_channels: 32\n  quantizer: {codebook_size: 32, dim: 8, ema_decay: 0.9}"
+TINY_MODELS = {
+    "vqgan": TINY["model"],
+    "vqvae": "name: vqvae\n  ch: 32\n  quantizer: {codebook_size: 32, dim: 8, l2_norm: true}",
+    "mqvae": f"name: mqvae\n  ch_mult: [1, 1]\n  demask_layers: 2\n{NET}",
+    "dqvae": f"name: dqvae\n  factors: [4, 2]\n  ch_mult: [1, 1, 1]\n  decoder_ch_mult: [1, 1]\n{NET}",
+    "dqvae_triple": "name: dqvae\n  factors: [8, 4, 2]\n  ratios: [0.3, 0.3]\n  ch_mult: [1, 1, 1, 1]\n"
+                    f"  decoder_ch_mult: [1, 1]\n{NET}",
+    "dqvae_entropy": f"name: dqvae\n  router: entropy\n  factors: [4, 2]\n  ch_mult: [1, 1, 1]\n  decoder_ch_mult: [1, 1]\n{NET}",
+}
+
+
+def write_tiny(folder, **sections):
+    """A tiny config in this folder, with other sections; its run folder is folder / "run"."""
+    path = folder / "tiny.yaml"
+    path.write_text("".join(f"{name}:\n  {lines}\n" for name, lines in (TINY | sections).items()) + f"  output_dir: {folder / 'run'}\n")
+    return path
+
+
 @pytest.fixture
 def tiny(tmp_path):
-    """The path of a tiny config, whose run folder is tmp_path / "run"."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text("".join(f"{name}:\n  {lines}\n" for name, lines in TINY.items()) + f"  output_dir: {tmp_path / 'run'}\n")
-    return path
+    return write_tiny(tmp_path)
 
 
 @pytest.fixture
@@ -53,6 +70,33 @@ def command(*words, check=True, env=None, **kwargs):
                           env=os.environ | (env or {}), **kwargs)
     assert done.returncode == 0 or not check, done.stdout
     return done.stdout
+
+
+def copy_test(folder, files, imports, *models):
+    """The files alone in an empty folder, with nothing importable but torch: each model trains a step and reconstructs."""
+    for file in files:
+        shutil.copy(ROOT / file, folder)
+    (folder / "use.py").write_text(f"""
+import sys
+class OnlyTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
+                                  "dataset", "experiment", "losses", "scipy", "PIL"}}:
+            raise ImportError(name)
+import torch
+sys.meta_path.insert(0, OnlyTorch())
+from vqgan import VQGAN, VectorQuantizer
+{imports}
+for model in ({", ".join(models)},):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    out = model(images)
+    ((out.images - images).abs().mean() + sum(out.losses.values())).backward()
+    optimizer.step()
+    assert model.eval().decode(model.encode(images)).shape == images.shape
+print("done")
+""")
+    assert "done" in command(sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import use")
 
 
 def metrics(folder):

@@ -46,6 +46,41 @@ def test_stage1(kind):
 
 
 @torch.no_grad()
+def test_mqvae():
+    config, state, images, want = load("mqvae")
+    model = from_reference("mqvae", state, config)
+    out = model(images)
+    order = want["positions"].argsort(1)  # the reference's are in order of score
+    assert torch.equal(out.codes["positions"], want["positions"].gather(1, order))
+    assert torch.equal(out.codes["indices"], want["indices"].gather(1, order))
+    features, scores, positions = model._mask(images)
+    close(scores.flatten(1).gather(1, positions), want["scores"].gather(1, order))
+    close(model.encoder(images), want["features"])
+    close(sum(out.losses.values()), want["quant_loss"])
+    close(model.demask(model.quantizer.lookup(out.codes["indices"]), positions, (16, 16)), want["demasked"])
+    close(out.images, want["reconstruction"])
+
+
+@pytest.mark.parametrize("name", ["dqvae_dual", "dqvae_triple", "dqvae_entropy"])
+@torch.no_grad()
+def test_dqvae(name):
+    config, state, images, want = load(name)
+    model = from_reference("dqvae", state, config)
+    out = model(images)
+    assert torch.equal(out.codes["grain"], want["grain"])
+    assert torch.equal(out.codes["indices"], want["indices"])
+    close(model._route(images)[0].permute(0, 3, 1, 2), want["latents"])
+    close(out.losses["codebook"] + out.losses["commitment"], want["quant_loss"])
+    close(out.images, want["reconstruction"])
+    if name == "dqvae_entropy":
+        close(model.entropy(images), want["entropy"])
+    else:
+        features = [neck(x) for neck, x in zip(model.necks, model.down(images)[::-1])]
+        close(model.router.logits(features), want["gate"])
+        close(out.losses["budget"], want["budget_loss_of_hard_gate"])
+
+
+@torch.no_grad()
 def test_patchgan():
     config, state, images, want = load("patchgan")
     model = PatchGAN(config["ndf"], config["n_layers"]).eval()
@@ -58,7 +93,7 @@ def test_patchgan():
     (lambda s: s.pop("decoder.norm_out.weight"), "missing what becomes decoder.up.norm_out.weight"),
     (lambda s: s.update({"encoder.extra.weight": torch.zeros(1)}), "unknown encoder.extra.weight"),
     (lambda s: s.update({"quant_conv.bias": torch.zeros(3)}), "quant_conv.bias is (3,) instead of (32,)"),
-    (lambda s: s.pop("encoder.mid.attn_1.k.weight"), "encoder.mid.attn_1.q.weight"),
+    (lambda s: s.pop("encoder.mid.attn_1.k.weight"), "missing k of what becomes encoder.neck.mid.attn.qkv.weight"),
 ])
 def test_weights_that_do_not_fit_are_named(change, named):
     config, state, _, _ = load("vqgan_taming")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, metrics, weights
+from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny
 from PIL import Image
 
 import experiment
@@ -49,17 +49,10 @@ def test_it_learns(train, tmp_path):
 @pytest.mark.parametrize("settings", [
     ["model.quantizer.l2_norm=true", "model.quantizer.ema_decay=null", "loss.reconstruction=l2", "loss.adaptive_weight=false"],
     ["train.gradient_accumulation_steps=2", "train.channels_last=true", "loss.gan=non_saturating", "discriminator.norm=batch"],
-    ["model={name: vqvae, ch: 32}", "loss.disc_weight=0", "data.image_size=32"],
     ["train.mixed_precision=bf16"],
     ["train.learning_rate=null", "train.base_lr=1e-5", "train.max_train_steps=null", "train.num_train_epochs=0.4"],
 ])
-def test_settings(train, tiny, tmp_path, settings):
-    if settings[0].startswith("model={"):
-        import yaml
-
-        config = yaml.safe_load(tiny.read_text()) | {"model": yaml.safe_load(settings[0][6:])}
-        tiny.write_text(yaml.safe_dump(config))
-        settings = settings[1:]
+def test_settings(train, tmp_path, settings):
     train(*settings)
     lines = metrics(tmp_path / "run")
     assert all(v == v and abs(v) < 1e6 for line in lines for v in line.values())  # finite
@@ -99,6 +92,65 @@ def test_compiled_equals_eager(train, tmp_path, monkeypatch):
     train("train.adam_epsilon=1e-3", f"train.output_dir={tmp_path}/b", "train.max_train_steps=4", "train.compile=true")
     assert compiled == ["Encoder", "Decoder"]
     compare(weights(tmp_path / "a", 4), weights(tmp_path / "b", 4))
+
+
+# Every model
+
+LOGS = {"vqgan": set(), "vqvae": set(), "mqvae": {"kept_ratio", "score_mean", "score_std", "codes", "bits"},
+        "dqvae": {"ratio_1", "codes", "bits", "budget"}, "dqvae_triple": {"ratio_1", "ratio_2", "codes", "bits", "budget"},
+        "dqvae_entropy": {"ratio_1", "codes", "bits"}}
+ROWS = {"vqgan": 2, "vqvae": 2, "mqvae": 4}  # the DQ-VAEs have 3: images, map, reconstructions
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_model_trains_resumes_exactly_and_draws(train, tmp_path, name):
+    config = write_tiny(tmp_path, model=TINY_MODELS[name])
+    train(f"train.output_dir={tmp_path}/whole", config=config)
+    train(f"train.output_dir={tmp_path}/parts", "train.max_minutes=0", resume="auto", config=config)
+    train(f"train.output_dir={tmp_path}/parts", resume="auto", config=config)
+    whole, parts = weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6)
+    assert [k for k in whole if not torch.equal(whole[k], parts[k])] == []
+    lines = metrics(tmp_path / "whole")
+    assert [line for line in lines if "loss" in line] == [line for line in metrics(tmp_path / "parts") if "loss" in line]
+    assert LOGS[name] <= set(lines[0])
+    assert Image.open(tmp_path / "whole/samples/reconstructions_00000006.png").size == (4 * 130 + 2, ROWS.get(name, 3) * 130 + 2)
+    model, _ = load_run(tmp_path / "whole")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(model.encode(images)), model(images).images)
+    train(f"train.output_dir={tmp_path}/half", "train.mixed_precision=bf16", config=config)
+    assert all(v == v for line in metrics(tmp_path / "half") for v in line.values())
+
+
+@pytest.mark.parametrize("name", ["mqvae", "dqvae_entropy"])
+def test_models_with_buffers_of_their_own_agree_in_two_processes(tmp_path, name):
+    """BatchNorm in the score net, thresholds in the router. (The weights are not those of one process: BatchNorm and Gumbel
+    noise are of each process's own images.)"""
+    config = write_tiny(tmp_path, model=TINY_MODELS[name])
+    assert "2 process(es)" in launch(config)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run", 6).values() if v.is_floating_point())
+    load_run(tmp_path / "run")
+
+
+def test_thresholds_are_computed_once_kept_and_reused(train, tmp_path, capfd):
+    config = write_tiny(tmp_path, model=TINY_MODELS["dqvae_entropy"])
+    train("train.calibration_images=30", config=config)
+    path = tmp_path / "run/thresholds.json"
+    found = json.loads(path.read_text())
+    assert found["patch_size"] == 4 and found["regions"] == 30 * 16
+    want = load_run(tmp_path / "run")[0].thresholds
+    assert want.tolist() == pytest.approx(found["thresholds"])
+    ratios = [line["ratio_1"] for line in metrics(tmp_path / "run") if "ratio_1" in line]
+    assert sum(ratios) / len(ratios) == pytest.approx(0.5, abs=0.1)
+    capfd.readouterr()
+    train("train.max_train_steps=7", resume="auto", config=config)
+    assert "thresholds:" not in capfd.readouterr().err and torch.equal(load_run(tmp_path / "run")[0].thresholds, want)
+    train(f"train.output_dir={tmp_path}/given", f"train.calibration_file={path}", config=config)
+    assert torch.equal(load_run(tmp_path / "given")[0].thresholds, want)
+    for text, told in [(json.dumps(found | {"patch_size": 16}), "16 x 16 pixels; this model's have 4 x 4"), ("{}", "thresholds"), ("x", "Expecting")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=told):
+            train(f"train.output_dir={tmp_path}/bad", f"train.calibration_file={path}", config=config)
 
 
 # Resuming

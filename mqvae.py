@@ -1,0 +1,159 @@
+"""MQ-VAE: codes for the cells that matter, and none for the others.
+
+    MQVAE       "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive Image Generation"
+                (Huang et al., CVPR 2023), sec. 3.2: adaptive mask and adaptive de-mask
+    ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
+    DeMask      fills the cells without a code from those that have one
+
+The N cells of highest score keep their features, which are quantized; their positions are part of the code. Interface as in
+vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
+
+    model = MQVAE(image_size=256, topk_ratio=0.25)
+    codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
+    images = model.decode(codes)        # at the training size; model.decode(codes, grid=(h, w)) for another
+
+Needs torch and vqgan.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqgan import Attention, DownPath, Encoder, Output, ResBlock, UpPath, VectorQuantizer, check_size
+
+
+class MQVAE(nn.Module):
+    """Encoder, mask, quantizer, de-mask, decoder; f = 2 ** (len(ch_mult) - 1).
+
+    image_size, ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
+    topk_ratio         share of the cells that keep a code, between 0 and 1: N = int(topk_ratio * h * w)
+    demask_layers      residual block and masked attention, so many times
+    """
+
+    def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
+                 attn_resolutions: list[int] = (32,), z_channels: int = 256, topk_ratio: float = 0.25,
+                 demask_layers: int = 8, quantizer: VectorQuantizer | None = None):
+        super().__init__()
+        if not 0 < topk_ratio < 1:
+            raise ValueError(f"topk_ratio is the share of cells that keep a code, between 0 and 1; it is {topk_ratio}")
+        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
+        size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
+        up = UpPath(num_res_blocks=num_res_blocks + 1, **size)
+        self.factor = 2 ** (len(ch_mult) - 1)
+        self.grid = (image_size // self.factor,) * 2
+        self.topk_ratio = topk_ratio
+        self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
+        self.score_net = ScoreNet(z_channels)
+        self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
+        self.quantizer = quantizer
+        self.demask = DeMask(quantizer.dim, up.channels[0], demask_layers)
+        self.decoder = up
+        self.to_image = nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1)
+        if int(topk_ratio * self.grid[0] * self.grid[1]) < 1:
+            raise ValueError(f"topk_ratio {topk_ratio} keeps none of the {self.grid[0]} x {self.grid[1]} cells")
+
+    def forward(self, images: Tensor) -> Output:
+        """Images (B, 3, H, W) to an `Output`; its losses are `codebook` and `commitment`."""
+        features, scores, positions = self._mask(images)
+        z_q, indices, losses, info = self.quantizer(features)
+        h, w = scores.shape[1:]
+        recon = self._decode(z_q, positions, (h, w))
+        kept = scores.flatten(1).gather(1, positions)
+        info |= {"kept_ratio": scores.new_tensor(positions.shape[1] / (h * w)), "score_mean": scores.mean(),
+                 "score_std": scores.std(), "score_kept": kept.mean()}
+        codes = {"indices": indices, "positions": positions}
+        info |= {"codes": scores.new_tensor(float(positions.shape[1])), "bits": self.bits(codes, (h, w)).mean()}
+        if not self.training:  # maps to draw
+            mask = torch.zeros_like(scores).flatten(1).scatter(1, positions, 1.0).view(-1, 1, h, w)
+            mask = F.interpolate(mask, images.shape[-2:])
+            low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+            info |= {"score_map": (2 * (scores - low) / (high - low + 1e-6) - 1).unsqueeze(1),
+                     "kept_map": images * mask + (0.25 * images - 0.75) * (1 - mask)}
+        return Output(recon, codes, losses, info)
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) to codes {"indices": int64 (B, N), "positions": int64 (B, N)}, ascending in position, which
+        counts the cells of the grid row by row."""
+        features, _, positions = self._mask(images)
+        return {"indices": self.quantizer.nearest(features), "positions": positions}
+
+    def decode(self, codes: dict[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+        """Codes to images (B, 3, h * factor, w * factor); `grid` is (h, w), by default that of the training images."""
+        return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"], grid or self.grid)
+
+    def bits(self, codes: dict[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+        """What the codes of each image cost, in bits (B,): log2 K per code, and log2 C(h * w, N) for the positions."""
+        indices, (h, w) = codes["indices"], grid or self.grid
+        n = indices.shape[1]
+        choose = (math.lgamma(h * w + 1) - math.lgamma(n + 1) - math.lgamma(h * w - n + 1)) / math.log(2)
+        bits = n * math.log2(self.quantizer.codebook_size) + choose
+        return torch.full((len(indices),), bits, device=indices.device)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight at which the adaptive GAN weight compares gradients."""
+        return self.to_image.weight
+
+    def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images to the kept features (B, N, D), all scores (B, h, w) and the kept positions (B, N)."""
+        check_size(images, self.factor)
+        z = self.encoder(images)                                                             # (B, C, h, w)
+        scores = self.score_net(z)                                                           # (B, h, w)
+        flat = scores.flatten(1)                                                             # (B, hw)
+        n = int(self.topk_ratio * flat.shape[1])
+        positions = flat.topk(n, dim=1).indices.sort(dim=1).values                           # (B, N)
+        z = z.flatten(2).transpose(1, 2)                                                     # (B, hw, C)
+        z = z.gather(1, positions.unsqueeze(-1).expand(-1, -1, z.shape[-1]))                 # (B, N, C)
+        z = F.layer_norm(z, z.shape[-1:]) * flat.gather(1, positions).unsqueeze(-1)  # the score net's only gradient
+        return self.pre_quant(z), scores, positions
+
+    def _decode(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.to_image(self.decoder(self.demask(z_q, positions, grid)))
+
+
+class ScoreNet(nn.Module):
+    """Features (B, C, h, w) to scores (B, h, w) between 0 and 1, float32."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, 1, 1)
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(F.layer_norm(z, z.shape[1:]))))
+        return self.norm(h.float()).squeeze(1).sigmoid()
+
+
+class DeMask(nn.Module):
+    """Kept codes (B, N, D) at positions (B, N) to features of the whole grid (B, channels, h, w).
+
+    A learned token stands in the other cells. Attention weighs keys by a mask: 1 for cells with a code, and for the others
+    0.02, 0.02^(1/2), 0.02^(1/4), ... from block to block: information flows from kept cells first, and later between all.
+    """
+
+    def __init__(self, dim: int, channels: int, layers: int, mask_init: float = 0.02):
+        super().__init__()
+        self.mask_init = mask_init
+        self.token = nn.Parameter(torch.empty(dim).uniform_(-1 / dim, 1 / dim))
+        self.post_quant = nn.Conv2d(dim, channels, 1)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(channels, channels) for _ in range(layers))
+        self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
+        self.last_block = ResBlock(channels, channels)
+
+    def forward(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        (B, _, D), (h, w) = z_q.shape, grid
+        x = self.token.to(z_q).expand(B, h * w, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
+        mask = z_q.new_full((B, h * w), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
+        x = x.transpose(1, 2).reshape(B, D, h, w)
+        x = self.conv_in(self.post_quant(x))                                                 # (B, C, h, w)
+        for block, attn in zip(self.blocks, self.attns):
+            x = attn(block(x), key_weight=mask)
+            mask = mask.sqrt()
+        return self.last_block(x)

@@ -1,0 +1,198 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import copy_test
+
+from dataset import make_dataset
+from dqvae import DQVAE
+from vqgan import VectorQuantizer
+
+LEVELS = {2: dict(factors=[4, 2], ratios=[0.5], ch_mult=[1, 1, 2]),
+          3: dict(factors=[8, 4, 2], ratios=[0.3, 0.3], ch_mult=[1, 1, 1, 2])}
+KINDS = [(2, "feature"), (2, "entropy"), (3, "feature"), (3, "entropy")]
+
+
+def small(grains=2, router="feature", **settings):
+    torch.manual_seed(0)
+    model = DQVAE(**dict(image_size=32, router=router, ch=32, num_res_blocks=1, attn_resolutions=[], z_channels=32,
+                         decoder_ch_mult=[1, 1], decoder_attn_resolutions=[], quantizer=VectorQuantizer(64, 16, ema_decay=0.9))
+                  | LEVELS[grains] | settings)
+    if router == "entropy":
+        model.calibrate([photos()])
+    return model
+
+
+def photos(n=8, size=32):
+    """Smooth on the left, noise on the right, as much as the image's number says."""
+    x = torch.linspace(-0.8, 0.8, size).expand(n, 3, size, size) + torch.linspace(0, 0.15, n * size).view(n, 1, size, 1)
+    noise = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1)) - 0.5
+    right = torch.arange(size) >= torch.linspace(4, size - 4, n).view(n, 1, 1, 1)
+    return (x + noise * right).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("grains, router", KINDS)
+def test_contract(grains, router):
+    model, images = small(grains, router), photos(3)
+    out = model(images)
+    assert out.images.shape == images.shape
+    assert out.losses.keys() == {"codebook", "commitment"} | ({"budget"} if router == "feature" else set())
+    (out.images.square().mean() + sum(out.losses.values())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+    model.eval()
+    with torch.no_grad():
+        out, codes = model(images), model.encode(images)
+        indices, grain = codes["indices"], codes["grain"]
+        assert all(torch.equal(codes[k], out.codes[k]) for k in ("indices", "grain"))
+        side, regions = 32 // model.factors[-1], 32 // model.factors[0]
+        assert indices.shape == (3, side, side) and grain.shape == (3, regions, regions)
+        assert indices.dtype == grain.dtype == torch.int64 and grain.min() >= 0 and grain.max() < grains
+        torch.testing.assert_close(model.decode(codes), out.images, atol=1e-6, rtol=0)
+        count = 0
+        times = side // regions
+        for b in range(3):
+            for y in range(regions):
+                for x in range(regions):
+                    g = grain[b, y, x]
+                    region = indices[b, y * times:(y + 1) * times, x * times:(x + 1) * times]
+                    repeat = model.factors[g] // model.factors[-1]
+                    own = region[::repeat, ::repeat]
+                    assert torch.equal(region, own.repeat_interleave(repeat, 0).repeat_interleave(repeat, 1))
+                    count += own.numel()
+        bits = model.bits(codes)
+        assert bits.sum().item() == pytest.approx(count * 6 + 3 * regions**2 * torch.tensor(grains).log2().item(), rel=1e-5)
+        assert out.info["codes"].item() == pytest.approx(count / 3)
+
+
+@pytest.mark.parametrize("grains", [2, 3])
+def test_entropy_router_obeys_its_ratios(grains):
+    model = small(grains, "entropy")
+    grain = model.eval().encode(photos())["grain"]
+    for g, ratio in enumerate(model.ratios, 1):
+        assert (grain == g).float().mean().item() == pytest.approx(ratio, abs=0.02)
+    entropy = model.entropy(photos())
+    for g in range(grains - 1):
+        assert entropy[grain <= g].max() <= entropy[grain > g].min()
+
+
+def test_entropy_equals_the_formula_and_survives_flushing():
+    model = small()
+    images = photos(2)
+    grey = (images * torch.tensor([0.2989, 0.5870, 0.1140]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    pixels = F.unfold(grey, 4, stride=4).transpose(1, 2)                                     # (B, regions, 16)
+    kernel = torch.exp(-0.5 * ((pixels.unsqueeze(-1) - torch.linspace(-1, 1, 32)) / 0.01) ** 2).mean(2).double()
+    p = kernel / kernel.sum(-1, keepdim=True) + 1e-40
+    want = -(p * p.log()).sum(-1).view(2, 8, 8).float()
+    torch.testing.assert_close(model.entropy(images), want, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.entropy(images), want, atol=1e-4, rtol=0)
+    torch.set_flush_denormal(True)
+    try:
+        assert model.entropy(torch.zeros(1, 3, 32, 32)).isfinite().all()
+        torch.testing.assert_close(model.entropy(images), want, atol=1e-4, rtol=0)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("grains", [2, 3])
+def test_budget_loss_is_the_papers(grains):
+    model = small(grains, budget_weight=7.0)
+    gate = F.one_hot(torch.randint(grains, (5, 4, 4)), grains).permute(0, 3, 1, 2).float()
+    regions, g = 16, gate.sum((0, 2, 3)) / 5
+    if grains == 2:
+        r = (g[0] + 4 * g[1] - regions) / (3 * regions)
+        want = 2 * 7 * (r - 0.5) ** 2
+    else:
+        medium = (g[0] + 4 * g[1] + g[2] - regions) / (3 * regions)
+        fine = (g[0] + g[1] + 16 * g[2] - regions) / (15 * regions)
+        want = (medium - 0.3) ** 2 + 7 * (fine - 0.3) ** 2
+    torch.testing.assert_close(model._budget(gate), want)
+
+
+def test_the_router_learns_the_ratio():
+    """By the budget loss alone, which reaches it through the straight-through gate."""
+    model, images = small(ratios=[0.25]), photos(16)
+    optimizer = torch.optim.Adam(model.router.parameters(), 3e-3)
+    for _ in range(60):
+        model(images).losses["budget"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    drawn = torch.stack([model(images).info["ratio_1"] for _ in range(10)]).mean()
+    assert drawn.item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_router_hears_the_reconstruction():
+    model = small()
+    model(photos()).images.square().mean().backward()
+    assert model.router.fc1.weight.grad.abs().sum() > 0
+
+
+def test_losses_weigh_a_repeated_code_once():
+    model, images = small(3, "entropy", quantizer=VectorQuantizer(64, 16)), photos()
+    z, _, grain = model._route(images)
+    cells = model._to_finest(grain)
+    weight = torch.tensor([1 / 16, 1 / 4, 1])[cells].unsqueeze(-1)
+    z_q = model.quantizer.lookup(model.quantizer.nearest(z))
+    torch.testing.assert_close(model(images).losses["codebook"], ((z - z_q).square() * weight).mean())
+
+
+def test_moving_averages_count_a_repeated_code_once_or_as_in_the_reference():
+    images, counts = photos(), []
+    for ema_weighted in (True, False):
+        model = small(2, "entropy", ema_weighted=ema_weighted, quantizer=VectorQuantizer(64, 16, ema_decay=0.0, restart=False))
+        out = model(images)
+        counts.append(model.quantizer.ema_count.sum().item())
+    assert counts[0] == pytest.approx(out.info["codes"].item() * 8) and counts[1] == 8 * 16 * 16
+
+
+def test_calibration_is_kept_with_the_weights():
+    model = small(3, "entropy")
+    other = small(3, "entropy")
+    other.set_thresholds([0.0, 0.0], 8)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval().encode(photos())["grain"], other.eval().encode(photos())["grain"])
+    assert small().calibrate(iter(())) == {}  # a feature router needs none, and no images
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(ratios=[0.0]), "ratios are shares"), (dict(ratios=[1.0]), "ratios are shares"),
+    (dict(grains=3, ratios=[0.6, 0.5]), "together less than 1"), (dict(ratios=[0.3, 0.3]), "two factors need one ratio"),
+    (dict(image_size=30), "divisible by the coarsest factor, 4; it is 30"), (dict(factors=[8, 4]), "factors must be 4 and its halves"),
+    (dict(decoder_ch_mult=[1, 1, 2]), "decoder_ch_mult must have 2 levels"),
+])
+def test_bad_settings_are_one_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        small(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_thresholds_and_images_are_one_sentence():
+    model = small(2, "entropy")
+    with pytest.raises(ValueError, match="regions of 16 x 16 pixels; this model's have 4 x 4"):
+        model.set_thresholds([1.0], 16)
+    with pytest.raises(ValueError, match="need 1 ascending thresholds"):
+        model.set_thresholds([1.0, 2.0], 4)
+    with pytest.raises(ValueError, match="must be .B, 3, 32, 32."):
+        model(torch.zeros(1, 3, 64, 64))
+    uncalibrated = DQVAE(**dict(image_size=32, router="entropy", ch=32, num_res_blocks=1, decoder_ch_mult=[1, 1]) | LEVELS[2])
+    with pytest.raises(ValueError, match="no thresholds yet"):
+        uncalibrated(torch.zeros(1, 3, 32, 32))
+
+
+def test_fine_regions_are_where_the_detail_is():
+    """On the embedded dataset, whose detailed area is known."""
+    from dataset import draw_shapes
+
+    data = make_dataset("shapes", image_size=32, train_size=64)
+    images = torch.stack([data[i][0] for i in range(64)])
+    detail = torch.stack([draw_shapes(0, i, 32)[2] for i in range(64)]).float()
+    model = small(2, "entropy", ratios=[0.25])
+    model.calibrate([images])
+    fine = model.eval().encode(images)["grain"].float()
+    share = F.avg_pool2d(detail, 4)
+    assert (fine * share).sum() / fine.sum() > 2 * share.mean()
+
+
+def test_copy(tmp_path):
+    copy_test(tmp_path, ["dqvae.py", "vqgan.py"], "from dqvae import DQVAE",
+              "DQVAE(32, [4, 2], [0.5], 'feature', ch=32, ch_mult=[1, 1, 2], num_res_blocks=1, decoder_ch_mult=[1, 1])")

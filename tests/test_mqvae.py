@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import copy_test
+
+from mqvae import MQVAE, DeMask
+from vqgan import VectorQuantizer
+
+
+def small(**settings):
+    return MQVAE(**dict(image_size=32, ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[16], z_channels=32,
+                        demask_layers=2, quantizer=VectorQuantizer(64, 16, ema_decay=0.9)) | settings)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.25, 0.3, 0.99])
+def test_contract(ratio):
+    torch.manual_seed(0)
+    model, images = small(topk_ratio=ratio), torch.rand(3, 3, 32, 32) * 2 - 1
+    n = int(ratio * 256)
+    out = model(images)
+    assert out.images.shape == images.shape and out.losses.keys() == {"codebook", "commitment"}
+    (out.images.square().mean() + sum(out.losses.values())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.score_net.conv1.weight.grad.abs().sum() > 0  # through the product with the score
+
+    model.eval()
+    with torch.no_grad():
+        out, codes = model(images), model.encode(images)
+        assert all(torch.equal(codes[k], out.codes[k]) for k in ("indices", "positions"))
+        assert codes["indices"].shape == codes["positions"].shape == (3, n) and codes["positions"].dtype == torch.int64
+        assert (codes["positions"].diff() > 0).all() and codes["positions"].min() >= 0 and codes["positions"].max() < 256
+        assert torch.equal(model.decode(codes), out.images)
+        assert model.bits(codes).tolist() == pytest.approx([n * 6 + math.log2(math.comb(256, n))] * 3, rel=1e-5)
+        assert out.info["kept_ratio"] == pytest.approx(n / 256)
+
+
+@torch.no_grad()
+def test_other_sizes():
+    model, images = small().eval(), torch.rand(2, 3, 16, 64) * 2 - 1
+    out = model(images)
+    assert out.images.shape == images.shape and out.codes["positions"].shape == (2, 64)
+    assert torch.equal(model.decode(model.encode(images), grid=(8, 32)), out.images)
+
+
+@torch.no_grad()
+def test_the_highest_scores_are_kept():
+    model, images = small().eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    scores = model.score_net(model.encoder(images)).flatten(1)
+    kept = torch.zeros(2, 256, dtype=torch.bool).scatter(1, model.encode(images)["positions"], True)
+    assert scores.min() >= 0 and scores.max() <= 1
+    for s, k in zip(scores, kept):
+        assert s[k].min() >= s[~k].max()
+
+
+@torch.no_grad()
+def test_demask_equals_the_formula():
+    """Against attention written out, one image at a time."""
+    demask = DeMask(8, 32, layers=3)
+    z_q, positions = torch.randn(2, 5, 8), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(2)])
+    got = demask(z_q, positions, (4, 4))
+    for i in range(2):
+        cells = demask.token.repeat(16, 1)
+        cells[positions[i]] = z_q[i]
+        mask = torch.full((16,), 0.02)
+        mask[positions[i]] = 1.0
+        x = demask.conv_in(demask.post_quant(cells.t().reshape(1, 8, 4, 4)))
+        for block, attn in zip(demask.blocks, demask.attns):
+            x = block(x)
+            q, k, v = attn.qkv(attn.norm(x)).flatten(2).transpose(1, 2).squeeze(0).chunk(3, dim=1)
+            p = F.softmax(q @ k.t() / math.sqrt(32), dim=1) * mask  # not renormalised
+            x = x + attn.out((p @ v).t().reshape(1, 32, 4, 4))
+            mask = mask.sqrt()
+        torch.testing.assert_close(got[i:i + 1], demask.last_block(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
+def test_bad_ratios_are_one_sentence(ratio):
+    with pytest.raises(ValueError, match="topk_ratio is the share of cells"):
+        small(topk_ratio=ratio)
+    with pytest.raises(ValueError, match="keeps none"):
+        small(topk_ratio=0.003)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        small()(torch.zeros(1, 3, 31, 32))
+
+
+def test_copy(tmp_path):
+    copy_test(tmp_path, ["mqvae.py", "vqgan.py"], "from mqvae import MQVAE",
+              "MQVAE(32, 32, [1, 2], 1, [], 32, 0.25, 2, VectorQuantizer(64, 8, ema_decay=0.98))")
