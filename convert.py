@@ -3,8 +3,8 @@
     from_reference(kind, state_dict, config)     a model in eval mode
 
 Kinds: vqgan_taming (CompVis/taming-transformers), vqgan_llamagen (FoundationVision/LlamaGen), vqvae_simplecnn
-(visual-tokenizer-pytorch), mqvae and dqvae (the papers' official releases). Every key of the release is renamed by a rule below, or dropped by one that says why; any
-other is an error that names it.
+(visual-tokenizer-pytorch), mqvae and dqvae (the papers' official releases). Every key of a release is renamed by a rule
+below, or dropped by one that says why; any other is an error that names it.
 """
 
 from __future__ import annotations

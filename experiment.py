@@ -288,9 +288,10 @@ def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, 
 def compile_parts(model: nn.Module) -> None:
     """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, at whose weight the adaptive
     GAN weight asks for gradients; neither has parts of its own."""
-    for part in model.children():
-        if any(True for _ in part.children()):
-            part.compile()
+    for child in model.children():
+        for part in child if isinstance(child, nn.ModuleList) else [child]:
+            if any(True for _ in part.children()):
+                part.compile()
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml [key.sub=value ...]
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml --data     # with the config's own images
 
-Without --data the steps run on random images that lie on the device, so that nothing but the step is measured; with it the
+Without --data the steps run on random images that lie on the device, so that nothing but the step is measured (thresholds of an entropy router come from such images too); with it the
 loader is measured alone and then feeds the steps. Every step has generator and discriminator, whatever the config's
 `disc_start`; in bf16 on a GPU unless the config names a precision. MFU counts the multiplications and additions of forward
 and backward passes (torch's FlopCounterMode) against --peak_tflops.
@@ -49,6 +49,8 @@ def main() -> None:
 
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model = build(MODELS[settings.pop("name")], settings).to(device, memory_format=memory_format)
+    if hasattr(model, "calibrate"):
+        model.calibrate([torch.rand(8, 3, size, size, device=device) * 2 - 1])
     criterion = build(Stage1Loss, config["loss"]).to(device, memory_format=memory_format)
     discriminator = build(PatchGAN, config["discriminator"]).to(device, memory_format=memory_format)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6, fused=device.type == "cuda")

@@ -147,7 +147,8 @@ def test_thresholds_are_computed_once_kept_and_reused(train, tmp_path, capfd):
     assert "thresholds:" not in capfd.readouterr().err and torch.equal(load_run(tmp_path / "run")[0].thresholds, want)
     train(f"train.output_dir={tmp_path}/given", f"train.calibration_file={path}", config=config)
     assert torch.equal(load_run(tmp_path / "given")[0].thresholds, want)
-    for text, told in [(json.dumps(found | {"patch_size": 16}), "16 x 16 pixels; this model's have 4 x 4"), ("{}", "thresholds"), ("x", "Expecting")]:
+    for text, told in [(json.dumps(found | {"patch_size": 16}), "16 x 16 pixels; this model's have 4 x 4"), ("{}", "thresholds"),
+                       ("x", "Expecting")]:
         path.write_text(text)
         with pytest.raises(UserError, match=told):
             train(f"train.output_dir={tmp_path}/bad", f"train.calibration_file={path}", config=config)

@@ -186,5 +186,5 @@ def test_bad_sizes_are_one_sentence():
 
 
 def test_copy(tmp_path):
-    copy_test(tmp_path, ["vqgan.py"], "from vqgan import VQVAE", "VQGAN(32, 32, [1, 2], 1, [16], 32, VectorQuantizer(64, 8, ema_decay=0.99))",
-              "VQVAE(32)")
+    copy_test(tmp_path, ["vqgan.py"], "from vqgan import VQVAE",
+              "VQGAN(32, 32, [1, 2], 1, [16], 32, VectorQuantizer(64, 8, ema_decay=0.99))", "VQVAE(32)")
