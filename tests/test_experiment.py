@@ -45,7 +45,7 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("model.quantizer.codebook_sizes=4", "nearest valid one is model.quantizer.codebook_size"),
     ("train.max_step=4", "nearest valid one is train.max_train_steps"),
     ("losses.gan=hinge", "unknown section 'losses'"),
-    ("model.name=vqgn", "model.name must be one of vqgan, vqvae; it is 'vqgn'"),
+    ("model.name=vqgn", "model.name must be one of vqgan, vqvae, mqvae, dqvae; it is 'vqgn'"),
     ("model.name=[vqgan]", "model.name must be one of"),
     ("train.train_batch_size=four", "train.train_batch_size must be int; it is 'four'"),
     ("train.train_batch_size=4.5", "train.train_batch_size must be int; it is 4.5"),
