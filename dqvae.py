@@ -53,6 +53,8 @@ class DQVAE(nn.Module):
                  decoder_attn_resolutions: list[int] = (32,), quantizer: VectorQuantizer | None = None):
         super().__init__()
         grains = self.grains = len(factors)
+        if router not in ("feature", "entropy"):
+            raise ValueError(f"router must be feature or entropy; it is {router!r}")
         quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
         if grains not in (2, 3) or len(ratios) != grains - 1:
             raise ValueError(f"two factors need one ratio and three need two; there are {grains} factors and {len(ratios)} ratios")
@@ -87,11 +89,11 @@ class DQVAE(nn.Module):
         z, gate, grain = self._route(images)
         cells = self._to_finest(grain)                                                       # (B, h, w)
         weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells counts once
-        z_q, indices, losses, info = self.quantizer(z, weight, weight if self.ema_weighted else None)
-        recon = self._decode(z_q)
+        z_q, indices, losses, info = self.quantizer(z, weight, self._first_cells(cells) if self.ema_weighted else None)
+        codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
+        recon = self._decode(z_q if self.training else self.quantizer.lookup(codes["indices"]))
         if self.router is not None:
             losses["budget"] = self._budget(gate)
-        codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
         for g in range(1, self.grains):
             info[f"ratio_{g}"] = (grain == g).float().mean()
         info |= {"codes": self._count(grain).float().mean(), "bits": self.bits(codes).mean()}
@@ -129,10 +131,11 @@ class DQVAE(nn.Module):
         """
         check_size(images, self.factor)
         with torch.autocast(images.device.type, enabled=False):
-            grey = (images.float() * images.new_tensor([0.2989, 0.5870, 0.1140]).float().view(1, 3, 1, 1)).sum(1, keepdim=True)
+            r, g, b = images.float().split(1, dim=1)
+            grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                                      # (B, 1, H, W)
             # A bin at a time, so that no (pixels x bins) tensor is held.
-            p = torch.cat([F.avg_pool2d(torch.exp(-0.5 * ((grey - b) / 0.01).square()), self.factor)
-                           for b in torch.linspace(-1, 1, 32).tolist()], dim=1)              # (B, 32, h', w')
+            p = torch.cat([F.avg_pool2d(torch.exp(-0.5 * ((grey - bin_) / 0.01).square()), self.factor)
+                           for bin_ in torch.linspace(-1, 1, 32).tolist()], dim=1)           # (B, 32, h', w')
             return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, also where subnormals are flushed
 
     @torch.no_grad()
@@ -141,11 +144,15 @@ class DQVAE(nn.Module):
         to be kept. Nothing happens with a feature router: {}."""
         if self.router is not None:
             return {}
-        entropy = torch.cat([self.entropy(images).flatten().cpu() for images in batches]).sort().values
+        entropy = [self.entropy(images).flatten().cpu() for images in batches]
+        if not entropy:
+            raise ValueError("thresholds need at least one image to be computed from")
+        entropy = torch.cat(entropy).sort().values
         shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
         thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in shares]
         self.set_thresholds(thresholds, self.factor)
-        return {"patch_size": self.factor, "ratios": self.ratios, "thresholds": thresholds, "regions": len(entropy)}
+        return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios, "thresholds": thresholds,
+                "regions": len(entropy)}
 
     def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
         """Uses thresholds (ascending, one less than granularities) that were computed for regions of `patch_size` pixels."""
@@ -154,7 +161,7 @@ class DQVAE(nn.Module):
         if patch_size != self.factor:
             raise ValueError(f"these thresholds are for regions of {patch_size} x {patch_size} pixels; this model's have "
                              f"{self.factor} x {self.factor}")
-        if len(thresholds) != self.grains - 1 or sorted(thresholds) != list(thresholds):
+        if len(thresholds) != self.grains - 1 or sorted(thresholds) != list(thresholds) or not all(map(math.isfinite, thresholds)):
             raise ValueError(f"{self.grains} granularities need {self.grains - 1} ascending thresholds; they are {thresholds}")
         self.thresholds.copy_(torch.tensor(thresholds))
 
@@ -184,7 +191,8 @@ class DQVAE(nn.Module):
 
     def _budget(self, gate: Tensor) -> Tensor:
         """The reference's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
-        error = (gate.mean((0, 2, 3))[1:] - gate.new_tensor(self.ratios)).square()
+        shares = gate.mean((0, 2, 3))
+        error = [(shares[g] - ratio).square() for g, ratio in enumerate(self.ratios, 1)]
         if self.grains == 2:
             return 2 * self.budget_weight * error[0]  # the reference adds the same term twice
         return error[0] + self.budget_weight * error[1]
@@ -196,6 +204,12 @@ class DQVAE(nn.Module):
     def _to_finest(self, grain: Tensor) -> Tensor:
         times = self.factors[0] // self.factors[-1]
         return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+    def _first_cells(self, cells: Tensor) -> Tensor:
+        """1 for the first of the cells that a code is repeated over, 0 for the others, (B, h, w)."""
+        times = torch.pow(2, self.grains - 1 - cells)
+        line = torch.arange(cells.shape[1], device=cells.device)
+        return ((line.view(-1, 1) % times == 0) & (line % times == 0)).float()
 
     def _same_within_code(self, indices: Tensor, cells: Tensor) -> Tensor:
         """A coarse code's cells have equal vectors, but kernels may round them differently: its first cell decides."""

@@ -178,7 +178,7 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
     for key, (kind, _) in _signature(target).items():
         if key in settings:
             nested = _module_of(kind)
-            arguments[key] = build(nested, settings[key]) if nested else settings[key]
+            arguments[key] = build(nested, settings[key]) if nested and settings[key] else settings[key]
     try:
         return target(**arguments, **more)
     except (ValueError, FileNotFoundError) as error:
@@ -236,7 +236,9 @@ def _fill(target: Callable, given: dict, where: str, keys: list[str]) -> dict:
             raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', keys)}")
     for key, (kind, default) in signature.items():
         nested = _module_of(kind)
-        if nested:
+        if nested and given.get(key) is None:
+            filled[key] = None  # the model has a default of its own
+        elif nested:
             filled[key] = _fill(nested, _mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", keys)
         elif key in given:
             filled[key] = _checked(given[key], kind, f"{where}.{key}")

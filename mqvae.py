@@ -10,7 +10,7 @@ vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
-    images = model.decode(codes)        # at the training size; model.decode(codes, grid=(h, w)) for another
+    images = model.decode(codes)
 
 Needs torch and vqgan.py.
 """
@@ -24,13 +24,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Attention, DownPath, Encoder, Output, ResBlock, UpPath, VectorQuantizer, check_size
+from vqgan import Attention, DownPath, Encoder, Output, ResBlock, UpPath, VectorQuantizer
 
 
 class MQVAE(nn.Module):
     """Encoder, mask, quantizer, de-mask, decoder; f = 2 ** (len(ch_mult) - 1).
 
-    image_size, ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
+    image_size         side S of the images; any other is refused, because codes alone do not tell the grid
+    ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
     topk_ratio         share of the cells that keep a code, between 0 and 1: N = int(topk_ratio * h * w)
     demask_layers      residual block and masked attention, so many times
     """
@@ -42,10 +43,14 @@ class MQVAE(nn.Module):
         if not 0 < topk_ratio < 1:
             raise ValueError(f"topk_ratio is the share of cells that keep a code, between 0 and 1; it is {topk_ratio}")
         quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
+        if quantizer.l2_norm:
+            raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
         size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
         up = UpPath(num_res_blocks=num_res_blocks + 1, **size)
         self.factor = 2 ** (len(ch_mult) - 1)
-        self.grid = (image_size // self.factor,) * 2
+        self.image_size, self.grid = image_size, image_size // self.factor
+        if image_size % self.factor:
+            raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
         self.topk_ratio = topk_ratio
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
@@ -54,22 +59,20 @@ class MQVAE(nn.Module):
         self.demask = DeMask(quantizer.dim, up.channels[0], demask_layers)
         self.decoder = up
         self.to_image = nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1)
-        if int(topk_ratio * self.grid[0] * self.grid[1]) < 1:
-            raise ValueError(f"topk_ratio {topk_ratio} keeps none of the {self.grid[0]} x {self.grid[1]} cells")
+        if int(topk_ratio * self.grid**2) < 1:
+            raise ValueError(f"topk_ratio {topk_ratio} keeps none of the {self.grid} x {self.grid} cells")
 
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, H, W) to an `Output`; its losses are `codebook` and `commitment`."""
         features, scores, positions = self._mask(images)
         z_q, indices, losses, info = self.quantizer(features)
-        h, w = scores.shape[1:]
-        recon = self._decode(z_q, positions, (h, w))
+        recon = self._decode(z_q, positions)
+        codes, n = {"indices": indices, "positions": positions}, positions.shape[1]
         kept = scores.flatten(1).gather(1, positions)
-        info |= {"kept_ratio": scores.new_tensor(positions.shape[1] / (h * w)), "score_mean": scores.mean(),
-                 "score_std": scores.std(), "score_kept": kept.mean()}
-        codes = {"indices": indices, "positions": positions}
-        info |= {"codes": scores.new_tensor(float(positions.shape[1])), "bits": self.bits(codes, (h, w)).mean()}
+        info |= {"kept_ratio": scores.new_full((), n / self.grid**2), "codes": scores.new_full((), n), "bits": self.bits(codes).mean(),
+                 "score_mean": scores.mean(), "score_std": scores.std(), "score_kept": kept.mean()}
         if not self.training:  # maps to draw
-            mask = torch.zeros_like(scores).flatten(1).scatter(1, positions, 1.0).view(-1, 1, h, w)
+            mask = torch.zeros_like(scores).flatten(1).scatter(1, positions, 1.0).view_as(scores).unsqueeze(1)
             mask = F.interpolate(mask, images.shape[-2:])
             low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
             info |= {"score_map": (2 * (scores - low) / (high - low + 1e-6) - 1).unsqueeze(1),
@@ -82,15 +85,15 @@ class MQVAE(nn.Module):
         features, _, positions = self._mask(images)
         return {"indices": self.quantizer.nearest(features), "positions": positions}
 
-    def decode(self, codes: dict[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes to images (B, 3, h * factor, w * factor); `grid` is (h, w), by default that of the training images."""
-        return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"], grid or self.grid)
+    def decode(self, codes: dict[str, Tensor]) -> Tensor:
+        """Codes to images (B, 3, S, S)."""
+        return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"])
 
-    def bits(self, codes: dict[str, Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+    def bits(self, codes: dict[str, Tensor]) -> Tensor:
         """What the codes of each image cost, in bits (B,): log2 K per code, and log2 C(h * w, N) for the positions."""
-        indices, (h, w) = codes["indices"], grid or self.grid
+        indices, cells = codes["indices"], self.grid**2
         n = indices.shape[1]
-        choose = (math.lgamma(h * w + 1) - math.lgamma(n + 1) - math.lgamma(h * w - n + 1)) / math.log(2)
+        choose = (math.lgamma(cells + 1) - math.lgamma(n + 1) - math.lgamma(cells - n + 1)) / math.log(2)
         bits = n * math.log2(self.quantizer.codebook_size) + choose
         return torch.full((len(indices),), bits, device=indices.device)
 
@@ -101,7 +104,8 @@ class MQVAE(nn.Module):
 
     def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images to the kept features (B, N, D), all scores (B, h, w) and the kept positions (B, N)."""
-        check_size(images, self.factor)
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         z = self.encoder(images)                                                             # (B, C, h, w)
         scores = self.score_net(z)                                                           # (B, h, w)
         flat = scores.flatten(1)                                                             # (B, hw)
@@ -112,8 +116,8 @@ class MQVAE(nn.Module):
         z = F.layer_norm(z, z.shape[-1:]) * flat.gather(1, positions).unsqueeze(-1)  # the score net's only gradient
         return self.pre_quant(z), scores, positions
 
-    def _decode(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.to_image(self.decoder(self.demask(z_q, positions, grid)))
+    def _decode(self, z_q: Tensor, positions: Tensor) -> Tensor:
+        return self.to_image(self.decoder(self.demask(z_q, positions, self.grid)))
 
 
 class ScoreNet(nn.Module):
@@ -126,8 +130,9 @@ class ScoreNet(nn.Module):
         self.norm = nn.BatchNorm2d(1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.conv2(F.relu(self.conv1(F.layer_norm(z, z.shape[1:]))))
-        return self.norm(h.float()).squeeze(1).sigmoid()
+        h = F.relu(self.conv1(F.layer_norm(z, z.shape[1:])))
+        with torch.autocast(z.device.type, enabled=False):  # in half precision many scores would be the same
+            return self.norm(self.conv2(h.float())).squeeze(1).sigmoid()
 
 
 class DeMask(nn.Module):
@@ -147,11 +152,11 @@ class DeMask(nn.Module):
         self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
         self.last_block = ResBlock(channels, channels)
 
-    def forward(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-        (B, _, D), (h, w) = z_q.shape, grid
-        x = self.token.to(z_q).expand(B, h * w, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
-        mask = z_q.new_full((B, h * w), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
-        x = x.transpose(1, 2).reshape(B, D, h, w)
+    def forward(self, z_q: Tensor, positions: Tensor, grid: int) -> Tensor:
+        (B, _, D), cells = z_q.shape, grid**2
+        x = self.token.to(z_q).expand(B, cells, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
+        mask = z_q.new_full((B, cells), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
+        x = x.transpose(1, 2).reshape(B, D, grid, grid)
         x = self.conv_in(self.post_quant(x))                                                 # (B, C, h, w)
         for block, attn in zip(self.blocks, self.attns):
             x = attn(block(x), key_weight=mask)

@@ -170,12 +170,17 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
         total = -(-min(run.train["calibration_images"], len(dataset)) // run.train["train_batch_size"])
         yield from (images for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main))
 
+    if run.train["calibration_images"] < 1:
+        raise UserError(f"train.calibration_images must be at least 1; it is {run.train['calibration_images']}")
     try:
         if path is None:
             found = model.calibrate(batches())
         else:
             found = json.loads(Path(path).expanduser().read_text())
             model.set_thresholds(found["thresholds"], found["patch_size"])
+            for key, asked in (("ratios", model.ratios), ("image_size", model.image_size)):
+                if found[key] != asked:
+                    raise ValueError(f"they are for {key} {found[key]}, but the config asks for {asked}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"no thresholds from train.calibration_file={path}: {error}" if path else str(error)) from error
     if accelerator.num_processes > 1:
@@ -192,7 +197,7 @@ def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float,
     accelerator, was_training = run.accelerator, model.training
     run.average_batchnorm()
     model.eval()
-    total, seen, rows = torch.zeros(2, device=accelerator.device), 0, []
+    sums, seen, rows = {}, 0, []
     count = min(run.train["num_validation_images"] or len(dataset), len(dataset)) // accelerator.num_processes
     shown = {i * count // 16 for i in range(16)}  # spread over the split, which may be in order of class
     for images, _ in eval_loader(dataset, run.train["train_batch_size"], run.train["num_validation_images"],
@@ -202,14 +207,17 @@ def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float,
             out = model(images)
         error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # of values 2 apart
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
-        total += torch.stack([psnr.sum(), psnr.new_tensor(len(psnr))])
+        scalars = {k: v for k, v in out.info.items() if v.ndim == 0 and k not in ("usage", "perplexity")}
+        for key, value in {"psnr": psnr.mean(), "images": torch.ones_like(psnr[0]), **scalars}.items():
+            sums[key] = sums.get(key, 0) + value.float() * len(images)
         maps = [v for v in out.info.values() if v.ndim == 4]
         rows += [row for i, row in enumerate(zip(images, *maps, out.images), seen) if i in shown]
         seen += len(images)
     model.train(was_training)
-    psnr, images = accelerator.reduce(total, "sum").tolist()
-    psnr /= images
-    run.write(step, {"val_psnr": psnr})
+    totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()))
+    means = {f"val_{k}": v / totals["images"] for k, v in totals.items() if k != "images"}
+    psnr = means["val_psnr"]
+    run.write(step, means)
     run.save_best(step, psnr, model)
     return psnr, run.picture(step, "reconstructions", rows)
 

@@ -183,7 +183,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
-        loss_weight, ema_weight (...): weight of each vector in the losses (a plain mean follows) and in the EMA sums.
+        loss_weight, ema_weight (...): weight of each vector in the losses (a plain mean follows) and in the EMA sums;
+        codes do not restart as vectors of EMA weight 0.
         info: `usage`, distinct codes in the queue over K; `perplexity` of this batch's codes.
         """
         with torch.autocast(z.device.type, enabled=False):
@@ -246,7 +247,7 @@ class VectorQuantizer(nn.Module):
         ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * stats[:, -1]
         if self.restart:
             dead = ema_count < 1
-            ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z), ema_sum)
+            ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z, ones), ema_sum)
             ema_count = ema_count.masked_fill(dead, 1.0)
         total = ema_count.sum()
         smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
@@ -254,13 +255,18 @@ class VectorQuantizer(nn.Module):
         for old, new in ((self.ema_sum, ema_sum), (self.ema_count, ema_count), (self.codebook, ema_sum / smoothed.unsqueeze(1))):
             old.copy_(torch.where(finite, new, old))
 
-    def _random_vectors(self, z: Tensor) -> Tensor:
-        """(K, D): different random rows of all processes' z (N, D), the same on every process."""
+    def _random_vectors(self, z: Tensor, weight: Tensor) -> Tensor:
+        """(K, D): different random rows of all processes' z (N, D), the same on every process; those without weight (N, 1)
+        only if there are no others."""
         rank, total = (dist.get_rank() if _world() > 1 else 0), len(z) * _world()
-        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: use each several times, with noise
-        pick = torch.randperm(total * tiles, device=z.device)[: self.codebook_size] % total
+        draw = torch.rand(total, device=z.device)
+        counts = torch.zeros_like(draw)
+        counts[rank * len(z):(rank + 1) * len(z)] = (weight > 0).squeeze(1).to(draw)
         if _world() > 1:
-            dist.broadcast(pick, 0)
+            dist.broadcast(draw, 0)
+            dist.all_reduce(counts)
+        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: use each several times, with noise
+        pick = (draw + counts).argsort(descending=True).repeat(tiles)[:self.codebook_size]
         mine = (pick // len(z) == rank).unsqueeze(1)
         vectors = torch.where(mine, z[pick % len(z)], 0.0)
         if tiles > 1 and rank == 0:

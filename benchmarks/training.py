@@ -3,7 +3,8 @@
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml [key.sub=value ...]
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml --data     # with the config's own images
 
-Without --data the steps run on random images that lie on the device, so that nothing but the step is measured (thresholds of an entropy router come from such images too); with it the
+Without --data the steps run on random images that lie on the device, so that nothing but the step is measured
+(thresholds of an entropy router come from such images too); with it the
 loader is measured alone and then feeds the steps. Every step has generator and discriminator, whatever the config's
 `disc_start`; in bf16 on a GPU unless the config names a precision. MFU counts the multiplications and additions of forward
 and backward passes (torch's FlopCounterMode) against --peak_tflops.

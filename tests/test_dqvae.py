@@ -47,7 +47,7 @@ def test_contract(grains, router):
         side, regions = 32 // model.factors[-1], 32 // model.factors[0]
         assert indices.shape == (3, side, side) and grain.shape == (3, regions, regions)
         assert indices.dtype == grain.dtype == torch.int64 and grain.min() >= 0 and grain.max() < grains
-        torch.testing.assert_close(model.decode(codes), out.images, atol=1e-6, rtol=0)
+        assert torch.equal(model.decode(codes), out.images)
         count = 0
         times = side // regions
         for b in range(3):
@@ -67,9 +67,9 @@ def test_contract(grains, router):
 @pytest.mark.parametrize("grains", [2, 3])
 def test_entropy_router_obeys_its_ratios(grains):
     model = small(grains, "entropy")
-    grain = model.eval().encode(photos())["grain"]
+    grain = model.eval().encode(photos())["grain"]  # calibrated on the same ones: the ratio must be exact, to a region
     for g, ratio in enumerate(model.ratios, 1):
-        assert (grain == g).float().mean().item() == pytest.approx(ratio, abs=0.02)
+        assert (grain == g).float().mean().item() == pytest.approx(ratio, abs=1 / 128)
     entropy = model.entropy(photos())
     for g in range(grains - 1):
         assert entropy[grain <= g].max() <= entropy[grain > g].min()
@@ -124,7 +124,7 @@ def test_the_router_learns_the_ratio():
 def test_the_router_hears_the_reconstruction():
     model = small()
     model(photos()).images.square().mean().backward()
-    assert model.router.fc1.weight.grad.abs().sum() > 0
+    assert model.router.fc1.weight.grad.norm() > 1e-3 * model.pre_quant.weight.grad.norm()
 
 
 def test_losses_weigh_a_repeated_code_once():
@@ -143,6 +143,14 @@ def test_moving_averages_count_a_repeated_code_once_or_as_in_the_reference():
         out = model(images)
         counts.append(model.quantizer.ema_count.sum().item())
     assert counts[0] == pytest.approx(out.info["codes"].item() * 8) and counts[1] == 8 * 16 * 16
+
+
+def test_codes_restart_as_vectors_of_different_codes():
+    """Of the cells that repeat a coarse code, only the first is drawn."""
+    model, images = small(2, "entropy", quantizer=VectorQuantizer(300, 16, ema_decay=0.99)), photos()
+    out = model(images)
+    assert out.info["codes"] * 8 > 300  # there are enough different vectors
+    assert model.quantizer.codebook.data.unique(dim=0).shape[0] == 300
 
 
 def test_calibration_is_kept_with_the_weights():
@@ -172,6 +180,10 @@ def test_bad_thresholds_and_images_are_one_sentence():
         model.set_thresholds([1.0], 16)
     with pytest.raises(ValueError, match="need 1 ascending thresholds"):
         model.set_thresholds([1.0, 2.0], 4)
+    with pytest.raises(ValueError, match="ascending thresholds"):
+        model.set_thresholds([float("nan")], 4)
+    with pytest.raises(ValueError, match="at least one image"):
+        model.calibrate([])
     with pytest.raises(ValueError, match="must be .B, 3, 32, 32."):
         model(torch.zeros(1, 3, 64, 64))
     uncalibrated = DQVAE(**dict(image_size=32, router="entropy", ch=32, num_res_blocks=1, decoder_ch_mult=[1, 1]) | LEVELS[2])

@@ -23,7 +23,7 @@ def test_contract(ratio):
     assert out.images.shape == images.shape and out.losses.keys() == {"codebook", "commitment"}
     (out.images.square().mean() + sum(out.losses.values())).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert model.score_net.conv1.weight.grad.abs().sum() > 0  # through the product with the score
+    assert model.score_net.conv1.weight.grad.norm() > 1e-3 * model.pre_quant.weight.grad.norm()  # through the product
 
     model.eval()
     with torch.no_grad():
@@ -34,14 +34,6 @@ def test_contract(ratio):
         assert torch.equal(model.decode(codes), out.images)
         assert model.bits(codes).tolist() == pytest.approx([n * 6 + math.log2(math.comb(256, n))] * 3, rel=1e-5)
         assert out.info["kept_ratio"] == pytest.approx(n / 256)
-
-
-@torch.no_grad()
-def test_other_sizes():
-    model, images = small().eval(), torch.rand(2, 3, 16, 64) * 2 - 1
-    out = model(images)
-    assert out.images.shape == images.shape and out.codes["positions"].shape == (2, 64)
-    assert torch.equal(model.decode(model.encode(images), grid=(8, 32)), out.images)
 
 
 @torch.no_grad()
@@ -59,7 +51,7 @@ def test_demask_equals_the_formula():
     """Against attention written out, one image at a time."""
     demask = DeMask(8, 32, layers=3)
     z_q, positions = torch.randn(2, 5, 8), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(2)])
-    got = demask(z_q, positions, (4, 4))
+    got = demask(z_q, positions, 4)
     for i in range(2):
         cells = demask.token.repeat(16, 1)
         cells[positions[i]] = z_q[i]
@@ -82,7 +74,11 @@ def test_bad_ratios_are_one_sentence(ratio):
     with pytest.raises(ValueError, match="keeps none"):
         small(topk_ratio=0.003)
     with pytest.raises(ValueError, match="divisible by 2"):
-        small()(torch.zeros(1, 3, 31, 32))
+        small(image_size=31)
+    with pytest.raises(ValueError, match="images must be"):
+        small()(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="l2-normalised"):
+        small(quantizer=VectorQuantizer(64, 8, l2_norm=True))
 
 
 def test_copy(tmp_path):
