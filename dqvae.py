@@ -238,8 +238,8 @@ class FeatureRouter(nn.Module):
 
     def logits(self, features: list[Tensor]) -> Tensor:
         """(B, G, h', w')"""
-        size = features[0].shape[-2:]
-        x = torch.cat([F.adaptive_avg_pool2d(norm(x), size) for norm, x in zip(self.norms, features)], dim=1)
+        side = features[0].shape[-1]
+        x = torch.cat([F.avg_pool2d(norm(x), x.shape[-1] // side) for norm, x in zip(self.norms, features)], dim=1)
         return self.fc2(F.silu(self.fc1(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2).float()
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -445,7 +446,7 @@ class Run:
             _write(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             log = self.folder / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.is_file() and step else []
-            _write(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            _write(log, "".join(line + "\n" for line in lines if _step(line) <= step))
             if step and (self.folder / "checkpoints/best.safetensors").is_file():
                 with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
                     if int(best.metadata()["step"]) <= step:
@@ -605,6 +606,11 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole, and --resume auto "
+                 "continues from it")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -660,6 +666,14 @@ def _sha256(path: Path) -> str:
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics.jsonl; infinite if the line was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _write(path: Path, text: str) -> None:

@@ -183,6 +183,8 @@ def test_resumed_run_is_bit_identical(train, tmp_path):
     train(*EVERYTHING, f"train.output_dir={tmp_path}/whole", "train.max_train_steps=9")
     resumed = [*EVERYTHING, f"train.output_dir={tmp_path}/parts"]
     train(*resumed, "train.max_train_steps=9", "train.max_minutes=0", resume="auto")  # ends after a step
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # as a kill leaves it
     with pytest.raises(UserError, match="--resume auto"):
         train(*resumed, "train.max_train_steps=9")
     train(*resumed, "train.max_train_steps=9", resume="auto")
