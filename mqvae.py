@@ -156,7 +156,7 @@ class DeMask(nn.Module):
         (B, _, D), cells = z_q.shape, grid**2
         x = self.token.to(z_q).expand(B, cells, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
         mask = z_q.new_full((B, cells), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
-        x = x.transpose(1, 2).reshape(B, D, grid, grid)
+        x = x.transpose(1, 2).contiguous().view(B, D, grid, grid)  # norms are slow on other strides
         x = self.conv_in(self.post_quant(x))                                                 # (B, C, h, w)
         for block, attn in zip(self.blocks, self.attns):
             x = attn(block(x), key_weight=mask)

@@ -79,7 +79,7 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             step()
         flops = counter.get_total_flops()
-        line += f", {flops / batch / 1e9:.0f} GFLOP/image, {flops / seconds / 1e12:.2f} TFLOP/s"
+        line += f", {flops / batch / 1e9:.2f} GFLOP/image, {flops / seconds / 1e12:.2f} TFLOP/s"
         if device.type == "cuda":
             line += f", MFU {flops / seconds / 1e12 / args.peak_tflops:.1%}"
     print(line)
