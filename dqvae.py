@@ -2,7 +2,10 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss
+    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss.
+                    Its gradient compares the granularities: that of sum_g gate_g * feature_g, in which the gate is one-hot. In
+                    the release only the chosen feature is multiplied by its gate, which tells the router nothing of the others:
+                    on `shapes` it then made the smooth regions fine
     DQVAE.entropy   ... or from the entropy of its pixels, by thresholds that are computed once from the training images
 
 A region is a cell of the coarsest grid; with factors [16, 8] a coarse region has 1 code and a fine one 2 x 2. Interface as in
@@ -182,11 +185,13 @@ class DQVAE(nn.Module):
             grain = (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)           # (B, h', w')
         size = features[-1].shape[-2:]
         cells = self._to_finest(grain).unsqueeze(1)                                          # (B, 1, h, w)
-        z = F.interpolate(features[0], size)
+        features = [F.interpolate(x, size) for x in features]                                # each (B, z, h, w)
+        z = features[0]
         for g in range(1, self.grains):
-            z = torch.where(cells == g, F.interpolate(features[g], size), z)
-        if gate is not None and self.training:
-            z = z * F.interpolate(gate.amax(1, keepdim=True), size)  # times 1, which gives the router its gradient
+            z = torch.where(cells == g, features[g], z)
+        if gate is not None and self.training:  # plus 0, which gives the router its gradient
+            slope = F.interpolate(gate - gate.detach(), size)                                # (B, G, h, w)
+            z = z + sum(slope[:, g:g + 1] * features[g] for g in range(self.grains))
         return self.pre_quant(z).permute(0, 2, 3, 1), gate, grain
 
     def _budget(self, gate: Tensor) -> Tensor:

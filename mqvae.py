@@ -5,8 +5,10 @@
     ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
     DeMask      fills the cells without a code from those that have one
 
-The N cells of highest score keep their features, which are quantized; their positions are part of the code. Interface as in
-vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
+The N cells of highest score keep their features, which are quantized; their positions are part of the code. A score's gradient
+comes from the feature that it multiplies, as in the release, and from the difference that a code instead of none would make in its
+cell, kept or not: with the first alone the scores found edges and the smooth cells beside them rather than the detail. Interface
+as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
@@ -64,9 +66,12 @@ class MQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, H, W) to an `Output`; its losses are `codebook` and `commitment`."""
-        features, scores, positions = self._mask(images)
-        z_q, indices, losses, info = self.quantizer(features)
-        recon = self._decode(z_q, positions)
+        vectors, scores, positions = self._mask(images)
+        z_q, indices, losses, info = self.quantizer(self._kept(vectors, positions))
+        slope = None
+        if self.training:  # zeros, whose gradient tells each score what a code would change in its cell
+            slope = (scores - scores.detach()).flatten(1).unsqueeze(-1) * (vectors - self.demask.token).detach()  # (B, hw, D)
+        recon = self._decode(z_q, positions, slope)
         codes, n = {"indices": indices, "positions": positions}, positions.shape[1]
         kept = scores.flatten(1).gather(1, positions)
         info |= {"kept_ratio": scores.new_full((), n / self.grid**2), "codes": scores.new_full((), n), "bits": self.bits(codes).mean(),
@@ -82,8 +87,8 @@ class MQVAE(nn.Module):
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) to codes {"indices": int64 (B, N), "positions": int64 (B, N)}, ascending in position, which
         counts the cells of the grid row by row."""
-        features, _, positions = self._mask(images)
-        return {"indices": self.quantizer.nearest(features), "positions": positions}
+        vectors, _, positions = self._mask(images)
+        return {"indices": self.quantizer.nearest(self._kept(vectors, positions)), "positions": positions}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """Codes to images (B, 3, S, S)."""
@@ -103,7 +108,7 @@ class MQVAE(nn.Module):
         return self.to_image.weight
 
     def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to the kept features (B, N, D), all scores (B, h, w) and the kept positions (B, N)."""
+        """Images to the vectors (B, hw, D) and scores (B, h, w) of all cells, and the positions (B, N) of those to keep."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         z = self.encoder(images)                                                             # (B, C, h, w)
@@ -112,12 +117,15 @@ class MQVAE(nn.Module):
         n = int(self.topk_ratio * flat.shape[1])
         positions = flat.topk(n, dim=1).indices.sort(dim=1).values                           # (B, N)
         z = z.flatten(2).transpose(1, 2)                                                     # (B, hw, C)
-        z = z.gather(1, positions.unsqueeze(-1).expand(-1, -1, z.shape[-1]))                 # (B, N, C)
-        z = F.layer_norm(z, z.shape[-1:]) * flat.gather(1, positions).unsqueeze(-1)  # the score net's only gradient
-        return self.pre_quant(z), scores, positions
+        z = F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1)
+        return self.pre_quant(z), scores, positions                                          # (B, hw, D)
 
-    def _decode(self, z_q: Tensor, positions: Tensor) -> Tensor:
-        return self.to_image(self.decoder(self.demask(z_q, positions, self.grid)))
+    @staticmethod
+    def _kept(vectors: Tensor, positions: Tensor) -> Tensor:
+        return vectors.gather(1, positions.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))  # (B, N, D)
+
+    def _decode(self, z_q: Tensor, positions: Tensor, slope: Tensor | None = None) -> Tensor:
+        return self.to_image(self.decoder(self.demask(z_q, positions, self.grid, slope)))
 
 
 class ScoreNet(nn.Module):
@@ -152,9 +160,10 @@ class DeMask(nn.Module):
         self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
         self.last_block = ResBlock(channels, channels)
 
-    def forward(self, z_q: Tensor, positions: Tensor, grid: int) -> Tensor:
+    def forward(self, z_q: Tensor, positions: Tensor, grid: int, slope: Tensor | None = None) -> Tensor:
         (B, _, D), cells = z_q.shape, grid**2
         x = self.token.to(z_q).expand(B, cells, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
+        x = x if slope is None else x + slope.to(x)
         mask = z_q.new_full((B, cells), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
         x = x.transpose(1, 2).contiguous().view(B, D, grid, grid)  # norms are slow on other strides
         x = self.conv_in(self.post_quant(x))                                                 # (B, C, h, w)

@@ -53,7 +53,7 @@ def test_mqvae():
     order = want["positions"].argsort(1)  # the reference's are in order of score
     assert torch.equal(out.codes["positions"], want["positions"].gather(1, order))
     assert torch.equal(out.codes["indices"], want["indices"].gather(1, order))
-    features, scores, positions = model._mask(images)
+    _, scores, positions = model._mask(images)
     close(scores.flatten(1).gather(1, positions), want["scores"].gather(1, order))
     close(model.encoder(images), want["features"])
     close(sum(out.losses.values()), want["quant_loss"])
