@@ -2,24 +2,30 @@
 
     from_reference(kind, state_dict, config)     a model in eval mode
 
-Kinds: vqgan_taming (CompVis/taming-transformers), vqgan_llamagen (FoundationVision/LlamaGen), vqvae_simplecnn
-(visual-tokenizer-pytorch), mqvae and dqvae (the papers' official releases). Every key of a release is renamed by a rule
-below, or dropped by one that says why; any other is an error that names it.
+Kinds: vqgan_taming and gpt_taming (CompVis/taming-transformers), vqgan_llamagen (FoundationVision/LlamaGen), vqvae_simplecnn
+(visual-tokenizer-pytorch), mqvae and stackformer, dqvae and dq_transformer (the papers' official releases). Every key of a
+release is renamed by a rule below, or dropped by one that says why; any other is an error that names it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dq_transformer import DQTransformer
 from dqvae import DQVAE
+from gpt import GPT
 from mqvae import MQVAE
+from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE, VectorQuantizer
 
-Rule = tuple  # (the whole name in the release, ours) and perhaps (..., what becomes of the tensor)
+# (the whole name in the release, ours) and perhaps (..., what becomes of the tensor). Ours may end in #i of n, if n tensors of
+# the release are one here; and several rules may take their part of the same tensor.
+Rule = tuple
 
 # Training leaves these in a checkpoint, or they do nothing; reconstruction needs none of them.
 DROP = [
@@ -28,13 +34,14 @@ DROP = [
     r".*\.temb_proj\..*",  # time embedding of MQ-VAE's de-mask blocks, which is never given a time
     r"quantize\.codebook\.(cluster_size_ema|embed_ema)",  # moving averages, which start anew
     r"quantize\.codebook_used",  # LlamaGen's record of the codes in use
+    r".*\.attn\.mask",  # the causal mask, a constant
 ]
 
 
 def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
     """The model of a release, in eval mode. ValueError names every key that is unknown, missing or of another shape."""
     kinds = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn,
-             "mqvae": _mqvae, "dqvae": _dqvae}
+             "mqvae": _mqvae, "dqvae": _dqvae, "gpt_taming": _gpt_taming, "stackformer": _stackformer, "dq_transformer": _dq_transformer}
     if kind not in kinds:
         raise ValueError(f"kind must be one of {', '.join(kinds)}; it is {kind!r}")
     model, rules = kinds[kind](config)
@@ -171,49 +178,134 @@ _QUANT_CONVS: list[Rule] = [(r"quant_conv\.(.*)", r"pre_quant.\1"), (r"post_quan
 _PADDED_CODEBOOK: Rule = (r"quantize\.codebook\.weight", "quantizer.codebook", lambda x: x[:-1])  # the last row is never used
 
 
+# Transformers. The releases keep codes, classes and special tokens in one vocabulary; here they have tables of their own.
+
+
+def _gpt_taming(config: dict) -> tuple[nn.Module, list[Rule]]:
+    K = config["codebook_size"]
+    model = GPT(K, config["grid"], 0, config["n_layer"], config["n_head"], config["n_embd"], label_dropout=0.0)
+    return model, [
+        *_blocks("blocks", "blocks"),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
+        (r"tok_emb\.weight", "code_emb.weight", _rows(K + 1, range(K))),
+        (r"tok_emb\.weight", "start_emb.weight", _rows(K + 1, [K])),
+        (r"ln_f\.(.*)", r"norm.\1"),
+        (r"head\.weight", "head.weight", _rows(K + 1, range(K))),
+    ]
+
+
+def _stackformer(config: dict) -> tuple[nn.Module, list[Rule]]:
+    K, classes, cells = config["codebook_size"], config["n_classes"], config["grid"] ** 2
+    model = Stackformer(K, config["grid"], config["codes_per_image"], classes, config["value_layer"], config["position_layer"],
+                        config["n_head"], config["n_embd"], config["resid_pdrop"], label_dropout=0.0)
+    vocabulary = K + (classes or 1)  # classes come before the codes, the start token after them
+    starts = range(classes) if classes else [K]
+    return model, [
+        *_blocks("value_transformer", "code_blocks"), *_blocks("position_transformer", "position_blocks"),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
+        (r"value_emb\.weight", "code_emb.weight", _rows(vocabulary, range(classes, classes + K))),
+        (r"value_emb\.weight", "start_emb.weight", _rows(vocabulary, starts)),
+        (r"value_pos_emb\.weight", "position_emb.weight", _rows(cells + 1, [*range(cells), config["position_sos"]])),
+        (r"value_head\.0\.(.*)", r"code_norm.\1"),
+        (r"value_head\.1\.weight", "code_head.weight", _rows(vocabulary, range(classes, classes + K))),
+        (r"position_head\.0\.(.*)", r"position_norm.\1"),
+        (r"position_head\.1\.weight", "position_head.weight", _rows(cells + 1, range(cells))),
+    ]
+
+
+def _dq_transformer(config: dict) -> tuple[nn.Module, list[Rule]]:
+    K, classes, special = config["codebook_size"], config["n_classes"], config["special"]
+    names, grids = ["coarse", "fine"], [config["coarse_hw"], config["fine_hw"]]
+    cells, starts = [side**2 for side in grids], classes or 1
+    model = DQTransformer(K, grids, classes, config["position_layer"], config["content_layer"], config["n_head"], config["n_embd"],
+                          config["resid_pdrop"], label_dropout=0.0, order=config["fine_position_order"])
+    first = special["content_sos_or_first_class"]
+    ends = [special[f"{name}_position_eos"] for name in names]
+    rules = [
+        *_blocks("content_transformer", "content_blocks"), *_blocks("position_transformer", "position_blocks"),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
+        (r"seg_emb\.weight", "grain_emb.weight"),
+        (r"content_emb\.weight", "content_emb.weight",
+         _rows(first + starts, [*range(K), special["content_eos"], *range(first, first + starts)])),
+        (r"content_head\.0\.(.*)", r"content_norm.\1"),
+        (r"content_head\.1\.weight", "content_head.weight", _rows(first + starts, range(K))),
+        (r"position_head\.0\.(.*)", r"position_norm.\1"),
+        (r"position_head\.1\.weight", "position_head.weight",
+         _rows(special["fine_position_sos_or_first_class"] + starts, [*range(cells[-1]), *ends])),
+    ]
+    for g, name in enumerate(names):
+        first = special[f"{name}_position_sos_or_first_class"]
+        rules.append((rf"content_{name}_pos_emb\.weight", f"position_emb.weight#{g} of {len(names)}",
+                      _rows(first + starts, [*range(cells[g]), ends[g], *range(first, first + starts)])))
+    return model, rules
+
+
+def _blocks(theirs: str, ours: str) -> list[Rule]:
+    part = {"query": 0, "key": 1, "value": 2}
+    return [(rf"{theirs}\.(\d+)\.ln([12])\.(.*)", rf"{ours}.layers.\1.norm\2.\3"),
+            (rf"{theirs}\.(\d+)\.attn\.(query|key|value)\.(.*)", lambda m: f"{ours}.layers.{m[1]}.qkv.{m[3]}#{part[m[2]]} of 3"),
+            (rf"{theirs}\.(\d+)\.attn\.proj\.(.*)", rf"{ours}.layers.\1.out.\2"),
+            (rf"{theirs}\.(\d+)\.mlp\.([02])\.(.*)", rf"{ours}.layers.\1.mlp.\2.\3")]
+
+
+def _rows(total: int, rows: list[int] | range) -> Callable[[Tensor], Tensor]:
+    """Takes these rows of a table that must have `total` of them."""
+    return lambda x: x[list(rows)] if len(x) == total else x
+
+
+def _index_rows(block_size: int, length: int) -> Callable[[Tensor], Tensor]:
+    """The first rows of (1, block_size, C): the releases have some to spare."""
+    return lambda x: x[0, :length] if x.shape[:2] == (1, block_size) else x
+
+
 def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]) -> None:
     wanted = model.state_dict()
     state = {k: v for k, v in wanted.items() if k == "thresholds" or re.fullmatch(r".*num_batches_tracked|quantizer\.(ema_.*|queue)", k)}
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[int, tuple[str, Tensor]]] = {}  # of tensors that are one here: {ours: {i: (name, tensor)}}
+    counts: dict[str, int] = {}
     problems = []
     for name, value in state_dict.items():
         if any(re.fullmatch(pattern, name) for pattern in DROP):
             continue
-        ours, value = _rename(name, value, rules)
-        if ours and (qkv := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours)):  # one conv here, three in the releases
-            parts.setdefault(f"{qkv[1]}.qkv.{qkv[3]}", {})[qkv[2]] = value
-            if f"{qkv[1]}.qkv.{qkv[3]}" not in wanted:
-                problems.append(f"unknown {name}")
-        elif ours not in wanted:
+        found = list(_rename(name, value, rules))
+        if not any(ours.partition("#")[0] in wanted for ours, _ in found):
             problems.append(f"unknown {name}")
-        elif value.shape != wanted[ours].shape:
-            problems.append(f"{name} is {tuple(value.shape)} instead of {tuple(wanted[ours].shape)}")
-            state[ours] = wanted[ours]
+            continue
+        for ours, tensor in found:
+            ours, _, part = ours.partition("#")
+            i, n = map(int, part.split(" of ")) if part else (0, 1)
+            parts.setdefault(ours, {})[i] = name, tensor
+            counts[ours] = n
+    for ours, pieces in parts.items():
+        state[ours] = wanted[ours]
+        if len(pieces) < counts[ours]:
+            problems.append(f"missing a part of what becomes {ours}, of which there is only {', '.join(name for name, _ in pieces.values())}")
+            continue
+        tensors = [pieces[i][1] for i in range(counts[ours])]
+        joined = torch.cat(tensors) if all(t.shape[1:] == tensors[0].shape[1:] for t in tensors) else None
+        uneven = "qkv" in ours and len({t.shape for t in tensors}) > 1
+        if joined is None or joined.shape != wanted[ours].shape or uneven:
+            shapes = " and ".join(f"{name} {tuple(state_dict[name].shape)}" for name, _ in pieces.values())
+            problems.append(f"{shapes} cannot become {ours} {tuple(wanted[ours].shape)}")
         else:
-            state[ours] = value
-    for ours, qkv in parts.items():
-        if ours in wanted and len(qkv) == 3:
-            shape = wanted[ours].shape
-            problems += [f"{k} of {ours} is {tuple(v.shape)}" for k, v in qkv.items() if v.shape != (shape[0] // 3, *shape[1:])]
-            state[ours] = torch.cat([qkv[k] for k in "qkv"]) if not problems else wanted[ours]
-        elif ours in wanted:
-            problems.append(f"missing {' and '.join(set('qkv') - qkv.keys())} of what becomes {ours}")
-            state[ours] = wanted[ours]
+            state[ours] = joined
     problems += [f"missing what becomes {k}" for k in wanted if k not in state]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(state)
-    if getattr(model.quantizer, "ema_decay", None) is not None:
-        model.quantizer.ema_sum.copy_(model.quantizer.codebook)
-        model.quantizer.ema_count.fill_(1.0)
+    quantizer = getattr(model, "quantizer", None)
+    if getattr(quantizer, "ema_decay", None) is not None:
+        quantizer.ema_sum.copy_(quantizer.codebook)
+        quantizer.ema_count.fill_(1.0)
 
 
-def _rename(name: str, value: Tensor, rules: list[Rule]) -> tuple[str | None, Tensor]:
-    """Our name for a tensor of the release, None if no rule fits, and the tensor as we hold it."""
+def _rename(name: str, value: Tensor, rules: list[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """Our names for a tensor of the release, and the tensors as we hold them."""
     for pattern, ours, *change in rules:
         if match := re.fullmatch(pattern, name):
             ours = ours(match) if callable(ours) else match.expand(ours)
             ours = ours.replace(".nin_shortcut.", ".skip.").replace(".proj_out.", ".out.")
-            return ours, change[0](value) if change else value
-    return None, value
+            if qkv := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours):  # one convolution here, three in the releases
+                ours = f"{qkv[1]}.qkv.{qkv[3]}#{'qkv'.index(qkv[2])} of 3"
+            yield ours, change[0](value) if change else value

@@ -1,0 +1,292 @@
+"""GPT over the codes of a VQGAN or VQ-VAE, and what Stackformer and DQ-Transformer share with it.
+
+    GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
+    CodeTransformer         what all three have in common: class labels, guidance, cached sampling
+    Blocks, Cache           pre-norm transformer blocks (minGPT's) and their keys and values while sampling
+    filter_logits, draw     temperature, top-k, top-p; and one token per row from one random number per row
+    parameter_groups        for AdamW: weight decay on the weights of linear layers only
+
+    model = GPT(codebook_size=1024, grid=16, num_classes=1000)
+    loss = model({"indices": indices}, labels)["loss"]            # indices: int64 (B, 16, 16), labels: int64 (B,)
+    codes = model.sample(8, labels=labels, top_k=100, cfg_scale=3.0)    # {"indices": (8, 16, 16)}, for vqgan.decode(codes)
+
+With num_classes = 0 there are no labels. This file needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class CodeTransformer(nn.Module):
+    """Base of GPT, Stackformer and DQTransformer.
+
+    A sequence opens with a start token, of which there is one per class. Labels are dropped in training with probability
+    `label_dropout`: the null class that takes their place is what classifier-free guidance (Ho & Salimans, 2022) and sampling
+    without labels need. An unconditional model has this null class alone.
+    """
+
+    def __init__(self, num_classes: int, label_dropout: float):
+        super().__init__()
+        if num_classes < 0 or not 0 <= label_dropout < 1:
+            raise ValueError(f"num_classes must be at least 0 and label_dropout in [0, 1); they are {num_classes} and {label_dropout}")
+        self.num_classes, self.label_dropout = num_classes, label_dropout
+        self.num_starts = num_classes + (num_classes == 0 or label_dropout > 0)
+
+    def _starts(self, n: int, labels: Tensor | None, device: torch.device) -> Tensor:
+        """Rows (n,) in the table of start tokens; in training, some labels are dropped."""
+        if labels is None and self.num_starts == self.num_classes:
+            raise ValueError("this model needs labels: it was made with label_dropout=0, so it knows no null class")
+        if labels is None:
+            return torch.full((n,), self.num_classes, device=device)
+        if self.num_classes == 0:
+            raise ValueError("labels were given, but this model is unconditional (num_classes=0)")
+        if labels.shape != (n,):
+            raise ValueError(f"labels must be one for each of the {n} images, ({n},); they are {tuple(labels.shape)}")
+        if labels.device.type == "cpu" and n and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1}; they are {sorted(set(labels.tolist()))}")
+        labels = labels.to(device)
+        if self.training and self.label_dropout > 0:
+            labels = torch.where(torch.rand(n, device=device) < self.label_dropout, self.num_classes, labels)
+        return labels
+
+    def _sampling_starts(self, n: int, labels: Tensor | list[int] | None, cfg_scale: float) -> tuple[Tensor, bool]:
+        """Start rows (n,), or (2n,) with the null class in the second half if there is guidance; and whether there is."""
+        if self.training:
+            raise ValueError("the model is in training mode; call eval() before sample()")
+        device = next(self.parameters()).device
+        starts = self._starts(n, None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu(), device)
+        if cfg_scale == 1.0:
+            return starts, False
+        if labels is None:
+            raise ValueError(f"cfg_scale={cfg_scale} needs labels: it strengthens what they say")
+        return torch.cat([starts, self._starts(n, None, device)]), True
+
+    @staticmethod
+    def _guide(logits: Tensor, cfg_scale: float, guided: bool) -> Tensor:
+        """(2n, V) logits, conditional and not, to (n, V) guided ones; without guidance, as they are."""
+        if not guided:
+            return logits
+        conditional, null = logits.chunk(2)
+        return null + cfg_scale * (conditional - null)
+
+    def init_weights(self) -> None:
+        """minGPT's: N(0, 0.02) for linear layers and embeddings, zero biases."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class GPT(CodeTransformer):
+    """Predicts each code from the ones above and to the left of it.
+
+    codebook_size, grid            K, and side of the grid of codes
+    num_classes, label_dropout     see CodeTransformer
+    n_layer, n_head, n_embd        depth, heads, width
+    dropout                        of embeddings, attention weights and residual branches
+    """
+
+    def __init__(self, codebook_size: int, grid: int, num_classes: int = 0, n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
+                 dropout: float = 0.0, label_dropout: float = 0.1):
+        super().__init__(num_classes, label_dropout)
+        self.codebook_size, self.grid, self.length = codebook_size, grid, grid**2
+        self.start_emb = nn.Embedding(self.num_starts, n_embd)
+        self.code_emb = nn.Embedding(codebook_size, n_embd)
+        self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
+        self.drop = nn.Dropout(dropout)
+        self.blocks = Blocks(n_layer, n_head, n_embd, dropout)
+        self.norm = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, codebook_size, bias=False)
+        self.init_weights()
+
+    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes {"indices": (B, h, w)} and labels (B,) to {"loss", "code"}: mean cross-entropy in nats, and the same again."""
+        logits = self.logits(codes, labels)["indices"]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes["indices"].flatten())
+        return {"loss": loss, "code": loss.detach()}
+
+    def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Next-code logits under teacher forcing, {"indices": (B, T, K)}, T = h * w."""
+        indices = self._flat(codes)                                                          # (B, T)
+        starts = self._starts(len(indices), labels, indices.device)
+        x = torch.cat([self.start_emb(starts).unsqueeze(1), self.code_emb(indices[:, :-1])], dim=1)
+        x = self.blocks(self.drop(x + self.index_emb))                                       # (B, T, C)
+        return {"indices": self.head(self.norm(x))}                                          # (B, T, K)
+
+    @torch.no_grad()
+    def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
+        """What the codes of each image cost under this model, in bits (B,)."""
+        logits = self.logits(codes, labels)["indices"]
+        return F.cross_entropy(logits.transpose(1, 2).float(), self._flat(codes), reduction="none").sum(1) / math.log(2)
+
+    @torch.no_grad()
+    def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, cfg_scale: float = 1.0,
+               generator: torch.Generator | list[torch.Generator] | None = None) -> dict[str, Tensor]:
+        """n new images' codes, {"indices": (n, h, w)}.
+
+        labels         (n,) classes; None samples without
+        temperature    0: always the most likely code
+        top_k, top_p   only the k likeliest codes, or the likeliest ones that together have this probability
+        cfg_scale      guidance towards the labels: null + scale * (conditional - null)
+        generator      one, or one per row. A row depends on its own random numbers only, not on the rows beside it
+        """
+        check_sampling(temperature, top_k, top_p)
+        starts, guided = self._sampling_starts(n, labels, cfg_scale)
+        numbers = uniforms(n, self.length, generator, starts.device)                         # (n, T)
+        cache = Cache(self.blocks, len(starts), self.length)
+        indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
+        x = self.start_emb(starts)                                                           # (n or 2n, C)
+        for t in range(self.length):
+            x = self.blocks.step(x + self.index_emb[t], *cache.at(t))
+            logits = self._guide(self.head(self.norm(x)), cfg_scale, guided)                 # (n, K)
+            indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, t])
+            x = self.code_emb(indices[:, t].repeat(2 if guided else 1))
+        return {"indices": indices.view(n, self.grid, self.grid)}
+
+    def _flat(self, codes: dict[str, Tensor]) -> Tensor:
+        if codes["indices"].shape[1:] != (self.grid, self.grid):
+            raise ValueError(f"indices must be (B, {self.grid}, {self.grid}); they are {tuple(codes['indices'].shape)}")
+        return codes["indices"].flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer blocks
+
+
+class Blocks(nn.Module):
+    """A stack of causal transformer blocks, (B, T, C) to (B, T, C)."""
+
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float):
+        super().__init__()
+        if min(n_layer, n_head) < 1 or n_embd % n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, and there must be a layer; n_layer, n_head and n_embd are "
+                             f"{n_layer}, {n_head} and {n_embd}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); it is {dropout}")
+        self.n_head, self.head_dim = n_head, n_embd // n_head
+        self.layers = nn.ModuleList(Block(n_head, n_embd, dropout) for _ in range(n_layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        """One more token per row, (B, C) to (B, C). The arguments after x are `Cache.at`'s; their shapes change only every
+        Cache.WINDOW steps, so that this function can be compiled or captured."""
+        x = x.unsqueeze(1)
+        for layer, layer_kv in zip(self.layers, kv):
+            x = layer(x, layer_kv, t, mask)
+        return x.squeeze(1)
+
+
+class Block(nn.Module):
+    """Causal self-attention and a GELU MLP, each behind a LayerNorm and with a residual connection."""
+
+    def __init__(self, n_head: int, n_embd: int, dropout: float):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
+        self.out = nn.Linear(n_embd, n_embd)
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, kv: Tensor | None = None, t: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(B, T, C) to the same; with a cache kv (2, B, heads, window, head_dim), T = 1 and this is token number t (1,)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        if kv is not None:
+            k, v = kv[0].index_copy_(2, t, k), kv[1].index_copy_(2, t, v)
+        a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=kv is None)
+        x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class Cache:
+    """Keys and values of the tokens so far, for `rows` sequences of at most `length` tokens; allocated once."""
+
+    WINDOW = 64  # attention looks at a multiple of so many tokens, the future ones masked
+
+    def __init__(self, blocks: Blocks, rows: int, length: int):
+        weight = blocks.layers[0].qkv.weight
+        half = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if half else weight.dtype
+        self.kv = torch.zeros(len(blocks.layers), 2, rows, blocks.n_head, length, blocks.head_dim, dtype=dtype, device=weight.device)
+        self.steps = torch.arange(length, device=weight.device)
+
+    def at(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For token number t: the cache's window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
+        window = min(len(self.steps), (t // self.WINDOW + 1) * self.WINDOW)
+        now = self.steps[t:t + 1]
+        return self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (R,) only."""
+        self.kv = self.kv.index_select(2, rows)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """For AdamW: the weights of linear layers decay; biases, norms and embeddings do not."""
+    decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if id(p) in decay], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if id(p) not in decay], "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"the temperature must be at least 0; it is {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for no limit; it is {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, or None for no limit; it is {top_p}")
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Logits (B, V) at this temperature, float32, with -inf for all but the allowed tokens. Temperature 0: for all but the
+    likeliest."""
+    logits = logits.float()
+    if temperature == 0:
+        top_k, temperature = 1, 1.0
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # those before it have enough without it
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+    return logits
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """One token (B,) per row of logits (B, V), by the random numbers (B,) in [0, 1)."""
+    below = logits.softmax(-1).cumsum(-1)
+    target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # under the last entry, whatever is rounded
+    return (below <= target).sum(-1)  # the first token that passes the target has a probability above 0
+
+
+def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:
+    """(n, count) random numbers in [0, 1), each row from a generator of its own: the one given for it, or one that is seeded
+    by the next number of the only one."""
+    if not isinstance(generator, list):
+        where = generator.device if generator is not None else "cpu"
+        seeds = torch.cat([torch.randint(2**63 - 1, (1,), generator=generator, device=where) for _ in range(n)]).tolist()
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if len(generator) != n:
+        raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; there are {len(generator)}")
+    return torch.stack([torch.rand(count, generator=g, device=g.device).to(device) for g in generator])
