@@ -2,6 +2,7 @@
 
     make_dataset(name, root, split, ...)    a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
     train_loader, eval_loader               batches over several workers and processes; uint8 until they are on the device
+    CodeCache, code_loader                  the codes of images for stage 2, encoded once, in memory-mapped files; their batches
 
     name        what `root` must hold
     imagenet    train/ and val/ with one folder per class; synset_human.txt and imagenet_idx_to_synset.yml if at hand
@@ -24,6 +25,7 @@ import math
 import os
 import random
 import signal
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -201,6 +203,142 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     loader = DataLoader(dataset, batch_sampler=[indices[i:i + batch_size] for i in range(0, len(indices), batch_size)],
                         **_workers(num_workers, device))
     return _on_device(loader, device)
+
+
+class CodeCache:
+    """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped files.
+
+    `encode` fills it, by several processes at once, and goes on where it was interrupted; then rows can be read:
+    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
+
+    folder         a folder inside it is named after `key`, in which everything must be that the codes depend on
+    indices        which images of the dataset
+    views          how many crops and flips of each
+    example        the codes of some image (1, ...), for their names and shapes
+    codebook_size  K; what is above 65,536 takes four bytes per code instead of two
+    """
+
+    def __init__(self, folder: Path, key: str, dataset: ImageDataset, indices: list[int], views: int, example: dict[str, Tensor],
+                 codebook_size: int):
+        self.folder, self.dataset, self.indices, self.views = folder / key, dataset, indices, views
+        self.rows = len(indices) * views
+        kind = "uint16" if codebook_size <= 2**16 else "int32"
+        # One array per tensor of codes, the labels, and whether a row is done.
+        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()} | {"labels": ("int32", ()), "done": ("uint8", ())}
+
+    def create(self) -> None:
+        """Makes the files, unless they are there; they have their whole size from the start, so a full disk shows now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, (kind, shape) in self.shapes.items():
+            size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
+            path = self.folder / f"{name}.bin"
+            if path.is_file() and path.stat().st_size == size:
+                continue
+            (self.folder / "done.bin").unlink(missing_ok=True)  # the last to be made: nothing is done yet
+            with open(path, "wb") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    path.unlink()
+                    raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB") from error
+
+    def encode(self, encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4, rank: int = 0,
+               world: int = 1, device: torch.device | str = "cpu") -> Iterator[int]:
+        """Encodes this process's share of what is not done, by `encode` (images (B, 3, S, S) to codes); yields the number of
+        rows after each batch. What a row needs is on the disk before it counts as done."""
+        todo = np.flatnonzero(self._map("done") == 0)[rank::world].tolist()
+        batches = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)]
+        n, synced = len(self.indices), time.monotonic()
+        keys = [[(row // n, self.indices[row % n]) for row in batch] for batch in batches]
+        self.dataset.uint8 = True
+        loader = DataLoader(self.dataset, batch_sampler=keys, **_workers(num_workers, device))
+        files = {name: open(self.folder / f"{name}.bin", "r+b", buffering=0) for name in self.shapes}
+        finished: list[int] = []
+
+        def sync() -> None:
+            for name, file in files.items():
+                if name != "done":
+                    os.fsync(file.fileno())
+            for row in finished:
+                os.pwrite(files["done"].fileno(), b"\1", row)
+            finished.clear()
+
+        try:
+            for i, (images, labels) in enumerate(_on_device(loader, device)):
+                arrays = {**encode(images), "labels": labels}
+                for name, tensor in arrays.items():
+                    kind, shape = self.shapes[name]
+                    array = tensor.cpu().numpy()
+                    if array.min() < 0 or array.max() > np.iinfo(kind).max:
+                        raise DataError(f"{name} from {array.min()} to {array.max()} do not fit the cache's {kind}")
+                    for row, value in zip(batches[i], array.astype(kind)):
+                        os.pwrite(files[name].fileno(), value.tobytes(), row * value.nbytes)
+                finished += batches[i]
+                if time.monotonic() - synced > 10:
+                    sync()
+                    synced = time.monotonic()
+                yield len(batches[i])
+        finally:
+            sync()
+            for file in files.values():
+                file.close()
+
+    def missing(self) -> int:
+        """How many rows are not done."""
+        return int((self._map("done") == 0).sum())
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
+        arrays = {name: torch.from_numpy(self._map(name)[rows].astype(np.int64)) for name in self.shapes if name != "done"}
+        labels = arrays.pop("labels")
+        return arrays, labels
+
+    def _map(self, name: str) -> np.ndarray:
+        kind, shape = self.shapes[name]
+        return np.memmap(self.folder / f"{name}.bin", kind, "r", shape=(self.rows, *shape))
+
+
+def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
+                device: torch.device | str = "cpu") -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Endless shuffled batches (codes, labels) on `device`, of images of similar length; see CodeBatches."""
+    if len(cache.indices) < batch_size * world:
+        raise DataError(f"{len(cache.indices)} training images are fewer than one batch of {batch_size} x {world} processes; "
+                        "choose a smaller train.train_batch_size")
+    cuda = torch.device(device).type == "cuda"
+    for rows in CodeBatches(lengths, cache.views, batch_size, seed, start, rank, world):
+        codes, labels = cache[rows]
+        codes = {k: (v.pin_memory() if cuda else v).to(device, non_blocking=True) for k, v in codes.items()}
+        yield codes, labels.to(device, non_blocking=True)
+
+
+class CodeBatches(Sampler):
+    """Endless lists of rows of a CodeCache. An epoch is a permutation of all images, each in the view whose turn it is; what
+    does not fill a batch is dropped. Among POOL batches at a time, images of similar length come together.
+
+    lengths (views * n,): of each row. The batch of all processes together does not depend on their number.
+    """
+
+    POOL = 64
+
+    def __init__(self, lengths: Tensor, views: int, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+        self.lengths, self.views, self.seed, self.start, self.rank, self.world = lengths, views, seed, start, rank, world
+        self.n, self.batch = len(lengths) // views, batch_size * world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.n // self.batch
+        epoch, first = divmod(self.start, per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            rows = torch.randperm(self.n, generator=generator)[:per_epoch * self.batch] + self.n * (epoch % self.views)
+            batches = []
+            for pool in rows.split(self.POOL * self.batch):
+                pool = pool[self.lengths[pool].argsort(stable=True)].view(-1, self.batch)
+                batches.append(pool[torch.randperm(len(pool), generator=generator)])
+            for batch in torch.cat(batches)[first:]:
+                yield batch[self.rank::self.world].tolist()
+            epoch, first = epoch + 1, 0
 
 
 class TrainBatches(Sampler):

@@ -129,9 +129,15 @@ class DQTransformer(CodeTransformer):
         slot = torch.arange(len(self.slot_kind), device=indices.device).expand_as(target)
         slot = torch.full((len(indices), length + 1), len(self.slot_kind) - 1, device=indices.device).scatter(1, target, slot)
         content = torch.full_like(slot, self.codebook_size).scatter(1, target, content)
-        regions = (grain.unsqueeze(-1) == torch.arange(self.grains, device=grain.device)).sum(1)  # (B, G)
-        per_region = torch.tensor([cells // self.cells[0] for cells in self.cells], device=grain.device)
-        return Tokens(slot[:, :-1], content[:, :-1], regions * per_region)
+        return Tokens(slot[:, :-1], content[:, :-1], self._counts(grain))
+
+    def lengths(self, codes: dict[str, Tensor]) -> Tensor:
+        """Tokens (B,) that the model reads for the codes of each image."""
+        return self._counts(codes["grain"].flatten(1)).sum(1) + 2 * self.grains - 1
+
+    def _counts(self, grain: Tensor) -> Tensor:
+        """Codes of each granularity (B, G), of regions' granularities (B, R)."""
+        return torch.stack([(grain == g).sum(1) * (cells // self.cells[0]) for g, cells in enumerate(self.cells)], dim=1)
 
     def unorder(self, tokens: Tokens) -> dict[str, Tensor]:
         """The codes that `order` made these tokens from."""

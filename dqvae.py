@@ -100,10 +100,8 @@ class DQVAE(nn.Module):
         for g in range(1, self.grains):
             info[f"ratio_{g}"] = (grain == g).float().mean()
         info |= {"codes": self._count(grain).float().mean(), "bits": self.bits(codes).mean()}
-        if not self.training:  # a map to draw
-            colours = torch.tensor(COLOURS[0:1] + COLOURS[-(self.grains - 1):], device=images.device)
-            tint = F.interpolate(colours[grain].permute(0, 3, 1, 2) * 2 - 1, images.shape[-2:])
-            info["grain_map"] = 0.55 * images.mean(1, keepdim=True) + 0.45 * tint
+        if not self.training:
+            info |= self.maps(codes, images)
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
@@ -115,6 +113,12 @@ class DQVAE(nn.Module):
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """Codes to images (B, 3, S, S)."""
         return self._decode(self.quantizer.lookup(codes["indices"]))
+
+    def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What the codes look like over their images (B, 3, S, S): {"grain_map": (B, 3, S, S)}, coarse in blue, fine in red."""
+        colours = torch.tensor(COLOURS[:1] + COLOURS[-(self.grains - 1):], device=images.device)
+        tint = F.interpolate(colours[codes["grain"]].permute(0, 3, 1, 2) * 2 - 1, images.shape[-2:])
+        return {"grain_map": 0.55 * images.mean(1, keepdim=True) + 0.45 * tint}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
         """What the codes of each image cost, in bits (B,): log2 K per code, and log2 G for the granularity of each region."""

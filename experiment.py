@@ -45,11 +45,16 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from dataset import DataError
+from dq_transformer import DQTransformer
 from dqvae import DQVAE
+from gpt import GPT
 from mqvae import MQVAE
+from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE
 
-MODELS = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
+STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
+STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer}
+MODELS = STAGE1 | STAGE2
 
 
 class UserError(Exception):
@@ -126,13 +131,15 @@ def training_arguments(description: str, argv: list[str] | None = None) -> argpa
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
-def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> dict[str, dict]:
+def load_config(path: str, overrides: list[str], sections: dict[str, Any],
+                inherit: Callable[[dict], None] | None = None) -> dict[str, dict]:
     """The config of a YAML file with overrides, complete with defaults and checked.
 
     sections: name to the function or class that takes the section's keys as arguments, whose signature says their types
-    and defaults; or to a dict of such, among which the key `name` chooses. UserError, in one sentence, otherwise.
+    and defaults (what has none may be left out: the script knows it); or to a dict of such, among which the key `name` chooses.
+    inherit: may add to what the user gave, in place, before it is checked. UserError, in one sentence, otherwise.
     """
-    given = _read_yaml(path)
+    given = read_yaml(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -149,6 +156,11 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> di
             section[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"the value of {override!r} is not valid YAML") from None
+    given.setdefault("train", {})
+    if isinstance(given["train"], dict) and given["train"].get("output_dir") is None:
+        given["train"]["output_dir"] = f"runs/{Path(path).stem}"
+    if inherit is not None:
+        inherit(given)
     targets = {}
     for name, target in sections.items():
         if isinstance(target, dict):
@@ -168,8 +180,6 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any]) -> di
         config[name] = choice | _fill(target, section, name, keys)
     if "image_size" in config["model"] and "image_size" not in given["model"]:
         config["model"]["image_size"] = config["data"]["image_size"]
-    if config["train"]["output_dir"] is None:
-        config["train"]["output_dir"] = f"runs/{Path(path).stem}"
     return config
 
 
@@ -188,7 +198,7 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
         raise UserError(f"{target.__name__} cannot be made with these settings ({error})") from error
 
 
-def _read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path) -> dict:
     try:
         with open(path) as file:
             return _mapping(yaml.safe_load(file), str(path))
@@ -243,7 +253,7 @@ def _fill(target: Callable, given: dict, where: str, keys: list[str]) -> dict:
             filled[key] = _fill(nested, _mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", keys)
         elif key in given:
             filled[key] = _checked(given[key], kind, f"{where}.{key}")
-        else:
+        elif default is not inspect.Parameter.empty:
             filled[key] = list(default) if isinstance(default, tuple) else default
     return filled
 
@@ -364,7 +374,7 @@ class Run:
         source = self.folder if self.wanted == "auto" else Path(self.wanted or "").parent.parent
         if self.wanted is None or not (source / "config.yaml").is_file():
             return
-        before, now = (_networks(c) for c in (_read_yaml(source / "config.yaml"), self.config))
+        before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), self.config))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
@@ -402,8 +412,7 @@ class Run:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(temporary.iterdir())}
-            (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+            _write_manifest(temporary, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             limit = self.train["checkpoints_total_limit"]
@@ -500,14 +509,13 @@ class Run:
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] += 1
 
-    def log(self, step: int, more: dict[str, float]) -> dict[str, float]:
-        """Writes `more` and the means of what was added since the last call, over steps and processes."""
+    def means(self) -> dict[str, float]:
+        """The means of what was added since the last call, over steps and processes."""
         keys = list(self.sums)
         means = torch.stack([self.sums[k] / self.counts[k] for k in keys])
-        values = more | dict(zip(keys, self.accelerator.reduce(means, "mean").tolist()))
+        values = dict(zip(keys, self.accelerator.reduce(means, "mean").tolist()))
         self.sums.clear()
         self.counts.clear()
-        self.write(step, values)
         return values
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -551,8 +559,13 @@ class Run:
         if self.accelerator.num_processes > 1:
             if step % 10:
                 return None
-            reason = max((r or "" for r in _gather(reason)), key=len) or None
+            reason = max((r or "" for r in gather(reason)), key=len) or None
         return reason
+
+    def exit_at_signal(self, what: str) -> None:
+        """Ends the script if a signal has asked for it, where there is no step to finish."""
+        if self._signal:
+            raise UserError(f"stopped by {self._signal} {what}")
 
     def close(self) -> None:
         """Ends the run; with several processes, ends this process too."""
@@ -584,7 +597,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    config = _read_yaml(folder / "config.yaml")
+    config = read_yaml(folder / "config.yaml")
     path = folder / "checkpoints/best.safetensors"
     if which == "latest":
         checkpoint = _newest_whole(sorted((folder / "checkpoints").glob("step_*"), reverse=True), print)
@@ -597,6 +610,17 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     model = build(MODELS[settings.pop("name")], settings)
     model.load_state_dict(load_file(path))
     return model.eval(), config
+
+
+def save_run(folder: Path, config: dict, modules: dict[str, nn.Module]) -> None:
+    """Makes a run folder of weights alone, {"model": ...} and perhaps {"ema": ...}, which load_run reads."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = folder / "checkpoints/step_00000000"
+    checkpoint.mkdir(parents=True)
+    for name, module in modules.items():
+        save_file(_state(module), checkpoint / f"{name}.safetensors")
+    _write_manifest(checkpoint, 0)
+    _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -627,7 +651,7 @@ def _start_cpu_processes() -> None:
     if number is None:
         sys.exit("error: accelerate was asked for several processes on the CPU but started one; say --num_processes on the command line")
     del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *sys.argv])
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "--", *sys.argv])
 
 
 def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:
@@ -637,6 +661,11 @@ def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path |
             return path
         say(f"the checkpoint {path} is damaged ({damage}); trying the one before")
     return None
+
+
+def _write_manifest(checkpoint: Path, step: int) -> None:
+    files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
 
 
 def _damage(path: Path) -> str | None:
@@ -696,7 +725,10 @@ def _networks(config: dict) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k.startswith("model.") or (gan and k.startswith("discriminator.")) or k == "train.use_ema"}
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
+    """This value from every process, on every process."""
+    if not torch.distributed.is_initialized():
+        return [value]
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

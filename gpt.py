@@ -151,6 +151,10 @@ class GPT(CodeTransformer):
             x = self.code_emb(indices[:, t].repeat(2 if guided else 1))
         return {"indices": indices.view(n, self.grid, self.grid)}
 
+    def lengths(self, codes: dict[str, Tensor]) -> Tensor:
+        """Tokens (B,) that the model reads for the codes of each image."""
+        return torch.full_like(codes["indices"][:, 0, 0], self.length)
+
     def _flat(self, codes: dict[str, Tensor]) -> Tensor:
         if codes["indices"].shape[1:] != (self.grid, self.grid):
             raise ValueError(f"indices must be (B, {self.grid}, {self.grid}); they are {tuple(codes['indices'].shape)}")

@@ -76,12 +76,9 @@ class MQVAE(nn.Module):
         kept = scores.flatten(1).gather(1, positions)
         info |= {"kept_ratio": scores.new_full((), n / self.grid**2), "codes": scores.new_full((), n), "bits": self.bits(codes).mean(),
                  "score_mean": scores.mean(), "score_std": scores.std(), "score_kept": kept.mean()}
-        if not self.training:  # maps to draw
-            mask = torch.zeros_like(scores).flatten(1).scatter(1, positions, 1.0).view_as(scores).unsqueeze(1)
-            mask = F.interpolate(mask, images.shape[-2:])
+        if not self.training:
             low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
-            info |= {"score_map": (2 * (scores - low) / (high - low + 1e-6) - 1).unsqueeze(1),
-                     "kept_map": images * mask + (0.25 * images - 0.75) * (1 - mask)}
+            info |= {"score_map": (2 * (scores - low) / (high - low + 1e-6) - 1).unsqueeze(1), **self.maps(codes, images)}
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
@@ -93,6 +90,12 @@ class MQVAE(nn.Module):
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """Codes to images (B, 3, S, S)."""
         return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"])
+
+    def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What the codes look like over their images (B, 3, S, S): {"kept_map": (B, 3, S, S)}, dark where there is no code."""
+        mask = images.new_zeros(len(images), self.grid**2).scatter(1, codes["positions"], 1.0)
+        mask = F.interpolate(mask.view(-1, 1, self.grid, self.grid), images.shape[-2:])
+        return {"kept_map": images * mask + (0.25 * images - 0.75) * (1 - mask)}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
         """What the codes of each image cost, in bits (B,): log2 K per code, and log2 C(h * w, N) for the positions."""

@@ -113,5 +113,9 @@ class Stackformer(CodeTransformer):
             x = code + self.position_emb(positions[:, t].repeat(2 if guided else 1))
         return {"indices": indices, "positions": positions}
 
+    def lengths(self, codes: dict[str, Tensor]) -> Tensor:
+        """Tokens (B,) that the model reads for the codes of each image."""
+        return torch.full_like(codes["indices"][:, 0], self.length)
+
     def _first(self, starts: Tensor) -> Tensor:
         return self.start_emb(starts) + self.position_emb.weight[-1]

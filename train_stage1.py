@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import eval_loader, make_dataset, train_loader
-from experiment import (MODELS, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
+from experiment import (STAGE1, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
                         run_main, training_arguments, update_ema)
 from losses import PatchGAN, Stage1Loss
 
@@ -32,7 +32,7 @@ class Stage1Settings(TrainSettings):
     calibration_file: str | None = None
 
 
-SECTIONS = {"model": MODELS, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
+SECTIONS = {"model": STAGE1, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * steps_per_epoch)
 
     # Models
-    model = build(MODELS[model_settings.pop("name")], model_settings)
+    model = build(STAGE1[model_settings.pop("name")], model_settings)
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
     check_image_size(config["data"]["image_size"], model, discriminator)
@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> None:
 
         if step % train["logging_steps"] == 0 or last:
             images_per_second = (step - logged_step) * global_batch / (time.monotonic() - logged_at)
-            values = run.log(step, {"lr": lr, "images_per_second": images_per_second, "peak_memory_gib": peak_memory(),
-                                    "epoch": step / steps_per_epoch})
+            values = run.means()
+            run.write(step, {"lr": lr, "images_per_second": images_per_second, "peak_memory_gib": peak_memory(),
+                             "epoch": step / steps_per_epoch} | values)
             progress.set_postfix({"loss": f"{values['loss']:.3f}", "usage": f"{values['usage']:.0%}", "img/s": f"{images_per_second:.0f}"})
             logged_at, logged_step = time.monotonic(), step
 

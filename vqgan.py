@@ -85,6 +85,10 @@ class VQModel(nn.Module):
         z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())                            # (B, z_channels, h, w)
         return self.squash(self.to_image(self.decoder(z)))                                   # (B, 3, H, W)
 
+    def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What the codes look like over their images: nothing here, a code for every cell."""
+        return {}
+
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
         """What the codes of each image cost, in bits (B,): log2 K per code."""
         indices = codes["indices"].flatten(1)

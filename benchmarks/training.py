@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset import make_dataset, train_loader
-from experiment import MODELS, argument_parser, build, compile_parts, load_config, peak_memory, run_main
+from experiment import STAGE1, argument_parser, build, compile_parts, load_config, peak_memory, run_main
 from losses import PatchGAN, Stage1Loss
 from train_stage1 import SECTIONS
 
@@ -49,7 +49,7 @@ def main() -> None:
         batches = iter(lambda: (fixed, None), 0)
 
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
-    model = build(MODELS[settings.pop("name")], settings).to(device, memory_format=memory_format)
+    model = build(STAGE1[settings.pop("name")], settings).to(device, memory_format=memory_format)
     if hasattr(model, "calibrate"):
         model.calibrate([torch.rand(8, 3, size, size, device=device) * 2 - 1])
     criterion = build(Stage1Loss, config["loss"]).to(device, memory_format=memory_format)

@@ -1,0 +1,149 @@
+"""Draws new images from a stage-2 run.
+
+    python sample.py --run runs/dq_transformer -n 64 [--classes 3,7 | --classes disc,ring] [--cfg 3] [--seed 0] [--out FOLDER | FILE]
+    accelerate launch --num_processes 8 sample.py --run runs/dq_transformer -n 50000 --out samples.npz
+
+--out says what is written: a folder of single PNGs and grid.png (default: RUN/samples/seed_SEED); FILE.png, one grid; or FILE.npz with
+uint8 (N, H, W, 3) as `arr_0` and the labels as `arr_1`, which the ADM evaluation suite reads. Sampling settings that are not given are
+those of the run's config, section `sample`. Image number i of a seed is the same in whatever batch, and on whatever process, it is drawn.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from dataset import to_uint8
+from experiment import STAGE2, UserError, load_run, run_main
+from gpt import Blocks
+from train_stage2 import sampling_arguments
+
+SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="the run folder of a stage-2 model")
+    parser.add_argument("-n", type=int, default=64, help="how many images in all (default 64)")
+    parser.add_argument("--classes", help="class numbers or names, with commas; the images go through them in turn (default: all)")
+    parser.add_argument("--cfg", type=float, help="scale of the guidance towards the classes; 1: none")
+    for name, kind in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, per process")
+    parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
+    parser.add_argument("--out", help="a folder, FILE.png or FILE.npz")
+    parser.add_argument("--bf16", action="store_true", help="in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step (CUDA graphs on a GPU)")
+    args = parser.parse_args(argv)
+    if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
+        raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
+    state = PartialState()
+    model, stage1, config, classes = load_models(args.run, args.which)
+    model, stage1 = model.to(state.device), stage1.to(state.device)
+    labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    if args.classes and labels is None:
+        raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
+    if args.compile:
+        for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
+            blocks.step = torch.compile(blocks.step, mode="reduce-overhead" if state.device.type == "cuda" else None)
+    settings = dict(config["sample"]) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
+    settings["cfg_scale"] = settings["cfg_scale"] if args.cfg is None else args.cfg
+    settings = sampling_arguments(type(model), settings)
+    out = Path(args.out or Path(args.run) / f"samples/seed_{args.seed}").expanduser()
+    single = out.suffix not in (".png", ".npz")
+    (out if single else out.parent).mkdir(parents=True, exist_ok=True)
+
+    # Every process draws its share, into one file
+    size = config["data"]["image_size"]
+    together = (out if single else out.parent) / f".{out.stem}.npy"
+    if state.is_main_process:
+        np.lib.format.open_memmap(together, "w+", np.uint8, (args.n, size, size, 3))
+    state.wait_for_everyone()
+    pixels = np.lib.format.open_memmap(together, "r+")
+    mine = list(range(args.n))[state.process_index::state.num_processes]
+    with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
+        for i in range(0, len(mine), args.batch_size):
+            numbers = mine[i:i + args.batch_size]
+            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, args.bf16)
+            for number in numbers if single else ():
+                Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
+            bar.update(len(numbers))
+    pixels.flush()
+    state.wait_for_everyone()
+
+    # The first process writes what shows them together
+    if state.is_main_process:
+        path = out / "grid.png" if single else out
+        if out.suffix == ".npz":
+            np.savez(out, **{"arr_0": pixels} | ({"arr_1": labels.numpy()} if labels is not None else {}))
+        else:
+            shown = torch.from_numpy(pixels[:400].copy() if single else np.array(pixels)).permute(0, 3, 1, 2)
+            columns = len(set(labels.tolist())) if labels is not None else 99
+            columns = columns if columns <= 20 else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
+            Image.fromarray(make_grid(shown, nrow=columns).permute(1, 2, 0).numpy()).save(path)
+        if single:
+            about = {"run": str(args.run), "seed": args.seed, "settings": settings, "labels": None if labels is None else labels.tolist()}
+            (out / "samples.json").write_text(json.dumps(about) + "\n")
+        together.unlink()
+        print(f"{args.n} images: {path}")
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        sys.stdout.flush()
+        os._exit(0)  # see Run.close
+
+
+def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Module, torch.nn.Module, dict, list[str]]:
+    """(stage-2 model, stage-1 model, config, names of the classes) of a stage-2 run, in eval mode on the CPU."""
+    model, config = load_run(folder, which)
+    if config["model"]["name"] not in STAGE2:
+        raise UserError(f"{folder} holds a stage-1 model ({config['model']['name']}); give the run folder of a stage-2 one")
+    stage1, _ = load_run(Path(folder) / "stage1")
+    try:
+        classes = json.loads((Path(folder) / "classes.json").read_text())
+    except (OSError, ValueError):
+        classes = [str(i) for i in range(model.num_classes)]
+    return model, stage1, config, classes
+
+
+@torch.no_grad()
+def draw(model: torch.nn.Module, stage1: torch.nn.Module, numbers: list[int], labels: torch.Tensor | None, seed: int, settings: dict,
+         bf16: bool = False) -> np.ndarray:
+    """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
+    device = next(model.parameters()).device
+    # A CPU generator listens to 32 bits: the numbers of one seed are all different, and those of two seeds far apart.
+    generators = [torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32) for number in numbers]
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        try:
+            codes = model.sample(len(numbers), None if labels is None else labels[numbers], generator=generators, **settings)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        images = stage1.decode(codes)
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def chosen_labels(asked: str | None, classes: list[str], n: int) -> torch.Tensor:
+    """Labels (n,) that go through the classes asked for, by number or name, in turn."""
+    chosen = list(range(len(classes)))
+    if asked:
+        chosen = []
+        for word in (w.strip() for w in asked.split(",")):
+            matches = [int(word)] if word.isdigit() else [i for i, c in enumerate(classes) if word.lower() in c.lower()]
+            if not matches or max(matches) >= len(classes):
+                raise UserError(f"there is no class {word!r}; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:20])}"
+                                + (", ..." if len(classes) > 20 else ""))
+            chosen += matches
+    return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+
+
+if __name__ == "__main__":
+    run_main(main)
