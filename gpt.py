@@ -285,12 +285,9 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:
-    """(n, count) random numbers in [0, 1), each row from a generator of its own: the one given for it, or one that is seeded
-    by the next number of the only one."""
-    if not isinstance(generator, list):
-        where = generator.device if generator is not None else "cpu"
-        seeds = torch.cat([torch.randint(2**63 - 1, (1,), generator=generator, device=where) for _ in range(n)]).tolist()
-        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if len(generator) != n:
-        raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; there are {len(generator)}")
-    return torch.stack([torch.rand(count, generator=g, device=g.device).to(device) for g in generator])
+    """(n, count) random numbers in [0, 1). Row by row, from the row's own generator, or from the only one: either way a row's
+    numbers are the same whatever n is."""
+    generators = generator if isinstance(generator, list) else [generator] * n
+    if len(generators) != n:
+        raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; there are {len(generators)}")
+    return torch.stack([torch.rand(count, generator=g, device=g.device if g else "cpu").to(device) for g in generators])

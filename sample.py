@@ -13,11 +13,13 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
-    state = PartialState()
+    state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
     model, stage1, config, classes = load_models(args.run, args.which)
     model, stage1 = model.to(state.device), stage1.to(state.device)
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
         for i in range(0, len(mine), args.batch_size):
             numbers = mine[i:i + args.batch_size]
-            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, args.bf16)
+            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, state.autocast)
             for number in numbers if single else ():
                 Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
             bar.update(len(numbers))
@@ -117,12 +119,11 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
 
 @torch.no_grad()
 def draw(model: torch.nn.Module, stage1: torch.nn.Module, numbers: list[int], labels: torch.Tensor | None, seed: int, settings: dict,
-         bf16: bool = False) -> np.ndarray:
+         autocast: Callable = nullcontext) -> np.ndarray:
     """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
-    device = next(model.parameters()).device
     # A CPU generator listens to 32 bits: the numbers of one seed are all different, and those of two seeds far apart.
     generators = [torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32) for number in numbers]
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with autocast():
         try:
             codes = model.sample(len(numbers), None if labels is None else labels[numbers], generator=generators, **settings)
         except ValueError as error:

@@ -73,18 +73,8 @@ def command(*words, check=True, env=None, **kwargs):
 
 
 def copy_test(folder, files, imports, *models):
-    """The files alone in an empty folder, with nothing importable but torch: each model trains a step and reconstructs."""
-    for file in files:
-        shutil.copy(ROOT / file, folder)
-    (folder / "use.py").write_text(f"""
-import sys
-class OnlyTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
-                                  "dataset", "experiment", "losses", "scipy", "PIL"}}:
-            raise ImportError(name)
-import torch
-sys.meta_path.insert(0, OnlyTorch())
+    """The files alone, with nothing importable but torch: each stage-1 model trains a step and reconstructs."""
+    command_in_copy(folder, files, f"""
 from vqgan import VQGAN, VectorQuantizer
 {imports}
 for model in ({", ".join(models)},):
@@ -94,8 +84,23 @@ for model in ({", ".join(models)},):
     ((out.images - images).abs().mean() + sum(out.losses.values())).backward()
     optimizer.step()
     assert model.eval().decode(model.encode(images)).shape == images.shape
-print("done")
 """)
+
+
+def command_in_copy(folder, files, code):
+    """Runs the code in an empty folder with these files, and nothing importable but torch."""
+    for file in files:
+        shutil.copy(ROOT / file, folder)
+    (folder / "use.py").write_text("""
+import sys
+class OnlyTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
+                                  "dataset", "experiment", "losses", "scipy", "PIL"}:
+            raise ImportError(name)
+import torch
+sys.meta_path.insert(0, OnlyTorch())
+""" + code + "\nprint('done')\n")
     assert "done" in command(sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import use")
 
 

@@ -1,0 +1,372 @@
+"""GPT, Stackformer and DQ-Transformer: identities on tiny networks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command_in_copy
+
+import dq_transformer
+import gpt
+import stackformer
+from dataset import make_dataset
+from dq_transformer import DQTransformer
+from dqvae import DQVAE
+from gpt import GPT, draw, filter_logits, parameter_groups
+from mqvae import MQVAE
+from stackformer import Stackformer
+from vqgan import VQGAN, VectorQuantizer
+
+K, CLASSES = 12, 5
+TINY = {"n_head": 2, "n_embd": 16}
+MODELS = {
+    "gpt": lambda classes=0, **more: GPT(K, 4, classes, 2, **TINY | more),
+    "stackformer": lambda classes=0, **more: Stackformer(K, 4, 6, classes, 1, 2, **TINY | more),
+    "dual": lambda classes=0, **more: DQTransformer(K, [2, 4], classes, 1, 2, **TINY | more),
+    "dual_region_first": lambda classes=0, **more: DQTransformer(K, [3, 6], classes, 1, 1, order="region-first", **TINY | more),
+    "triple": lambda classes=0, **more: DQTransformer(K, [2, 4, 8], classes, 1, 1, **TINY | more),
+    "triple_region_first": lambda classes=0, **more: DQTransformer(K, [2, 4, 8], classes, 1, 1, order="region-first", **TINY | more),
+}
+
+
+def make(name, classes=0, seed=0, **more):
+    """A model in eval mode whose logits differ enough to make choices."""
+    torch.manual_seed(seed)
+    model = MODELS[name](classes, **more)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def random_codes(model, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    if isinstance(model, GPT):
+        return {"indices": torch.randint(K, (n, 4, 4), generator=g)}
+    if isinstance(model, Stackformer):
+        positions = torch.rand(n, 16, generator=g).argsort(1)[:, :6].sort(1).values
+        return {"indices": torch.randint(K, (n, 6), generator=g), "positions": positions}
+    grids = model.grids
+    grain = torch.randint(model.grains, (n, grids[0], grids[0]), generator=g)
+    grain[0] = torch.arange(grids[0] ** 2).view(grids[0], -1) * model.grains // grids[0] ** 2  # every granularity occurs
+    contents = torch.stack([F.interpolate(torch.randint(K, (n, 1, s, s), generator=g).float(), grids[-1]).squeeze(1) for s in grids])
+    cells = F.interpolate(grain.unsqueeze(1).float(), grids[-1]).long()                      # (n, 1, h, w)
+    return {"indices": contents.long().permute(1, 0, 2, 3).gather(1, cells).squeeze(1), "grain": grain}
+
+
+def rows(codes, chosen):
+    return {k: v[chosen] for k, v in codes.items()}
+
+
+def check_valid(model, codes):
+    """What `decode` accepts: every position once, granularities that cover the image exactly, no special token."""
+    assert all(v.dtype == torch.int64 for v in codes.values())
+    assert 0 <= codes["indices"].min() and codes["indices"].max() < K
+    if isinstance(model, Stackformer):
+        assert (codes["positions"].diff(dim=1) > 0).all() and 0 <= codes["positions"].min() and codes["positions"].max() < 16
+    if isinstance(model, DQTransformer):
+        assert 0 <= codes["grain"].min() and codes["grain"].max() < model.grains
+        again = model.unorder(model.order(codes))  # a coarse code covers all of its cells, or this would change the indices
+        assert all(torch.equal(codes[k], again[k]) for k in codes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_codes_are_valid_whatever_the_weights(name):
+    for seed in range(20):
+        model = make(name, CLASSES, seed)
+        settings = {} if name == "gpt" else {"temperature_pos": 3.0, "top_k_pos": 1 + seed, "top_p_pos": 0.9}
+        codes = model.sample(5, torch.arange(5), temperature=2.0, cfg_scale=1 + seed % 3, **settings)
+        check_valid(model, codes)
+        if isinstance(model, DQTransformer):
+            check_valid(model, model.sample(5, fine_positions="sampled"))
+
+
+def test_every_granularity_and_the_last_cell_can_be_sampled():
+    seen = set()
+    for seed in range(30):
+        model = make("triple", seed=seed)
+        grain = model.sample(8, temperature_pos=5.0)["grain"].flatten(1)
+        seen |= set(grain[:, -1].tolist())
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("classes", [0, CLASSES])
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_logits_equal_full_ones(name, classes, monkeypatch):
+    model, n = make(name, classes), 6
+    seen, kept = [], []
+    module = {GPT: gpt, Stackformer: stackformer, DQTransformer: dq_transformer}[type(model)]
+    monkeypatch.setattr(module, "filter_logits", lambda logits, *settings: seen.append(logits.clone()) or filter_logits(logits, *settings))
+    keep = gpt.Cache.keep
+    monkeypatch.setattr(gpt.Cache, "keep", lambda self, rows: kept.append((len(seen), rows)) or keep(self, rows))
+    labels = torch.arange(n) % classes if classes else None
+    codes = model.sample(n, labels, generator=torch.Generator().manual_seed(3))
+    full = model.logits(codes, labels)
+    if isinstance(model, GPT):
+        torch.testing.assert_close(torch.stack(seen, 1), full["indices"])
+    elif isinstance(model, Stackformer):
+        torch.testing.assert_close(torch.stack(seen[::2], 1), full["indices"])
+        positions = torch.stack(seen[1::2], 1)
+        possible = positions.isfinite()
+        assert possible.gather(2, codes["positions"].unsqueeze(2)).all()
+        torch.testing.assert_close(positions[possible], full["positions"][possible])
+    else:
+        tokens, here, compared = model.order(codes), torch.arange(n), 0
+        for t in range(len(seen) // 2):
+            for done, chosen in kept[::2]:  # both caches were told
+                if done == 2 * t:
+                    here = here[chosen]
+            for i, row in enumerate(here.tolist()):
+                if t + 1 >= int(tokens.counts[row].sum()) + 2 * model.grains:
+                    continue  # this row has ended
+                slot = tokens.slot[row, t + 1]
+                g, kind = int(model.slot_grain[slot]), int(model.slot_kind[slot])
+                if kind == 0:
+                    continue  # start tokens are not predicted
+                j = t - int(tokens.counts[row, :g].sum()) - 2 * g
+                logits = seen[2 * t][i]
+                side = model.cells[g]
+                columns = torch.cat([logits[:side], logits[model.cells[-1] + g].view(1)])
+                possible = columns.isfinite()
+                assert possible[model.slot_cell[slot] if kind == 1 else side]
+                torch.testing.assert_close(columns[possible], full["position"][g][row, j][possible])
+                if kind == 1:
+                    torch.testing.assert_close(seen[2 * t + 1][i], full["content"][g][row, j])
+                compared += 1
+        assert compared == int(tokens.counts.sum()) + n * model.grains
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_does_not_depend_on_the_batch(name):
+    model = make(name, CLASSES)
+    labels = torch.arange(8) % CLASSES
+    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    together = model.sample(8, labels, top_p=0.9, cfg_scale=2.0, generator=generators)
+    for i in range(8):
+        alone = model.sample(1, labels[i:i + 1], top_p=0.9, cfg_scale=2.0, generator=torch.Generator().manual_seed(i))
+        assert all(torch.equal(alone[k][0], together[k][i]) for k in alone)
+    # One generator for all: the first of 8 rows is the only one of 1
+    eight, one = (model.sample(n, labels[:n], generator=torch.Generator().manual_seed(7)) for n in (8, 1))
+    assert all(torch.equal(one[k][0], eight[k][0]) for k in one)
+    assert not all(torch.equal(eight["indices"][0], eight["indices"][i]) for i in range(1, 8))
+
+
+@pytest.mark.parametrize("name", ["dual", "triple", "triple_region_first"])
+def test_padding_changes_nothing(name):
+    model = make(name, CLASSES)
+    codes, labels = random_codes(model, 6), torch.arange(6) % CLASSES
+    together, bits = model.logits(codes, labels), model.bits(codes, labels)
+    assert len(set(model.lengths(codes).tolist())) > 2  # rows of different lengths
+    content = position = 0.0
+    for i in range(6):
+        alone, one = model.logits(rows(codes, [i]), labels[i:i + 1]), model(rows(codes, [i]), labels[i:i + 1])
+        for g in range(model.grains):
+            length = int(alone["length"][g])
+            assert length == together["length"][g][i]
+            torch.testing.assert_close(together["content"][g][i, :length], alone["content"][g][0])
+            torch.testing.assert_close(together["position"][g][i, :length + 1], alone["position"][g][0])
+        torch.testing.assert_close(bits[i:i + 1], model.bits(rows(codes, [i]), labels[i:i + 1]))
+        content += one["content"] * alone["length"][0].new_tensor([int(x) for x in alone["length"]]).sum()
+    total = sum(x.sum() for x in together["length"])
+    torch.testing.assert_close(model(codes, labels)["content"], content / total)
+    for g in range(model.grains):  # the position loss, by hand
+        nats = []
+        for i in range(6):
+            length = int(together["length"][g][i])
+            grain = F.interpolate(codes["grain"][i:i + 1, None].float(), model.grids[g]).long().flatten()
+            order = model.slot_cell[(model.slot_grain == g) & (model.slot_kind == 1)]
+            target = torch.cat([order[(grain == g)[order]], torch.tensor([model.cells[g]])])
+            nats.append(F.cross_entropy(together["position"][g][i, :length + 1], target, reduction="none"))
+        position += torch.cat(nats).mean() / model.grains
+    torch.testing.assert_close(model(codes, labels)["position"], position)
+
+
+@pytest.mark.parametrize("name", ["dual", "dual_region_first", "triple", "triple_region_first"])
+def test_order_and_back(name):
+    model = make(name)
+    for seed in range(10):
+        codes = random_codes(model, 7, seed)
+        tokens = model.order(codes)
+        again = model.unorder(tokens)
+        assert all(torch.equal(codes[k], again[k]) for k in codes)
+        assert torch.equal(tokens.counts.sum(1) + 2 * model.grains - 1, model.lengths(codes))
+        grain = model.slot_grain[tokens.slot]
+        assert (grain.diff(dim=1) >= 0).all()  # from coarse to fine
+    # In region-first order the cells of a region follow each other
+    if name == "dual_region_first":
+        region = model.slot_region[tokens.slot[0]][(model.slot_kind[tokens.slot[0]] == 1) & (grain[0] == 1)]
+        assert (region.diff() >= 0).all() and region.tolist() == [r for r in region.unique().tolist() for _ in range(4)]
+
+
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual"])
+def test_causal(name):
+    """What comes later in a sequence does not change what is predicted before it."""
+    model = make(name)
+    codes = random_codes(model, 1)
+    changed = {k: v.clone() for k, v in codes.items()}
+    changed["indices"].view(-1)[-1] = (changed["indices"].view(-1)[-1] + 1) % K
+    before, after = model.logits(codes), model.logits(changed)
+    for key in before:
+        pairs = zip(before[key], after[key]) if isinstance(before[key], list) else [(before[key], after[key])]
+        for a, b in pairs:
+            if key.startswith("position"):
+                a, b = a[:, :-1], b[:, :-1]  # the last code is known when its position (or the end) is predicted
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual", "triple"])
+def test_bits_are_the_loss(name):
+    model = make(name, CLASSES)
+    codes, labels = rows(random_codes(model, 4), [0]), torch.tensor([2])
+    out, bits = model(codes, labels), model.bits(codes, labels)
+    if name == "gpt":
+        want = 16 * out["code"]
+    elif name == "stackformer":
+        want = 6 * (out["code"] + out["position"])
+    else:
+        logits = model.logits(codes, labels)
+        tokens, want = model.order(codes), out["content"] * model.order(codes).counts.sum()
+        for g in range(model.grains - 1):  # all positions but the finest
+            cells = tokens.slot[0][model.slot_grain[tokens.slot[0]] == g][1:]
+            target = torch.where(model.slot_kind[cells] == 1, model.slot_cell[cells], model.cells[g])
+            want = want + F.cross_entropy(logits["position"][g][0, :len(target)], target, reduction="sum")
+    torch.testing.assert_close(bits, want.view(1) / math.log(2))
+
+
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual", "triple"])
+def test_overfits_labelled_shapes(name):
+    """16 images with a label each are learned by heart; at temperature 0 the label gives back the image's codes."""
+    torch.manual_seed(0)
+    data = make_dataset("shapes", image_size=32)
+    images = torch.stack([data[i][0] for i in range(16)])
+    quantizer, net = VectorQuantizer(K, 8, ema_decay=0.5), dict(ch=32, num_res_blocks=1, attn_resolutions=[], z_channels=32)
+    more = dict(n_head=2, n_embd=64, dropout=0.0, label_dropout=0.1)
+    if name == "gpt":
+        stage1, model = VQGAN(32, ch_mult=[1, 1, 1, 1], quantizer=quantizer, **net), GPT(K, 4, 16, 2, **more)
+    elif name == "stackformer":
+        stage1 = MQVAE(32, ch_mult=[1, 1, 1], quantizer=quantizer, topk_ratio=0.2, demask_layers=1, **net)
+        model = Stackformer(K, 8, 12, 16, 1, 2, **more)
+    else:
+        factors, ratios = ([16, 8], [0.4]) if name == "dual" else ([16, 8, 4], [0.3, 0.3])
+        stage1 = DQVAE(32, factors, ratios, "entropy", ch_mult=[1] * 5, quantizer=quantizer, decoder_ch_mult=[1] * (5 - len(ratios)),
+                       decoder_attn_resolutions=[], **net)
+        stage1.calibrate([images])
+        model = DQTransformer(K, [32 // f for f in factors], 16, 1, 2, **more)
+    with torch.no_grad():
+        stage1(images)  # once in training mode: codes become vectors of these images
+        codes = stage1.eval().encode(images)
+    assert len(codes["indices"].unique()) == K
+    labels = torch.arange(16)
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=3e-3)
+    for step in range(400):
+        loss = model(codes, labels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 25 == 24:
+            again = model.eval().sample(16, labels, temperature=0)
+            model.train()
+            if all(torch.equal(again[k], codes[k]) for k in codes):
+                break
+    shuffled = torch.randperm(16)
+    again = model.eval().sample(16, labels[shuffled], temperature=0)
+    for k in codes:
+        assert torch.equal(again[k], codes[k][shuffled]), f"{name}: {(again[k] != codes[k][shuffled]).float().mean():.1%} of {k} differ"
+
+
+def test_label_dropout_teaches_the_null_class():
+    model = make("gpt", CLASSES, label_dropout=0.5).train()
+    codes = random_codes(model, 32)
+    model(codes, torch.zeros(32, dtype=torch.int64))["loss"].backward()
+    gradient = model.start_emb.weight.grad.abs().sum(1)
+    assert gradient[0] > 0 and gradient[CLASSES] > 0 and (gradient[1:CLASSES] == 0).all()
+    model.eval()
+    labels = torch.arange(CLASSES)
+    assert not torch.equal(*(model.logits(rows(codes, range(5)), v)["indices"] for v in (labels, None)))
+
+
+def test_guidance():
+    """Scale 0 is the null class, 1 the class, and 2 as far again."""
+    model = make("gpt", CLASSES)
+    logits = []
+    for scale in (0.0, 1.0, 2.0):
+        starts, guided = model._sampling_starts(3, torch.tensor([0, 1, 2]), scale)
+        x = model.start_emb(starts)
+        logits.append(model._guide(x, scale, guided))
+    assert torch.equal(logits[0], model.start_emb.weight[CLASSES].expand(3, -1)) and torch.equal(logits[1], model.start_emb.weight[:3])
+    torch.testing.assert_close(logits[2], 2 * logits[1] - logits[0])
+
+
+def test_filters():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0, -math.inf]])
+    p = logits.softmax(-1)
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, False, True, False, False]]
+    assert filter_logits(logits, top_k=99).isfinite().sum() == 4
+    assert filter_logits(logits, top_p=0.5).isfinite().sum() == 1  # .64 alone is enough
+    assert filter_logits(logits, top_p=0.65).isfinite().sum() == 2
+    assert filter_logits(logits, top_p=1.0).isfinite().sum() == 4
+    assert filter_logits(logits, temperature=0).isfinite().tolist() == [[True, False, False, False, False]]
+    torch.testing.assert_close(filter_logits(logits, temperature=0.5)[:, :4], 2 * logits[:, :4])
+    tied = filter_logits(torch.zeros(1, 5), top_k=2)
+    assert tied.isfinite().sum() == 2  # never more than k
+    # draw follows the distribution, and never takes what is impossible
+    numbers = torch.linspace(0, 1, 100_001)[:-1]
+    drawn = draw(logits.expand(len(numbers), -1), numbers)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=5) / len(numbers), p[0], atol=1e-4, rtol=0)
+    assert draw(logits, torch.tensor([1 - 2**-24])) == 3 and draw(torch.tensor([[-math.inf, 0.0, 1.0]]), torch.tensor([0.0])) == 1
+
+
+def test_weight_decay_is_for_linear_weights():
+    model = make("stackformer", CLASSES)
+    decay, rest = (g["params"] for g in parameter_groups(model, 0.1))
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len(decay) + len(rest) == len(names)
+    assert all(names[id(p)].split(".")[-2] in ("qkv", "out", "0", "2", "code_head", "position_head") and p.ndim == 2 for p in decay)
+    assert {names[id(p)] for p in rest if p.ndim == 2} == {"start_emb.weight", "code_emb.weight", "position_emb.weight", "index_emb"}
+
+
+def test_initial_loss_is_that_of_guessing():
+    for name, guess in (("gpt", math.log(K)), ("stackformer", math.log(K) + math.log(16)), ("dual", math.log(K) + (math.log(5) + math.log(17)) / 2)):
+        model = MODELS[name]()
+        assert abs(model(random_codes(model, 8))["loss"].item() - guess) < 0.1
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda m, s: m.sample(2, top_k=0), "top_k must be at least 1"),
+    (lambda m, s: m.sample(2, top_p=0.0), "top_p must be above 0"),
+    (lambda m, s: m.sample(2, temperature=-1), "temperature must be at least 0"),
+    (lambda m, s: m.sample(2, [0, 1]), "unconditional"),
+    (lambda m, s: m.sample(2, cfg_scale=2.0), "needs labels"),
+    (lambda m, s: s.sample(2, [0, 9]), "classes from 0 to 4"),
+    (lambda m, s: s.sample(2, [0]), "one for each of the 2 images"),
+    (lambda m, s: m.sample(2, generator=[torch.Generator()]), "one generator for each of the 2 rows"),
+    (lambda m, s: m.train().sample(2), "call eval"),
+    (lambda m, s: m({"indices": torch.zeros(1, 5, 5, dtype=torch.int64)}), "indices must be"),
+    (lambda m, s: GPT(K, 4, CLASSES, n_embd=10, n_head=3), "multiple of n_head"),
+    (lambda m, s: GPT(K, 4, CLASSES, 1, 2, 16, label_dropout=0.0).eval().sample(1), "needs labels"),
+    (lambda m, s: DQTransformer(K, [3, 4]), "multiple of the one before"),
+    (lambda m, s: Stackformer(K, 4, 17), "num_codes must be between"),
+])
+def test_bad_input(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(make("gpt"), make("stackformer", CLASSES))
+
+
+def test_step_compiles_to_the_same():
+    model = make("gpt")
+    want = model.sample(2, generator=torch.Generator().manual_seed(0))
+    model.blocks.step = torch.compile(model.blocks.step, backend="eager", fullgraph=True)  # the whole step is one graph
+    assert torch.equal(model.sample(2, generator=torch.Generator().manual_seed(0))["indices"], want["indices"])
+
+
+@pytest.mark.parametrize("files, code", [
+    (["gpt.py"], "from gpt import GPT\nmodel, codes = GPT(8, 4, 3, 1, 2, 16), {'indices': torch.randint(8, (2, 4, 4))}"),
+    (["gpt.py", "stackformer.py"], "from stackformer import Stackformer\nmodel = Stackformer(8, 4, 3, 3, 1, 1, 2, 16)\n"
+     "codes = {'indices': torch.randint(8, (2, 3)), 'positions': torch.tensor([[0, 4, 9]] * 2)}"),
+    (["gpt.py", "dq_transformer.py"], "from dq_transformer import DQTransformer\nmodel = DQTransformer(8, [2, 4], 3, 1, 1, 2, 16)\n"
+     "codes = {'indices': torch.randint(8, (2, 4, 4)), 'grain': torch.ones(2, 2, 2, dtype=torch.int64)}"),
+])
+def test_copy(tmp_path, files, code):
+    command_in_copy(tmp_path, files, code + """
+model(codes, torch.tensor([0, 2]))["loss"].backward()
+assert model.eval().sample(2, torch.tensor([0, 2]), cfg_scale=2.0)["indices"].shape == codes["indices"].shape""")
