@@ -208,7 +208,7 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
 class CodeCache:
     """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped files.
 
-    `encode` fills it, by several processes at once, and goes on where it was interrupted; then rows can be read:
+    `encode` fills it, in several processes at once; what is `missing` after an interruption is done next. Then rows can be read:
     cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
 
     folder         a folder inside it is named after `key`, in which everything must be that the codes depend on
@@ -242,12 +242,11 @@ class CodeCache:
                     path.unlink()
                     raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB") from error
 
-    def encode(self, encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4, rank: int = 0,
-               world: int = 1, device: torch.device | str = "cpu") -> Iterator[int]:
-        """Encodes this process's share of what is not done, by `encode` (images (B, 3, S, S) to codes); yields the number of
-        rows after each batch. What a row needs is on the disk before it counts as done."""
-        todo = np.flatnonzero(self._map("done") == 0)[rank::world].tolist()
-        batches = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)]
+    def encode(self, rows: list[int], encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4,
+               device: torch.device | str = "cpu") -> Iterator[int]:
+        """Encodes these rows by `encode` (images (B, 3, S, S) to codes); yields the number of rows after each batch. What is
+        written is on the disk before it counts as done."""
+        batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
         n, synced = len(self.indices), time.monotonic()
         keys = [[(row // n, self.indices[row % n]) for row in batch] for batch in batches]
         self.dataset.uint8 = True
@@ -283,9 +282,9 @@ class CodeCache:
             for file in files.values():
                 file.close()
 
-    def missing(self) -> int:
-        """How many rows are not done."""
-        return int((self._map("done") == 0).sum())
+    def missing(self) -> list[int]:
+        """The rows that are not done."""
+        return np.flatnonzero(self._map("done") == 0).tolist()
 
     def __len__(self) -> int:
         return self.rows
@@ -303,9 +302,6 @@ class CodeCache:
 def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
                 device: torch.device | str = "cpu") -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Endless shuffled batches (codes, labels) on `device`, of images of similar length; see CodeBatches."""
-    if len(cache.indices) < batch_size * world:
-        raise DataError(f"{len(cache.indices)} training images are fewer than one batch of {batch_size} x {world} processes; "
-                        "choose a smaller train.train_batch_size")
     cuda = torch.device(device).type == "cuda"
     for rows in CodeBatches(lengths, cache.views, batch_size, seed, start, rank, world):
         codes, labels = cache[rows]

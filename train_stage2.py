@@ -99,15 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(config, args.resume)
     accelerator, device = run.accelerator, run.accelerator.device
 
-    # Codes
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, train["gradient_accumulation_steps"]
     batch_size, conditional = train["train_batch_size"], train["class_conditional"]
     global_batch = batch_size * world * accumulate
     steps_per_epoch = len(train_set) / global_batch
     max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * steps_per_epoch)
-    stage1 = stage1.to(device).requires_grad_(False)
-    val_codes = encoded(run, stage1, val_set, train["num_validation_images"])
-    train_codes = encoded(run, stage1, train_set, views=config["codes"]["cache_views"]) if config["codes"]["cache"] else None
+    if len(train_set) < batch_size * world:
+        raise UserError(f"{len(train_set)} training images are fewer than one batch of {batch_size} x {world} processes; choose a smaller "
+                        "train.train_batch_size")
 
     # Model and optimizer
     settings = dict(config["model"])
@@ -120,6 +119,11 @@ def main(argv: list[str] | None = None) -> None:
                                   betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
                                   fused=device.type == "cuda")
     model, optimizer = accelerator.prepare(model, optimizer)
+
+    # Codes
+    stage1 = stage1.to(device).requires_grad_(False)
+    val_codes = encoded(run, stage1, val_set, train["num_validation_images"])
+    train_codes = encoded(run, stage1, train_set, views=config["codes"]["cache_views"]) if config["codes"]["cache"] else None
 
     # Resume
     run.track(model=model, ema=ema, stateful={})
@@ -270,10 +274,10 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     missing = cache.missing()
     accelerator.wait_for_everyone()  # nobody writes before all have counted
     if missing:
-        bar = tqdm(total=missing, desc=f"encoding ({split})", unit="img", disable=not run.is_main, dynamic_ncols=True)
+        bar = tqdm(total=len(missing), desc=f"encoding ({split})", unit="img", disable=not run.is_main, dynamic_ncols=True)
         with torch.no_grad(), bar:
-            for done in cache.encode(stage1.encode, settings["batch_size"], run.train["dataloader_num_workers"],
-                                     accelerator.process_index, accelerator.num_processes, accelerator.device):
+            for done in cache.encode(missing[accelerator.process_index::accelerator.num_processes], stage1.encode,
+                                     settings["batch_size"], run.train["dataloader_num_workers"], accelerator.device):
                 bar.update(done * accelerator.num_processes)
                 run.exit_at_signal("while encoding; the codes so far are kept, and the same command continues")
         accelerator.wait_for_everyone()

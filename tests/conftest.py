@@ -64,6 +64,69 @@ def train(tiny):
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture
+def train2():
+    """Runs train_stage2 in this process: train2(config, "key.sub=value", ..., resume="auto")."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_stage2
+
+    def run(config, *overrides, resume=None):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        train_stage2.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+
+    yield run
+    AcceleratorState._reset_state(True)
+
+
+TRANSFORMERS = {  # and the stage-1 model whose codes they read
+    "gpt": ("name: gpt\n  n_layer: 1", "vqgan"),
+    "stackformer": ("name: stackformer\n  code_layers: 1\n  position_layers: 1", "mqvae"),
+    "dq_transformer": ("name: dq_transformer\n  position_layers: 1\n  content_layers: 1", "dqvae"),
+    "dq_transformer_triple": ("name: dq_transformer\n  position_layers: 1\n  content_layers: 1", "dqvae_triple"),
+}
+
+
+def save_stage1(folder, name, **data):
+    """The run folder of an untrained stage-1 model whose codes vary."""
+    import torch
+
+    import train_stage1
+    from dataset import make_dataset
+    from experiment import STAGE1, build, load_config, save_run
+
+    config = load_config(str(write_tiny(folder, model=TINY_MODELS[name])), [], train_stage1.SECTIONS)
+    config["data"] |= data
+    settings = dict(config["model"])
+    torch.manual_seed(0)
+    model = build(STAGE1[settings.pop("name")], settings)
+    images = make_dataset("shapes", image_size=config["data"]["image_size"])
+    images = torch.stack([images[i][0] for i in range(16)])
+    if hasattr(model, "calibrate"):
+        model.calibrate([images])
+    with torch.no_grad():
+        model(images)  # in training mode: codes become vectors of these images
+    save_run(folder / f"stage1_{name}", config, {"model": model})
+    return folder / f"stage1_{name}"
+
+
+def write_tiny2(folder, name, **sections):
+    """A tiny stage-2 config, and the stage-1 run that it needs; its run folder is folder / "run2"."""
+    model, stage1 = TRANSFORMERS[name]
+    sections = {
+        "model": f"{model}\n  n_head: 2\n  n_embd: 16\n  dropout: 0.0",
+        "codes": f"stage1: {save_stage1(folder, stage1)}\n  batch_size: 8",
+        "sample": "columns: 3\n  rows: 2",
+        "train": "class_conditional: true\n  train_batch_size: 4\n  max_train_steps: 6\n  learning_rate: 1.0e-3\n"
+                 "  dataloader_num_workers: 0\n  logging_steps: 1\n  validation_steps: 3\n  checkpointing_steps: 3\n  log_with: null",
+    } | sections
+    sections["train"] = sections.pop("train")  # the last
+    path = folder / "tiny2.yaml"
+    path.write_text("".join(f"{key}:\n  {lines}\n" for key, lines in sections.items()) + f"  output_dir: {folder / 'run2'}\n")
+    return path
+
+
 def command(*words, check=True, env=None, **kwargs):
     """Runs a command in the repository's folder; its combined output."""
     done = subprocess.run([str(w) for w in words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -106,7 +169,7 @@ sys.meta_path.insert(0, OnlyTorch())
 
 def metrics(folder):
     """The lines of metrics.jsonl without what depends on the clock."""
-    clock = {"images_per_second", "peak_memory_gib"}
+    clock = {"images_per_second", "tokens_per_second", "peak_memory_gib"}
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").open()]
 
 

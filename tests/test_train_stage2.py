@@ -1,0 +1,324 @@
+"""train_stage2.py and sample.py as a whole: on tiny runs, in this process, in two, interrupted and resumed."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TRANSFORMERS, command, metrics, save_stage1, weights, write_tiny2
+from PIL import Image
+
+import sample
+from dataset import CodeBatches, CodeCache, DataError, make_dataset
+from experiment import UserError, load_run, save_run
+from gpt import Blocks
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
+    config, run = write_tiny2(tmp_path, name), tmp_path / "run2"
+    train2(config, "train.use_ema=true", "train.log_with=tensorboard")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    parts = {"gpt": ["code"], "stackformer": ["code", "position"]}.get(name, ["content", "position"])
+    assert {"loss", "lr", "grad_norm", "tokens", "padding", "tokens_per_second", "val_loss", "val_bits"} <= set().union(*lines)
+    assert {f"{v}perplexity_{p}" for p in parts for v in ("", "val_")} <= set().union(*lines)
+    assert list((run / "tensorboard").rglob("events*"))
+    model, saved = load_run(run)
+    assert saved["model"]["num_classes"] == 10 and saved["model"]["codebook_size"] == 32
+    maps = 0 if name == "gpt" else 1
+    assert Image.open(run / "samples/samples_00000006.png").size == (3 * 130 + 2, ((maps + 2) + 2 * (maps + 1)) * 130 + 2)
+    # The folder is all that sampling needs, wherever it is
+    shutil.rmtree(tmp_path / f"stage1_{TRANSFORMERS[name][1]}")
+    moved = run.rename(tmp_path / "moved")
+    sample.main(["--run", str(moved), "-n", "5", "--seed", "3", "--cfg", "1.5", "--classes", "ring,0", "--out", str(tmp_path / "a.npz")])
+    sample.main(["--run", str(moved), "-n", "5", "--seed", "3", "--cfg", "1.5", "--classes", "8,9,0", "--out", str(tmp_path / "b.npz"),
+                 "--batch_size", "2"])
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["arr_0"].shape == (5, 16, 16, 3) and a["arr_0"].dtype == np.uint8
+        assert (a["arr_0"] == b["arr_0"]).all() and a["arr_1"].tolist() == b["arr_1"].tolist() == [8, 9, 0, 8, 9]
+    sample.main(["--run", str(moved), "-n", "5"])
+    folder = moved / "samples/seed_0"
+    assert sorted(p.name for p in folder.iterdir()) == [f"00000{i}.png" for i in range(5)] + ["grid.png", "samples.json"]
+    assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("settings", [
+    ["codes.cache=false"],
+    ["train.mixed_precision=bf16", "train.gradient_accumulation_steps=2"],
+    ["train.class_conditional=false", "codes.cache_views=1", "sample.top_k=5"],
+    ["train.max_train_steps=null", "train.num_train_epochs=0.4", "sample.cfg_scale=2", "sample.temperature=0"],
+])
+@pytest.mark.parametrize("name", ["gpt", "dq_transformer"])
+def test_settings(train2, tmp_path, name, settings):
+    train2(write_tiny2(tmp_path, name), *settings)
+    lines = metrics(tmp_path / "run2")
+    assert all(np.isfinite(v) for line in lines for v in line.values()) and lines[-1]["val_bits"] > 0
+    assert lines[-1]["step"] == (4 if settings[-1] == "sample.temperature=0" else 6)
+
+
+def test_it_learns(train2, tmp_path):
+    train2(write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=100", "train.learning_rate=1e-2", "train.validation_steps=10",
+           "train.checkpointing_steps=100", "model.n_embd=32", "data.train_size=600", "data.val_size=50", "codes.cache_views=1")
+    bits = [line["val_bits"] for line in metrics(tmp_path / "run2") if "val_bits" in line]
+    assert bits[-1] < 0.9 * bits[0]
+
+
+EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "train.lr_scheduler=cosine", "train.lr_warmup_steps=2",
+              "train.max_grad_norm=1.0", "model.dropout=0.2", "train.gradient_accumulation_steps=2", "train.adam_weight_decay=0.1"]
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+@pytest.mark.parametrize("name", ["stackformer", "dq_transformer"])
+def test_resume_is_exact(train2, tmp_path, name, cache):
+    config = write_tiny2(tmp_path, name)
+    settings = [*EVERYTHING, f"codes.cache={cache}", "train.max_train_steps=9"]
+    train2(config, *settings, f"train.output_dir={tmp_path}/whole")
+    train2(config, *settings, "train.max_minutes=0", f"train.output_dir={tmp_path}/parts")  # stops after a step
+    for _ in range(3):
+        train2(config, *settings, "train.max_minutes=0", f"train.output_dir={tmp_path}/parts", resume="auto")
+    train2(config, *settings, f"train.output_dir={tmp_path}/parts", resume="auto")
+    one, other = weights(tmp_path / "whole", 9), weights(tmp_path / "parts", 9)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    losses = [[line["loss"] for line in metrics(tmp_path / f) if "loss" in line] for f in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 9
+    pictures = [(tmp_path / f / "samples/samples_00000009.png").read_bytes() for f in ("whole", "parts")]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("name", ["gpt", "dq_transformer_triple"])
+def test_two_processes_equal_one(tmp_path, name):
+    """Batches of 2 in two processes give the weights of batches of 4 in one, also where rows have different lengths."""
+    config = write_tiny2(tmp_path, name)
+    same = ["model.label_dropout=0", "train.learning_rate=1e-2", "train.adam_epsilon=1e-3"]  # a rounding error stays one
+    for batch, launch in ((4, [sys.executable]),
+                          (2, [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"])):
+        command(*launch, "train_stage2.py", "--config", config, *same, f"train.train_batch_size={batch}", f"codes.cache_dir={tmp_path}/c{batch}",
+                f"train.output_dir={tmp_path}/{batch}", env={"OMP_NUM_THREADS": "1"})
+    one, two = (weights(tmp_path / str(b), 6) for b in (4, 2))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=0, msg=key)
+    caches = [sorted((tmp_path / f"c{b}").rglob("*.bin")) for b in (4, 2)]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*caches)) and len(caches[0]) == len(caches[1]) > 4
+    assert (tmp_path / "4/samples/samples_00000006.png").read_bytes() == (tmp_path / "2/samples/samples_00000006.png").read_bytes()
+    bits = [metrics(tmp_path / str(b))[-1]["val_bits"] for b in (4, 2)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-4)
+    if name == "gpt":
+        out = command(*launch, "sample.py", "--run", tmp_path / "2", "-n", "5", "--out", tmp_path / "two.npz", env={"OMP_NUM_THREADS": "1"})
+        assert "5 images" in out
+        sample.main(["--run", str(tmp_path / "2"), "-n", "5", "--out", str(tmp_path / "one.npz")])
+        assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code caches
+
+
+def cache_of(tmp_path, views=2, name="dqvae"):
+    stage1, config = load_run(save_stage1(tmp_path, name))
+    data = make_dataset("shapes", image_size=16, train_size=20)
+    with torch.no_grad():
+        example = stage1.encode(data[0][0].unsqueeze(0))
+    cache = CodeCache(tmp_path / "codes", "key", data, list(range(20)), views, example, 32)
+    return cache, torch.no_grad()(stage1.encode), data
+
+
+def test_an_interrupted_encoding_continues(tmp_path):
+    cache, encode, data = cache_of(tmp_path)
+    cache.create()
+    part = cache.encode(cache.missing(), encode, 8, 0)
+    assert next(part) == 8 and next(part) == 8
+    part.close()  # as an exception would
+    cache.create()  # the next start finds the files
+    assert cache.missing() == list(range(16, 40))
+    assert list(cache.encode(cache.missing(), encode, 8, 0)) == [8, 8, 8]
+    assert cache.missing() == []
+    codes, labels = cache[[0, 7, 27]]
+    data.uint8 = False
+    want = encode(torch.stack([data[0][0], data[7][0], data[(1, 7)][0]]))
+    assert all(torch.equal(codes[k], want[k]) for k in want) and labels.tolist() == [data[i][1] for i in (0, 7, 7)]
+
+
+def test_a_killed_encoding_does_not_count_what_is_not_written(tmp_path, monkeypatch):
+    cache, encode, _ = cache_of(tmp_path)
+    cache.create()
+
+    def fail(_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="gone"):
+        list(cache.encode(cache.missing(), encode, 8, 0))
+    assert len(cache.missing()) == 40
+
+
+def test_a_cache_on_a_full_disk(tmp_path, monkeypatch):
+    cache, _, _ = cache_of(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError) as error:
+        cache.create()
+    assert "No space left on device" in str(error.value) and "which needs" in error.value.filename
+
+
+def test_codes_are_encoded_once_and_again_when_something_changes(train2, tmp_path, capfd):
+    config, folder = write_tiny2(tmp_path, "gpt", train="train_batch_size: 4\n  max_train_steps: 1\n  learning_rate: 0.1\n  log_with: null"
+                                 "\n  dataloader_num_workers: 0"), tmp_path / "stage1_vqgan/codes"
+
+    def start(*settings):
+        before = set(folder.glob("*"))
+        shutil.rmtree(tmp_path / "run2", ignore_errors=True)
+        capfd.readouterr()
+        train2(config, *settings)
+        said = capfd.readouterr()
+        assert ("encoding" in said.err) == (set(folder.glob("*")) != before)
+        return sorted(p.name.split("_")[0] for p in set(folder.glob("*")) - before), said.out
+
+    assert start()[0] == ["train", "val"]
+    assert start() == ([], start()[1])
+    assert start("codes.cache_views=3")[0] == ["train"]
+    new, said = start("data.train_size=30")
+    assert new == ["train", "val"] and "other weights or data settings" in said
+    model, about = load_run(tmp_path / "stage1_vqgan")
+    model.encoder.neck.conv_out.bias.data += 1.0
+    save_run(tmp_path / "other", about, {"model": model})
+    assert start(f"codes.stage1={tmp_path}/other", f"codes.cache_dir={folder}")[0] == ["train", "val"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches of similar length
+
+
+def test_length_batches():
+    n, batch = 1000, 8
+    lengths = torch.randint(100, 600, (2 * n,), generator=torch.Generator().manual_seed(0))
+
+    def epoch(start=0, rank=0, world=1, size=batch, number=n // batch):
+        batches = iter(CodeBatches(lengths, 2, size, seed=1, start=start, rank=rank, world=world))
+        return [next(batches) for _ in range(number)]
+
+    first, second = epoch(), epoch(start=n // batch)
+    for rows, view in ((first, 0), (second, 1)):  # each image once, in the view whose turn it is
+        assert sorted(r for b in rows for r in b) == list(range(view * n, (view + 1) * n))
+    assert epoch(start=5, number=20) == first[5:25]
+    halves = [epoch(rank=r, world=2, size=batch // 2) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves)] == [sorted(b) for b in first]
+
+    def padding(batches):
+        x = [lengths[b] for b in batches]
+        return 1 - sum(v.sum() for v in x) / sum(v.max() * len(v) for v in x)
+
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0)).view(-1, batch)
+    assert padding(first) < 0.05 < 0.3 < padding(shuffled)
+    order = torch.tensor([float(lengths[b].float().mean()) for b in first])
+    assert (order.diff() < 0).float().mean() > 0.3  # long and short batches come in random order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (["codes.stage1=STAGE1_mqvae"], "holds a mqvae, but gpt reads the codes of vqgan or vqvae"),
+    (["codes.stage1=/nowhere"], "has no config.yaml"),
+    (["codes.stage1=null"], "codes.stage1 must be the run folder"),
+    (["model.codebook_size=64"], "model.codebook_size follows from the stage-1 run and the data; it is 32, not 64"),
+    (["sample.top_k_pos=5"], "does not"),
+    (["sample.top_k=0"], "top_k must be at least 1"),
+    (["sample.top_p=2"], "top_p must be above 0"),
+    (["sample.cfg_scale=2", "train.class_conditional=false"], "cfg_scale other than 1 needs"),
+    (["sample.cfg_scale=2", "model.label_dropout=0"], "cfg_scale other than 1 needs"),
+    (["data.image_size=24"], None),  # any size that the factor divides suits a VQGAN
+    (["data.image_size=25"], "was not made for images of data.image_size=25"),
+    (["codes.cache_views=0"], "must be at least 1"),
+    (["codes.wich=best"], "nearest valid one is codes.which"),
+    (["codes.which=best"], "has no best.safetensors"),
+    (["model.n_head=3"], "multiple of n_head"),
+    (["train.train_batch_size=64"], "fewer than one batch"),
+])
+def test_bad_settings_are_one_sentence(train2, tmp_path, settings, sentence):
+    config = write_tiny2(tmp_path, "gpt")
+    save_stage1(tmp_path, "mqvae")
+    settings = [s.replace("STAGE1", str(tmp_path / "stage1")) for s in settings]
+    if sentence is None:
+        train2(config, *settings)
+    else:
+        with pytest.raises((UserError, DataError), match=sentence):
+            train2(config, *settings)
+        assert not list((tmp_path / "run2/checkpoints").glob("*")) and not list(tmp_path.glob("*/codes"))  # nothing was encoded in vain
+
+
+def test_labels_are_asked_of_images_that_have_none(train2, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+    config = write_tiny2(tmp_path, "gpt", data=f"name: folder\n  root: {tmp_path}/images\n  val_fraction: 0.3")
+    with pytest.raises(UserError, match="needs images with labels, but this data has none"):
+        train2(config)
+    train2(config, "train.class_conditional=false", "train.max_train_steps=2")
+    with pytest.raises(UserError, match="unconditional"):
+        sample.main(["--run", str(tmp_path / "run2"), "--classes", "1"])
+
+
+def test_bad_questions_to_sample(train2, tmp_path):
+    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1")
+    run = str(tmp_path / "run2")
+    for arguments, sentence in ((["--classes", "10"], "no class '10'; the classes are 0 to 9"), (["--classes", "cat"], "no class 'cat'"),
+                                (["--top_k", "0"], "top_k must be at least 1"), (["-n", "0"], "at least 1"),
+                                (["--top_k_pos", "3"], "generate positions")):
+        with pytest.raises(UserError, match=sentence):
+            sample.main(["--run", run, *arguments])
+    with pytest.raises(UserError, match="not a run folder"):
+        sample.main(["--run", str(tmp_path)])
+    with pytest.raises(UserError, match="holds a stage-1 model"):
+        sample.main(["--run", str(tmp_path / "run2/stage1")])
+    done = subprocess.run([sys.executable, "sample.py", "--run", run, "--classes", "cat"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: there is no class 'cat'")
+
+
+def test_a_signal_while_encoding(train2, tmp_path, monkeypatch):
+    config = write_tiny2(tmp_path, "gpt")
+    encode, count = CodeCache.encode, []
+
+    def interrupted(self, *args):
+        for n in encode(self, *args):
+            count.append(n)
+            if len(count) == 3:
+                import os
+                import signal
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield n
+
+    monkeypatch.setattr(CodeCache, "encode", interrupted)
+    with pytest.raises(UserError, match="stopped by SIGTERM while encoding; the codes so far are kept"):
+        train2(config)
+    done = sum(count)
+    monkeypatch.setattr(CodeCache, "encode", encode)
+    train2(config, "train.max_train_steps=1")
+    assert 0 < done < 84 and yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["codes"]["cache_views"] == 2
+
+
+def test_resume_knows_its_own_stage1(train2, tmp_path):
+    """A run goes on with its copy of the stage-1 weights, even if the stage-1 run has trained on or is gone."""
+    config = write_tiny2(tmp_path, "gpt")
+    train2(config, "train.max_train_steps=3")
+    shutil.rmtree(tmp_path / "stage1_vqgan")
+    train2(config, resume="auto")
+    assert metrics(tmp_path / "run2")[-1]["step"] == 6
+
+
+def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
+    train2(write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=1")
+    outs = []
+    for compiled in (False, True):
+        model, *_ = sample.load_models(tmp_path / "run2")
+        for blocks in (m for m in model.modules() if isinstance(m, Blocks) and compiled):
+            blocks.step = torch.compile(blocks.step, backend="aot_eager")
+        outs.append(model.sample(2, [0, 1], generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(outs[0][k], outs[1][k]) for k in outs[0])
