@@ -1,9 +1,14 @@
-"""How fast stage 1 trains: the loader alone, and whole steps, with what share of the GPU's arithmetic (MFU).
+"""How fast training is: the loader alone, and whole steps, with what share of the GPU's arithmetic (MFU).
 
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml [key.sub=value ...]
     python benchmarks/training.py --config configs/stage1/vqgan_imagenet_f16.yaml --data     # with the config's own images
 
-Without --data the steps run on random images that lie on the device, so that nothing but the step is measured
+    python benchmarks/training.py --config configs/stage2/gpt_ffhq.yaml codes.stage1=runs/vqgan_ffhq_f16
+
+For a stage-2 config: steps on codes from the cache against steps that encode their images first, and the share of padding with and
+without batches of similar length. The stage-1 run can be of one step; nothing is written to it.
+
+For stage 1, without --data the steps run on random images that lie on the device, so that nothing but the step is measured
 (thresholds of an entropy router come from such images too); with it the
 loader is measured alone and then feeds the steps. Every step has generator and discriminator, whatever the config's
 `disc_start`; in bf16 on a GPU unless the config names a precision. MFU counts the multiplications and additions of forward
@@ -11,6 +16,7 @@ and backward passes (torch's FlopCounterMode) against --peak_tflops.
 """
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dataset import make_dataset, train_loader
-from experiment import STAGE1, argument_parser, build, compile_parts, load_config, peak_memory, run_main
+import train_stage2
+from dataset import CodeBatches, CodeCache, code_loader, make_dataset, train_loader
+from experiment import STAGE1, STAGE2, argument_parser, build, compile_parts, load_config, peak_memory, read_yaml, run_main
+from gpt import parameter_groups
 from losses import PatchGAN, Stage1Loss
 from train_stage1 import SECTIONS
 
@@ -32,6 +40,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU (default: H100 / H200, bf16)")
     args = parser.parse_intermixed_args()
+    if "codes" in read_yaml(args.config):
+        return stage2(args)
     config = load_config(args.config, ["loss.disc_start=0", "loss.gan_start=0", *args.overrides], SECTIONS)
     train, settings = config["train"], dict(config["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +93,66 @@ def main() -> None:
         if device.type == "cuda":
             line += f", MFU {flops / seconds / 1e12 / args.peak_tflops:.1%}"
     print(line)
+
+
+def stage2(args) -> None:
+    config = load_config(args.config, args.overrides, train_stage2.SECTIONS, lambda given: train_stage2.inherit_data(given, None))
+    train, settings, name = config["train"], config["model"], config["model"]["name"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dataset = build(make_dataset, config["data"], split="train")
+    stage1, _ = train_stage2.load_stage1(config, None)
+    train_stage2.complete(config, stage1, dataset.classes)
+    stage1 = stage1.to(device).requires_grad_(False)
+    model = build(STAGE2[name], {k: v for k, v in settings.items() if k != "name"}).to(device)
+    if train["compile"]:
+        compile_parts(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), 1e-6, fused=device.type == "cuda")
+    batch, count = train["train_batch_size"], min(len(dataset), max(1000, 64 * train["train_batch_size"]))
+
+    def step(codes, labels) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(codes, labels if train["class_conditional"] else None)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as folder:
+        example = stage1.encode(train_stage2.image(dataset, 0).unsqueeze(0).to(device))
+        cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, stage1.quantizer.codebook_size)
+        cache.create()
+        start = time.perf_counter()
+        for _ in cache.encode(cache.missing(), stage1.encode, config["codes"]["batch_size"], train["dataloader_num_workers"], device):
+            pass
+        print(f"encoding: {count / (time.perf_counter() - start):.1f} images/s, once per image and view")
+        lengths = model.lengths(cache[:][0])
+        tokens = lengths.float().mean().item()
+        shuffled = lengths[torch.randperm(count)[:count // batch * batch]].view(-1, batch).float()
+        sorted_ = torch.stack([lengths[rows].float() for rows, _ in zip(CodeBatches(lengths, 1, batch), range(count // batch))])
+        padding = [1 - (x.sum() / (x.amax(1) * batch).sum()).item() for x in (shuffled, sorted_)]
+        print(f"padding: {padding[0]:.2%} in random batches of {batch}, {padding[1]:.2%} in batches of similar length "
+              f"({tokens:.0f} tokens per image, from {lengths.min()} to {lengths.max()})")
+        batches = code_loader(cache, lengths, batch, device=device)
+        cached = timed(lambda: step(*next(batches)), args.warmup, args.steps)
+        images = train_loader(dataset, batch, 0, train["dataloader_num_workers"], device=device)
+
+        def encode_and_step() -> None:
+            x, labels = next(images)
+            step(stage1.encode(x), labels)
+
+        fly = timed(encode_and_step, args.warmup, args.steps)
+        line = (f"{precision}: {batch / cached:.1f} images/s ({batch * tokens / cached:.0f} tokens/s) from the cache, {batch / fly:.1f} images/s "
+                f"encoding on the fly, {fly / cached:.2f} x; peak memory {peak_memory():.2f} GiB")
+        if not train["compile"]:
+            codes, labels = next(batches)
+            with FlopCounterMode(display=False) as counter:
+                step(codes, labels)
+            flops = counter.get_total_flops()
+            line += f", {flops / batch / 1e9:.2f} GFLOP/image, {flops / cached / 1e12:.2f} TFLOP/s"
+            if device.type == "cuda":
+                line += f", MFU {flops / cached / 1e12 / args.peak_tflops:.1%}"
+        print(line)
 
 
 def timed(run, warmup: int, steps: int) -> float:

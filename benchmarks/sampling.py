@@ -1,0 +1,100 @@
+"""How fast the transformers sample: with the cache of keys and values, against running over the whole prefix at every step.
+
+    python benchmarks/sampling.py [--batch 8] [--layers 12] [--width 256] [--peak_gbs 4800]
+
+GPT draws 256 codes, Stackformer 640 (code, position) pairs, half of the layers for each; random weights, the same sampling code both
+times: for the second, a transformer's step is replaced by a forward pass over all tokens so far, as the reference releases do it. That
+is timed at --points evenly spaced lengths and multiplied out; the cached sampling is timed whole. The codes of a short sample are
+compared first. On a GPU, `bandwidth` is the share of --peak_gbs (default: H200) that reading weights and cache once per step takes.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from gpt import GPT, Blocks
+from stackformer import Stackformer
+
+
+class WholePrefix:
+    """Stands in for Blocks.step: keeps the tokens and runs over all of them again."""
+
+    def __init__(self, blocks: Blocks):
+        self.blocks, self.seen = blocks, []
+
+    def __call__(self, x: torch.Tensor, *_) -> torch.Tensor:
+        self.seen.append(x)
+        return self.blocks(torch.stack(self.seen, dim=1))[:, -1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--points", type=int, default=16)
+    parser.add_argument("--peak_gbs", type=float, default=4800.0)
+    parser.add_argument("--compile", action="store_true", help="compile the cached step")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads, half = max(1, args.width // 64), args.layers // 2
+    kinds = {
+        "GPT": lambda side: GPT(1024, side, n_layer=args.layers, n_head=heads, n_embd=args.width),
+        "Stackformer": lambda side: Stackformer(1024, 2 * side, side**2 * 5 // 2, 0, half, args.layers - half, heads, args.width),
+    }
+    for name, make in kinds.items():
+        # The same codes, either way? In a short sample: in a long one, a rounding error may tip a choice.
+        short, samples = make(4).to(device, dtype).eval(), []
+        for whole in (False, True):
+            for blocks in stacks(short) if whole else ():
+                blocks.step = WholePrefix(blocks)
+            samples.append(short.sample(args.batch, generator=torch.Generator().manual_seed(0))["indices"])
+        same = (samples[0] == samples[1]).float().mean().item()
+
+        model = make(16).to(device, dtype).eval()
+        if args.compile:
+            for blocks in stacks(model):
+                blocks.step = torch.compile(blocks.step, mode="reduce-overhead" if device.type == "cuda" else None)
+            model.sample(args.batch)
+        start = clock()
+        model.sample(args.batch)
+        cached, length = clock() - start, model.length
+
+        tokens = torch.randn(args.batch, length, args.width, device=device, dtype=dtype)
+        seconds = []
+        with torch.no_grad():
+            for i in range(args.points):
+                prefix = tokens[:, :max(1, round((i + 0.5) * length / args.points))]
+                for blocks in stacks(model):
+                    blocks(prefix)  # warm
+                start = clock()
+                for blocks in stacks(model):
+                    blocks(prefix)
+                seconds.append(clock() - start)
+        whole = sum(seconds) / len(seconds) * length
+        line = (f"{name}, {length} codes, batch {args.batch}, {args.layers} layers of {args.width}: cached {cached:.2f} s ({args.batch / cached:.2f} images/s), "
+                f"whole prefix {whole:.1f} s, {whole / cached:.1f} x; codes of a short sample agree {same:.1%}")
+        if device.type == "cuda":
+            read = sum(p.numel() for p in model.parameters()) + args.batch * length * args.width * args.layers  # mean of both caches
+            line += f"; bandwidth {read * 2 * length / cached / args.peak_gbs / 1e9:.1%}"
+        print(line)
+
+
+def stacks(model: torch.nn.Module) -> list[Blocks]:
+    return [m for m in model.modules() if isinstance(m, Blocks)]
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
