@@ -16,8 +16,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-demo: install  ## train VQGAN on the embedded dataset, end with a picture (under 10 minutes on 2 cores)
-	$(BIN)/python train_stage1.py --config configs/quickstart/vqgan.yaml --resume auto train.output_dir=runs/demo
+demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with new images (under 10 minutes on 2 cores)
+	$(BIN)/python train_stage1.py --config configs/quickstart/demo_dqvae.yaml --resume auto
+	$(BIN)/python train_stage2.py --config configs/quickstart/demo_dq_transformer.yaml --resume auto
 
 test: install  ## run the tests (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest

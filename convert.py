@@ -279,7 +279,8 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]) ->
     for ours, pieces in parts.items():
         state[ours] = wanted[ours]
         if len(pieces) < counts[ours]:
-            problems.append(f"missing a part of what becomes {ours}, of which there is only {', '.join(name for name, _ in pieces.values())}")
+            there = ", ".join(name for name, _ in pieces.values())
+            problems.append(f"missing a part of what becomes {ours}, of which there is only {there}")
             continue
         tensors = [pieces[i][1] for i in range(counts[ours])]
         joined = torch.cat(tensors) if all(t.shape[1:] == tensors[0].shape[1:] for t in tensors) else None

@@ -62,7 +62,8 @@ class DataError(Exception):
 def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "shapes"] = "folder",
                  root: str | None = None, split: Literal["train", "val"] = "train", image_size: int = 256,
                  random_crop: bool = True, random_flip: bool = True, min_scale: float = 1.0, val_fraction: float = 0.05,
-                 seed: int = 0, train_size: int = 50_000, val_size: int = 1_000, uint8: bool = False) -> ImageDataset:
+                 seed: int = 0, train_size: int = 50_000, val_size: int = 1_000, max_objects: int = 3,
+                 uint8: bool = False) -> ImageDataset:
     """The images and labels of one split.
 
     image_size               side S of the square images
@@ -72,16 +73,19 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
     val_fraction             (folder, without val/) the share of files that is held out
     seed                     of the augmentation, and of the `shapes`
     train_size, val_size     how many `shapes` there are
+    max_objects              in an image of `shapes`, 1 to 3
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
 
     DataError, in one sentence, if the data is not there or not laid out as the top of this file says.
     """
     train = split == "train"
+    if not 1 <= max_objects <= 3:
+        raise DataError(f"data.max_objects must be between 1 and 3; it is {max_objects}")
     if min(image_size, train_size, val_size) < 1 or not 0 < min_scale <= 1 or not 0 <= val_fraction < 1:
         raise DataError("data.image_size, train_size and val_size must be at least 1, min_scale in (0, 1], val_fraction in [0, 1); "
                         f"they are {image_size}, {train_size}, {val_size}, {min_scale}, {val_fraction}")
     if name == "shapes":
-        source = shapes(train, image_size, seed, train_size if train else val_size)
+        source = shapes(train, image_size, seed, train_size if train else val_size, max_objects)
     else:
         if root is None:
             raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
@@ -251,7 +255,7 @@ class CodeCache:
         keys = [[(row // n, self.indices[row % n]) for row in batch] for batch in batches]
         self.dataset.uint8 = True
         loader = DataLoader(self.dataset, batch_sampler=keys, **_workers(num_workers, device))
-        files = {name: open(self.folder / f"{name}.bin", "r+b", buffering=0) for name in self.shapes}
+        files = {name: open(self.folder / f"{name}.bin", "r+b", buffering=0) for name in self.shapes}  # noqa: SIM115
         finished: list[int] = []
 
         def sync() -> None:
@@ -531,14 +535,14 @@ TEXTURES = ["striped", "checked"]
 SHAPES_CLASSES = [f"{texture} {form}" for form in FORMS for texture in TEXTURES]
 
 
-def shapes(train: bool, image_size: int, seed: int, size: int) -> Source:
+def shapes(train: bool, image_size: int, seed: int, size: int, max_objects: int = 3) -> Source:
     first = 0 if train else 2**31  # validation images are not among the training images, however many there are
-    return Source(partial(_load_shape, seed, first, image_size), partial(_name_shape, first),
+    return Source(partial(_load_shape, seed, first, image_size, max_objects), partial(_name_shape, first),
                   _ShapeLabels(seed, first, size), SHAPES_CLASSES)
 
 
-def _load_shape(seed: int, first: int, image_size: int, index: int) -> Tensor:
-    return draw_shapes(seed, first + index, image_size)[0]
+def _load_shape(seed: int, first: int, image_size: int, max_objects: int, index: int) -> Tensor:
+    return draw_shapes(seed, first + index, image_size, max_objects)[0]
 
 
 def _name_shape(first: int, index: int) -> str:
@@ -558,18 +562,18 @@ class _ShapeLabels:
         return random.Random(f"shapes {self.seed} {self.first + index}").randrange(len(SHAPES_CLASSES))
 
 
-def draw_shapes(seed: int, index: int, size: int) -> tuple[Tensor, int, Tensor]:
+def draw_shapes(seed: int, index: int, size: int, max_objects: int = 3) -> tuple[Tensor, int, Tensor]:
     """Image number `index`: (uint8 (3, size, size), label, detail bool (size, size)).
 
-    One to three objects of one form, one of six colours and one texture (period 7 to 11 pixels) over a smooth gradient.
-    `detail` is where the objects are: 15 % to 60 % of the image.
+    One to `max_objects` objects of one form, one of six colours and one texture (period 7 to 11 pixels) over a smooth
+    gradient. `detail` is where the objects are: 15 % to 60 % of the image.
     """
     rng = random.Random(f"shapes {seed} {index}")
     label = rng.randrange(len(SHAPES_CLASSES))
     form, texture = FORMS[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
     while True:
-        objects = _place(rng)
+        objects = _place(rng, max_objects)
         inside = np.zeros((size, size), np.float32)  # how much of each pixel is covered, 0 to 1
         for cx, cy, r in objects:
             distance = _distance(form, x - cx, y - cy, r, angle=rng.uniform(-0.3, 0.3))
@@ -588,9 +592,9 @@ def draw_shapes(seed: int, index: int, size: int) -> tuple[Tensor, int, Tensor]:
     return torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8)), label, torch.from_numpy(inside > 0.5)
 
 
-def _place(rng: random.Random) -> list[tuple[float, float, float]]:
+def _place(rng: random.Random, max_objects: int) -> list[tuple[float, float, float]]:
     """Centres and radii, in image sides, of one to three objects that do not touch."""
-    count = rng.randint(1, 3)
+    count = rng.randint(1, max_objects)
     low, high = {1: (0.25, 0.34), 2: (0.17, 0.21), 3: (0.14, 0.17)}[count]
     while True:
         placed = []

@@ -41,7 +41,12 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU (default: H100 / H200, bf16)")
     args = parser.parse_intermixed_args()
     if "codes" in read_yaml(args.config):
-        return stage2(args)
+        stage2(args)
+    else:
+        stage1(args)
+
+
+def stage1(args) -> None:
     config = load_config(args.config, ["loss.disc_start=0", "loss.gan_start=0", *args.overrides], SECTIONS)
     train, settings = config["train"], dict(config["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,9 +107,9 @@ def stage2(args) -> None:
     precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dataset = build(make_dataset, config["data"], split="train")
-    stage1, _ = train_stage2.load_stage1(config, None)
-    train_stage2.complete(config, stage1, dataset.classes)
-    stage1 = stage1.to(device).requires_grad_(False)
+    autoencoder, _ = train_stage2.load_stage1(config, None)
+    train_stage2.complete(config, autoencoder, dataset.classes)
+    autoencoder = autoencoder.to(device).requires_grad_(False)
     model = build(STAGE2[name], {k: v for k, v in settings.items() if k != "name"}).to(device)
     if train["compile"]:
         compile_parts(model)
@@ -119,11 +124,11 @@ def stage2(args) -> None:
         optimizer.zero_grad()
 
     with tempfile.TemporaryDirectory() as folder:
-        example = stage1.encode(train_stage2.image(dataset, 0).unsqueeze(0).to(device))
-        cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, stage1.quantizer.codebook_size)
+        example = autoencoder.encode(train_stage2.image(dataset, 0).unsqueeze(0).to(device))
+        cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, autoencoder.quantizer.codebook_size)
         cache.create()
         start = time.perf_counter()
-        for _ in cache.encode(cache.missing(), stage1.encode, config["codes"]["batch_size"], train["dataloader_num_workers"], device):
+        for _ in cache.encode(cache.missing(), autoencoder.encode, config["codes"]["batch_size"], train["dataloader_num_workers"], device):
             pass
         print(f"encoding: {count / (time.perf_counter() - start):.1f} images/s, once per image and view")
         lengths = model.lengths(cache[:][0])
@@ -139,11 +144,11 @@ def stage2(args) -> None:
 
         def encode_and_step() -> None:
             x, labels = next(images)
-            step(stage1.encode(x), labels)
+            step(autoencoder.encode(x), labels)
 
         fly = timed(encode_and_step, args.warmup, args.steps)
-        line = (f"{precision}: {batch / cached:.1f} images/s ({batch * tokens / cached:.0f} tokens/s) from the cache, {batch / fly:.1f} images/s "
-                f"encoding on the fly, {fly / cached:.2f} x; peak memory {peak_memory():.2f} GiB")
+        line = (f"{precision}: {batch / cached:.1f} images/s ({batch * tokens / cached:.0f} tokens/s) from the cache, "
+                f"{batch / fly:.1f} images/s encoding on the fly, {fly / cached:.2f} x; peak memory {peak_memory():.2f} GiB")
         if not train["compile"]:
             codes, labels = next(batches)
             with FlopCounterMode(display=False) as counter:

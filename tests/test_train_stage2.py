@@ -96,8 +96,8 @@ def test_two_processes_equal_one(tmp_path, name):
     same = ["model.label_dropout=0", "train.learning_rate=1e-2", "train.adam_epsilon=1e-3"]  # a rounding error stays one
     for batch, launch in ((4, [sys.executable]),
                           (2, [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"])):
-        command(*launch, "train_stage2.py", "--config", config, *same, f"train.train_batch_size={batch}", f"codes.cache_dir={tmp_path}/c{batch}",
-                f"train.output_dir={tmp_path}/{batch}", env={"OMP_NUM_THREADS": "1"})
+        command(*launch, "train_stage2.py", "--config", config, *same, f"train.train_batch_size={batch}",
+                f"codes.cache_dir={tmp_path}/c{batch}", f"train.output_dir={tmp_path}/{batch}", env={"OMP_NUM_THREADS": "1"})
     one, two = (weights(tmp_path / str(b), 6) for b in (4, 2))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=0, msg=key)

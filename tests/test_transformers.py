@@ -61,11 +61,11 @@ def rows(codes, chosen):
 def check_valid(model, codes):
     """What `decode` accepts: every position once, granularities that cover the image exactly, no special token."""
     assert all(v.dtype == torch.int64 for v in codes.values())
-    assert 0 <= codes["indices"].min() and codes["indices"].max() < K
+    assert codes["indices"].min() >= 0 and codes["indices"].max() < K
     if isinstance(model, Stackformer):
-        assert (codes["positions"].diff(dim=1) > 0).all() and 0 <= codes["positions"].min() and codes["positions"].max() < 16
+        assert (codes["positions"].diff(dim=1) > 0).all() and codes["positions"].min() >= 0 and codes["positions"].max() < 16
     if isinstance(model, DQTransformer):
-        assert 0 <= codes["grain"].min() and codes["grain"].max() < model.grains
+        assert codes["grain"].min() >= 0 and codes["grain"].max() < model.grains
         again = model.unorder(model.order(codes))  # a coarse code covers all of its cells, or this would change the indices
         assert all(torch.equal(codes[k], again[k]) for k in codes)
 
@@ -326,7 +326,8 @@ def test_weight_decay_is_for_linear_weights():
 
 
 def test_initial_loss_is_that_of_guessing():
-    for name, guess in (("gpt", math.log(K)), ("stackformer", math.log(K) + math.log(16)), ("dual", math.log(K) + (math.log(5) + math.log(17)) / 2)):
+    for name, guess in (("gpt", math.log(K)), ("stackformer", math.log(K) + math.log(16)),
+                        ("dual", math.log(K) + (math.log(5) + math.log(17)) / 2)):
         model = MODELS[name]()
         assert abs(model(random_codes(model, 8))["loss"].item() - guess) < 0.1
 
