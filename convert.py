@@ -1,6 +1,7 @@
 """Loads the weights of the reference releases into the models of this repo.
 
-    from_reference(kind, state_dict, config)     a model in eval mode
+    python convert.py KIND CHECKPOINT --config REFERENCE.yaml --out runs/NAME      a run folder like any other
+    from_reference(kind, state_dict, config)                                       a model in eval mode
 
 Kinds: vqgan_taming and gpt_taming (CompVis/taming-transformers), vqgan_llamagen (FoundationVision/LlamaGen), vqvae_simplecnn
 (visual-tokenizer-pytorch), mqvae and stackformer, dqvae and dq_transformer (the papers' official releases). Every key of a
@@ -9,19 +10,25 @@ release is renamed by a rule below, or dropped by one that says why; any other i
 
 from __future__ import annotations
 
+import argparse
+import json
+import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dq_transformer import DQTransformer
-from dqvae import DQVAE
-from gpt import GPT
-from mqvae import MQVAE
-from stackformer import Stackformer
-from vqgan import VQGAN, VQVAE, VectorQuantizer
+import train_stage1
+import train_stage2
+from experiment import MODELS, UserError, check_config, load_run, read_yaml, run_main, save_run
+from vqgan import VectorQuantizer
 
 # (the whole name in the release, ours) and perhaps (..., what becomes of the tensor). Ours may end in #i of n, if n tensors of
 # the release are one here; and several rules may take their part of the same tensor.
@@ -39,30 +46,55 @@ DROP = [
 
 
 def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
-    """The model of a release, in eval mode. ValueError names every key that is unknown, missing or of another shape."""
-    kinds = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn,
-             "mqvae": _mqvae, "dqvae": _dqvae, "gpt_taming": _gpt_taming, "stackformer": _stackformer, "dq_transformer": _dq_transformer}
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(kinds)}; it is {kind!r}")
-    model, rules = kinds[kind](config)
+    """The model of a release, in eval mode. ValueError names every key that is unknown, missing or of another shape.
+
+    kind          one of KINDS
+    state_dict    as the release names it, of this model alone
+    config        what the release's own config says of this model; `read_config` gets it from the YAML file
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; it is {kind!r}")
+    settings, rules = KINDS[kind](config)
+    model = _make(settings)
     _load(model, state_dict, rules)
+    if "threshold" in config.get("router", {}):
+        model.set_thresholds([config["router"]["threshold"]], config["router"]["patch_size"])
     return model.eval()
 
 
-def _vqgan_taming(config: dict) -> tuple[nn.Module, list[Rule]]:
+def _make(settings: dict) -> nn.Module:
+    """The model of a config's section `model`."""
+    settings = dict(settings)
+    kind = MODELS[settings.pop("name")]
+    if "quantizer" in settings:
+        settings["quantizer"] = VectorQuantizer(**settings["quantizer"])
+    return kind(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds: from the release's config to our settings, and the rules that rename its weights
+
+
+def _vqgan_taming(config: dict) -> tuple[dict, list[Rule]]:
     net = config["ddconfig"]
-    model = VQGAN(net["resolution"], net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"],
-                  net["z_channels"], VectorQuantizer(config["n_embed"], config["embed_dim"], legacy=True))
-    return model, [*_down("encoder.down"), *_neck("", "encoder.neck"), *_decoder("decoder", len(net["ch_mult"])),
-                   *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook")]
+    settings = {"name": "vqgan", "image_size": net["resolution"], **_net(net),
+                "quantizer": {"codebook_size": config["n_embed"], "dim": config["embed_dim"], "legacy": True}}
+    return settings, [*_down("encoder.down"), *_neck("", "encoder.neck"), *_decoder("decoder", len(net["ch_mult"])),
+                      *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook")]
 
 
-def _vqgan_llamagen(config: dict) -> tuple[nn.Module, list[Rule]]:
-    last = 256 // 2 ** (len(config["ch_mult"]) - 1)
-    model = VQGAN(256, config["ch"], config["ch_mult"], config["num_res_blocks"], [last], config["z_channels"],
-                  VectorQuantizer(config["codebook_size"], config["codebook_embed_dim"], beta=config["beta"], l2_norm=config["l2_norm"]))
+def _net(net: dict) -> dict:
+    """The encoder's settings, which have the same names here."""
+    return {key: net[key] for key in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")}
+
+
+def _vqgan_llamagen(config: dict) -> tuple[dict, list[Rule]]:
+    last = 256 // 2 ** (len(config["ch_mult"]) - 1)  # there is attention at the last level only
+    settings = {"name": "vqgan", "image_size": 256, **_net(config | {"attn_resolutions": [last]}),
+                "quantizer": {"codebook_size": config["codebook_size"], "dim": config["codebook_embed_dim"], "beta": config["beta"],
+                              "l2_norm": config["l2_norm"]}}
     mid = {"0": "block1", "1": "attn", "2": "block2"}
-    return model, [
+    return settings, [
         (r"encoder\.conv_in\.(.*)", r"encoder.down.conv_in.\1"),
         (r"encoder\.conv_blocks\.(\d+)\.res\.(.*)", r"encoder.down.levels.\1.blocks.\2"),
         (r"encoder\.conv_blocks\.(\d+)\.attn\.(.*)", r"encoder.down.levels.\1.attns.\2"),
@@ -80,11 +112,11 @@ def _vqgan_llamagen(config: dict) -> tuple[nn.Module, list[Rule]]:
     ]
 
 
-def _vqvae_simplecnn(config: dict) -> tuple[nn.Module, list[Rule]]:
-    model = VQVAE(config["hidden_dim"], config["n_resblocks"],
-                  VectorQuantizer(config["codebook_num"], config["codebook_dim"], l2_norm=config["l2_norm"]))
+def _vqvae_simplecnn(config: dict) -> tuple[dict, list[Rule]]:
+    settings = {"name": "vqvae", "ch": config["hidden_dim"], "num_res_blocks": config["n_resblocks"],
+                "quantizer": {"codebook_size": config["codebook_num"], "dim": config["codebook_dim"], "l2_norm": config["l2_norm"]}}
     blocks, conv = config["n_resblocks"], {"1": "conv1", "3": "conv2"}
-    return model, [
+    return settings, [
         (r"quantizer\.codebook\.weight", "quantizer.codebook"),
         (r"enc2code\.(.*)", r"pre_quant.\1"),
         (r"code2dec\.(.*)", r"post_quant.\1"),
@@ -96,13 +128,14 @@ def _vqvae_simplecnn(config: dict) -> tuple[nn.Module, list[Rule]]:
     ]
 
 
-def _mqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
+def _mqvae(config: dict) -> tuple[dict, list[Rule]]:
     net, quantizer = config["encoder"], config["quantizer"]
-    model = MQVAE(net["resolution"], net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"], net["z_channels"],
-                  config["masker"]["topk_ratio"], config["demasker"]["n_layer"],
-                  VectorQuantizer(quantizer["codebook_size"], quantizer["codebook_dim"], quantizer["commitment_beta"],
-                                  ema_decay=quantizer["decay"], restart=quantizer["restart_unused_codes"]))
-    return model, [
+    settings = {"name": "mqvae", "image_size": net["resolution"], **_net(net), "topk_ratio": config["masker"]["topk_ratio"],
+                "demask_layers": config["demasker"]["n_layer"],
+                "quantizer": {"codebook_size": quantizer["codebook_size"], "dim": quantizer["codebook_dim"],
+                              "beta": quantizer["commitment_beta"], "ema_decay": quantizer["decay"],
+                              "restart": quantizer["restart_unused_codes"]}}
+    return settings, [
         *_down("encoder.down"), *_neck("", "encoder.neck"), *_up("decoder", len(net["ch_mult"])),
         (r"masker\.score_pred_net\.1\.(.*)", r"score_net.conv1.\1"),
         (r"masker\.score_pred_net\.3\.(.*)", r"score_net.conv2.\1"),
@@ -118,19 +151,17 @@ def _mqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
     ]
 
 
-def _dqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
-    net, decoder, budget, router = config["encoder"], config["decoder"], config["budget"], config["router"]
+def _dqvae(config: dict) -> tuple[dict, list[Rule]]:
+    net, decoder, budget = config["encoder"], config["decoder"], config["budget"]
     names = ["coarse", "median", "fine"] if config["kind"].startswith("triple") else ["coarse", "fine"]
-    entropy = config["kind"].endswith("entropy")
     levels = len(net["ch_mult"])
-    ratios = [budget["target_median_ratio"], budget["target_fine_ratio"]] if len(names) == 3 else [budget["target_ratio"]]
-    model = DQVAE(
-        net["resolution"], [2 ** (levels - 1 - g) for g in range(len(names))], ratios, "entropy" if entropy else "feature",
-        budget["gamma"], False, net["ch"], net["ch_mult"], net["num_res_blocks"], net["attn_resolutions"], net["z_channels"],
-        decoder["ch_mult"], decoder["attn_resolutions"],
-        VectorQuantizer(config["codebook_size"], config["codebook_dim"], config["beta"], ema_decay=0.99))
-    if entropy:
-        model.set_thresholds([router["threshold"]], router["patch_size"])
+    settings = {"name": "dqvae", "image_size": net["resolution"], **_net(net),
+                "factors": [2 ** (levels - 1 - g) for g in range(len(names))],
+                "ratios": [budget["target_median_ratio"], budget["target_fine_ratio"]] if len(names) == 3 else [budget["target_ratio"]],
+                "router": "entropy" if config["kind"].endswith("entropy") else "feature", "budget_weight": budget["gamma"],
+                "ema_weighted": False, "decoder_ch_mult": decoder["ch_mult"], "decoder_attn_resolutions": decoder["attn_resolutions"],
+                "quantizer": {"codebook_size": config["codebook_size"], "dim": config["codebook_dim"], "beta": config["beta"],
+                              "ema_decay": 0.99}}
     rules = [*_down("down"), *_decoder("decoder", len(decoder["ch_mult"])), *_QUANT_CONVS, _PADDED_CODEBOOK,
              (r"encoder\.router\.gate\.0\.(.*)", r"router.fc1.\1"),
              (r"encoder\.router\.gate\.2\.(.*)", r"router.fc2.\1"),
@@ -139,7 +170,7 @@ def _dqvae(config: dict) -> tuple[nn.Module, list[Rule]]:
              (r"decoder\.position_bias_learned\.col_embed\.weight", "position.columns")]
     for g, name in enumerate(names):
         rules += [*_neck(f"_{name}", f"necks.{g}"), (rf"encoder\.router\.feature_norm_{name}\.(.*)", rf"router.norms.{g}.\1")]
-    return model, rules
+    return settings, rules
 
 
 # The encoder and the decoder of Taming Transformers, which the MQ-VAE and DQ-VAE releases build on.
@@ -181,28 +212,34 @@ _PADDED_CODEBOOK: Rule = (r"quantize\.codebook\.weight", "quantizer.codebook", l
 # Transformers. The releases keep codes, classes and special tokens in one vocabulary; here they have tables of their own.
 
 
-def _gpt_taming(config: dict) -> tuple[nn.Module, list[Rule]]:
-    K = config["codebook_size"]
-    model = GPT(K, config["grid"], 0, config["n_layer"], config["n_head"], config["n_embd"], label_dropout=0.0)
-    return model, [
+def _gpt_taming(config: dict) -> tuple[dict, list[Rule]]:
+    """Without classes the sequence opens with a token that is one more than the codes, or is code `sos_token`; with classes, a
+    class shares its row of the table with the code of the same number."""
+    K, classes, length = config["codebook_size"], config.get("n_classes", 0), config["grid"] ** 2
+    vocabulary = config.get("vocab_size", K + 1)
+    starts = range(classes) if classes else [config.get("sos_token", K)] if vocabulary == K else [K]
+    settings = {"name": "gpt", "codebook_size": K, "grid": config["grid"], "num_classes": classes, "n_layer": config["n_layer"],
+                "n_head": config["n_head"], "n_embd": config["n_embd"], "dropout": config.get("resid_pdrop", 0.0), "label_dropout": 0.0}
+    return settings, [
         *_blocks("blocks", "blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
-        (r"tok_emb\.weight", "code_emb.weight", _rows(K + 1, range(K))),
-        (r"tok_emb\.weight", "start_emb.weight", _rows(K + 1, [K])),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], length)),
+        (r"tok_emb\.weight", "code_emb.weight", _rows(vocabulary, range(K))),
+        (r"tok_emb\.weight", "start_emb.weight", _rows(vocabulary, starts)),
         (r"ln_f\.(.*)", r"norm.\1"),
-        (r"head\.weight", "head.weight", _rows(K + 1, range(K))),
+        (r"head\.weight", "head.weight", _rows(vocabulary, range(K))),
     ]
 
 
-def _stackformer(config: dict) -> tuple[nn.Module, list[Rule]]:
-    K, classes, cells = config["codebook_size"], config["n_classes"], config["grid"] ** 2
-    model = Stackformer(K, config["grid"], config["codes_per_image"], classes, config["value_layer"], config["position_layer"],
-                        config["n_head"], config["n_embd"], config["resid_pdrop"], label_dropout=0.0)
+def _stackformer(config: dict) -> tuple[dict, list[Rule]]:
+    K, classes, cells, length = config["codebook_size"], config["n_classes"], config["grid"] ** 2, config["codes_per_image"]
+    settings = {"name": "stackformer", "codebook_size": K, "grid": config["grid"], "num_codes": length, "num_classes": classes,
+                "code_layers": config["value_layer"], "position_layers": config["position_layer"], "n_head": config["n_head"],
+                "n_embd": config["n_embd"], "dropout": config["resid_pdrop"], "label_dropout": 0.0}
     vocabulary = K + (classes or 1)  # classes come before the codes, the start token after them
     starts = range(classes) if classes else [K]
-    return model, [
+    return settings, [
         *_blocks("value_transformer", "code_blocks"), *_blocks("position_transformer", "position_blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], length)),
         (r"value_emb\.weight", "code_emb.weight", _rows(vocabulary, range(classes, classes + K))),
         (r"value_emb\.weight", "start_emb.weight", _rows(vocabulary, starts)),
         (r"value_pos_emb\.weight", "position_emb.weight", _rows(cells + 1, [*range(cells), config["position_sos"]])),
@@ -213,17 +250,19 @@ def _stackformer(config: dict) -> tuple[nn.Module, list[Rule]]:
     ]
 
 
-def _dq_transformer(config: dict) -> tuple[nn.Module, list[Rule]]:
+def _dq_transformer(config: dict) -> tuple[dict, list[Rule]]:
+    """Codes or cells come first in each table, then padding, end and start tokens, or one start token for each class."""
     K, classes, special = config["codebook_size"], config["n_classes"], config["special"]
     names, grids = ["coarse", "fine"], [config["coarse_hw"], config["fine_hw"]]
     cells, starts = [side**2 for side in grids], classes or 1
-    model = DQTransformer(K, grids, classes, config["position_layer"], config["content_layer"], config["n_head"], config["n_embd"],
-                          config["resid_pdrop"], label_dropout=0.0, order=config["fine_position_order"])
+    settings = {"name": "dq_transformer", "codebook_size": K, "grids": grids, "num_classes": classes,
+                "position_layers": config["position_layer"], "content_layers": config["content_layer"], "n_head": config["n_head"],
+                "n_embd": config["n_embd"], "dropout": config["resid_pdrop"], "label_dropout": 0.0, "order": config["fine_position_order"]}
     first = special["content_sos_or_first_class"]
     ends = [special[f"{name}_position_eos"] for name in names]
     rules = [
         *_blocks("content_transformer", "content_blocks"), *_blocks("position_transformer", "position_blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], model.length)),
+        (r"pos_emb", "index_emb", _index_rows(config["block_size"], cells[-1] + 2 * len(names) - 1)),
         (r"seg_emb\.weight", "grain_emb.weight"),
         (r"content_emb\.weight", "content_emb.weight",
          _rows(first + starts, [*range(K), special["content_eos"], *range(first, first + starts)])),
@@ -237,7 +276,12 @@ def _dq_transformer(config: dict) -> tuple[nn.Module, list[Rule]]:
         first = special[f"{name}_position_sos_or_first_class"]
         rules.append((rf"content_{name}_pos_emb\.weight", f"position_emb.weight#{g} of {len(names)}",
                       _rows(first + starts, [*range(cells[g]), ends[g], *range(first, first + starts)])))
-    return model, rules
+    return settings, rules
+
+
+KINDS = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn, "mqvae": _mqvae,
+         "dqvae": _dqvae, "gpt_taming": _gpt_taming, "stackformer": _stackformer, "dq_transformer": _dq_transformer}
+FIRST_STAGE = {"gpt_taming": "vqgan_taming", "stackformer": "mqvae", "dq_transformer": "dqvae"}
 
 
 def _blocks(theirs: str, ours: str) -> list[Rule]:
@@ -310,3 +354,217 @@ def _rename(name: str, value: Tensor, rules: list[Rule]) -> Iterator[tuple[str, 
             if qkv := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours):  # one convolution here, three in the releases
                 ours = f"{qkv[1]}.qkv.{qkv[3]}#{'qkv'.index(qkv[2])} of 3"
             yield ours, change[0](value) if change else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the releases ship: checkpoints and YAML files
+
+
+def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, a Lightning checkpoint (`state_dict`) or one of LlamaGen (`model`), by name.
+
+    ema      the averaged weights that it holds beside the others
+    trust    runs the code in a file that holds more than tensors; without, such a file is refused
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=not trust)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise UserError(f"{path} is not a whole checkpoint ({_first_line(error)})") from error
+        raise UserError(f"{path} holds more than tensors, and loading that would run code from the file; if you trust where it comes "
+                        "from, say --trust") from error
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({_first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} instead of named tensors")
+    if ema and isinstance(found.get("ema"), dict):
+        return found["ema"]
+    for key in ("state_dict", "model"):
+        if isinstance(found.get(key), dict):
+            found = found[key]
+    state = {k: v for k, v in found.items() if isinstance(v, Tensor)}
+    averaged = {k: v for k, v in state.items() if k.startswith("model_ema.")}  # Lightning's LitEma, whose names have no dots
+    state = {k: v for k, v in state.items() if k not in averaged}
+    if ema and not averaged:
+        raise UserError(f"{path} holds no averaged weights")
+    if ema:
+        state |= {k: averaged[name] for k in state if (name := f"model_ema.{k.replace('.', '')}") in averaged}
+    if not state:
+        raise UserError(f"{path} holds no named tensors")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_config(kind: str, given: dict, thresholds: str | Path | None = None) -> dict:
+    """What from_reference wants to know, from the release's YAML file (or from what from_reference itself takes)."""
+    try:
+        if kind == "vqvae_simplecnn" and "quantizer" in given:
+            return given["encoder"]["params"] | given["quantizer"]["params"]
+        if "model" not in given:
+            return given
+        return {"vqgan_taming": _read_vqgan_taming, "mqvae": _read_mqvae, "dqvae": _read_dqvae, "gpt_taming": _read_gpt_taming,
+                "stackformer": _read_stackformer, "dq_transformer": _read_dq_transformer}[kind](
+                    given["model"]["params"], given["model"], thresholds)
+    except (KeyError, TypeError, IndexError, StopIteration) as error:
+        raise UserError(f"this is not the config of a {kind}: it has no {error}") from error
+
+
+def _read_vqgan_taming(params: dict, model: dict, _: Any) -> dict:
+    if "Gumbel" in model.get("target", ""):
+        raise UserError("this config is of a Gumbel-quantized model, which has no counterpart here")
+    return {key: params[key] for key in ("ddconfig", "n_embed", "embed_dim")}
+
+
+def _read_mqvae(params: dict, model: dict, _: Any) -> dict:
+    return {"encoder": params["encoder_config"]["params"], "masker": params["masker_config"]["params"],
+            "demasker": params["demasker_config"]["params"], "quantizer": params["vqconfig"]["params"]}
+
+
+def _read_dqvae(params: dict, model: dict, thresholds: str | Path | None) -> dict:
+    encoder, quantizer = params["encoderconfig"]["params"], params["vqconfig"]["params"]
+    router = encoder["router_config"]
+    triple, entropy = "Triple" in router["target"], "Entropy" in router["target"]
+    config = {"kind": ("triple" if triple else "dual") + ("_entropy" if entropy else "_feature"), "encoder": encoder,
+              "decoder": params["decoderconfig"]["params"], "codebook_size": quantizer["codebook_size"],
+              "codebook_dim": quantizer["codebook_dim"], "beta": quantizer["commitment_beta"]}
+    if not entropy:
+        return config | {"budget": params["lossconfig"]["params"]["budget_loss_config"]["params"], "router": router["params"]}
+    ratio = router["params"]["fine_grain_ratito"]  # their spelling
+    path = Path(thresholds or router["params"]["json_path"]).expanduser()
+    try:
+        threshold = json.loads(path.read_text())[str(int(100 - 100 * ratio))]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"the entropy router needs the release's JSON file of thresholds, and {path} is not one; name it by "
+                        "--thresholds") from None
+    return config | {"budget": {"target_ratio": ratio, "gamma": 10.0},
+                     "router": {"threshold": threshold, "patch_size": 2 ** (len(encoder["ch_mult"]) - 1)}}
+
+
+def _read_gpt_taming(params: dict, model: dict, _: Any) -> dict:
+    net, first = params["transformer_config"]["params"], params["first_stage_config"]["params"]
+    conditioning = params.get("cond_stage_config")
+    target = conditioning.get("target", "") if isinstance(conditioning, dict) else ""
+    unconditional = params.get("unconditional") or conditioning == "__is_unconditional__"
+    classes = 0
+    if not unconditional:
+        if params.get("cond_stage_key") not in ("class_label", "class"):
+            raise UserError(f"this transformer is conditioned on {params.get('cond_stage_key')!r} ({target}); only unconditional and "
+                            "class-conditional ones have a counterpart here")
+        classes = (conditioning.get("params") or {}).get("n_classes", 1000) if isinstance(conditioning, dict) else 1000
+    return net | {"codebook_size": first["n_embed"], "n_classes": classes, "sos_token": params.get("sos_token", 0),
+                  "grid": first["ddconfig"]["resolution"] // 2 ** (len(first["ddconfig"]["ch_mult"]) - 1)}
+
+
+def _read_stackformer(params: dict, model: dict, _: Any) -> dict:
+    net, first = params["transformer_config"]["params"], params["first_stage_config"]["params"]
+    grid = params["height_and_weight"]  # their spelling
+    return net | {"grid": grid, "codebook_size": first["vqconfig"]["params"]["codebook_size"], "n_classes": params.get("n_classes", 0),
+                  "codes_per_image": int(first["masker_config"]["params"]["topk_ratio"] * grid**2),
+                  "position_sos": params.get("sos_pos_token", grid**2)}
+
+
+def _read_dq_transformer(params: dict, model: dict, _: Any) -> dict:
+    net, order = params["transformer_config"]["params"], params["permuter_config"]["params"]
+    by_class = (params.get("class_cond_stage_config") or {}).get("params")
+    if by_class:
+        classes = by_class["n_classes"]
+        first = {"content": by_class["threshold_content"], "coarse": by_class["threshold_coarse_position"],
+                 "fine": by_class["threshold_fine_position"]}
+    else:
+        starts = params["uncond_stage_config"]["params"]
+        classes, first = 0, {"content": starts["coarse_sos"], "coarse": starts["coarse_pos_sos"], "fine": starts["fine_pos_sos"]}
+    special = {"content_eos": order["content_eos_code"], "content_sos_or_first_class": first["content"]}
+    for name in ("coarse", "fine"):
+        special |= {f"{name}_position_eos": order[f"{name}_position_eos_code"], f"{name}_position_sos_or_first_class": first[name]}
+    return net | {"coarse_hw": order["coarse_hw"], "fine_hw": order["fine_hw"], "codebook_size": order["content_pad_code"],
+                  "n_classes": classes, "fine_position_order": order["fine_position_order"], "special": special}
+
+
+def _of_stage(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=list(KINDS))
+    parser.add_argument("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file of the release")
+    parser.add_argument("--config", required=True, help="the release's YAML file of this model")
+    parser.add_argument("--out", required=True, help="the run folder to make")
+    parser.add_argument("--stage1", help="(stage 2) the converted run of the first stage, if the checkpoint does not hold it")
+    parser.add_argument("--data", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the section data, such as root=PATH")
+    parser.add_argument("--thresholds", help="(dqvae, entropy router) the release's JSON file of thresholds")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights in the checkpoint")
+    parser.add_argument("--discriminator", action="store_true", help="keep the discriminator, as discriminator.safetensors")
+    parser.add_argument("--trust", action="store_true", help="let the checkpoint run code while it is loaded")
+    args = parser.parse_args(argv)
+    out = Path(args.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; choose another --out")
+    given = read_yaml(args.config)
+    state = read_checkpoint(args.checkpoint, args.ema, args.trust)
+    second = args.kind in FIRST_STAGE
+    if second:
+        first_state, state = _of_stage(state, "first_stage_model."), _of_stage(state, "transformer.") or state
+    model, section = _convert(args.kind, state, given, args.thresholds)
+    size = section.get("image_size", 64)
+
+    stage1 = stage1_config = None
+    if second:
+        if args.stage1:
+            stage1, stage1_config = load_run(args.stage1)
+        elif first_state:
+            first = {"model": (given.get("model") or {}).get("params", {}).get("first_stage_config", {})}
+            stage1, first_section = _convert(FIRST_STAGE[args.kind], first_state, first, args.thresholds)
+            stage1_config = _run_config(first_section, first_section["image_size"], args.data, out, train_stage1.SECTIONS)
+        else:
+            raise UserError(f"{args.checkpoint} does not hold the weights of the first stage; convert those first, and name the run by "
+                            "--stage1")
+        size = stage1_config["data"]["image_size"]
+        wanted = train_stage2.READS[section["name"]]
+        if not isinstance(stage1, wanted[0]) or any(section[k] != v for k, v in wanted[1](stage1, size).items()) or (
+                section["codebook_size"] != stage1.quantizer.codebook_size):
+            raise UserError(f"the first stage's codes are not those that this {section['name']} generates")
+    config = _run_config(section, size, args.data, out, train_stage2.SECTIONS if second else train_stage1.SECTIONS)
+    discriminator = {k: v.contiguous() for k, v in _of_stage(state, "loss.discriminator.main.").items()}
+    if args.discriminator and not discriminator:
+        raise UserError(f"{args.checkpoint} holds no discriminator")
+
+    # Everything is as it should be: only now something is written
+    save_run(out, config, {"model": model}, {"discriminator": discriminator} if args.discriminator else {})
+    if second:
+        save_run(out / "stage1", stage1_config, {"model": stage1})
+        (out / "classes.json").write_text(json.dumps([str(i) for i in range(section["num_classes"])]) + "\n")
+    print(f"{out}: {section['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+
+
+def _convert(kind: str, state: dict[str, Tensor], given: dict, thresholds: str | Path | None) -> tuple[nn.Module, dict]:
+    """The model and the config's section of it."""
+    config = read_config(kind, given, thresholds)
+    try:
+        return from_reference(kind, state, config), KINDS[kind](config)[0]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"this is not the config of a {kind}: {error} is missing or wrong") from error
+
+
+def _run_config(section: dict, size: int, data: list[str], out: Path, sections: dict) -> dict:
+    """The whole config of a run folder with this model, whose image data can be named later."""
+    given = {"model": dict(section), "data": {"name": "folder", "image_size": size},
+             "train": {"output_dir": str(out), "learning_rate": 1e-4, "max_train_steps": 1}}
+    for setting in data:
+        key, _, value = setting.partition("=")
+        given["data"][key] = yaml.safe_load(value)
+    return check_config(given, sections, "--data")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -156,11 +156,16 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
             section[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"the value of {override!r} is not valid YAML") from None
-    given.setdefault("train", {})
-    if isinstance(given["train"], dict) and given["train"].get("output_dir") is None:
+    given["train"] = mapping(given.get("train"), "train")
+    if given["train"].get("output_dir") is None:
         given["train"]["output_dir"] = f"runs/{Path(path).stem}"
     if inherit is not None:
         inherit(given)
+    return check_config(given, sections, path)
+
+
+def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dict[str, dict]:
+    """What load_config gives, for what was read from `path`."""
     targets = {}
     for name, target in sections.items():
         if isinstance(target, dict):
@@ -175,7 +180,7 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
             raise UserError(f"unknown section {name!r} in {path}; the nearest valid one is {_nearest(name, list(sections))!r}")
     config = {}
     for name, target in targets.items():
-        section = dict(_mapping(given.get(name), name))
+        section = dict(mapping(given.get(name), name))
         choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
         config[name] = choice | _fill(target, section, name, keys)
     if "image_size" in config["model"] and "image_size" not in given["model"]:
@@ -201,7 +206,7 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
 def read_yaml(path: str | Path) -> dict:
     try:
         with open(path) as file:
-            return _mapping(yaml.safe_load(file), str(path))
+            return mapping(yaml.safe_load(file), str(path))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -209,7 +214,8 @@ def read_yaml(path: str | Path) -> dict:
         raise UserError(f"{path} is not valid YAML{where}") from None
 
 
-def _mapping(value: Any, where: str) -> dict:
+def mapping(value: Any, where: str) -> dict:
+    """The value, a section of a config; an empty one is {}."""
     if not isinstance(value or {}, dict):
         raise UserError(f"{where} must be a section of key: value lines; it is {value!r}")
     return value or {}
@@ -250,7 +256,7 @@ def _fill(target: Callable, given: dict, where: str, keys: list[str]) -> dict:
         if nested and given.get(key) is None:
             filled[key] = None  # the model has a default of its own
         elif nested:
-            filled[key] = _fill(nested, _mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", keys)
+            filled[key] = _fill(nested, mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", keys)
         elif key in given:
             filled[key] = _checked(given[key], kind, f"{where}.{key}")
         elif default is not inspect.Parameter.empty:
@@ -612,13 +618,13 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     return model.eval(), config
 
 
-def save_run(folder: Path, config: dict, modules: dict[str, nn.Module]) -> None:
-    """Makes a run folder of weights alone, {"model": ...} and perhaps {"ema": ...}, which load_run reads."""
+def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: dict[str, dict[str, Tensor]] | None = None) -> None:
+    """Makes a run folder of weights alone, {"model": ...}, which load_run reads; `more`: other files, as named tensors."""
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint = folder / "checkpoints/step_00000000"
     checkpoint.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file(_state(module), checkpoint / f"{name}.safetensors")
+    for name, tensors in ({k: _state(m) for k, m in modules.items()} | (more or {})).items():
+        save_file(tensors, checkpoint / f"{name}.safetensors")
     _write_manifest(checkpoint, 0)
     _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
 

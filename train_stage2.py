@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dataset import CodeCache, ImageDataset, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
-                        peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
+                        mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
 from gpt import check_sampling, parameter_groups
 from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
@@ -200,15 +200,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def inherit_data(given: dict, resume: str | None) -> None:
     """Puts the data settings of the stage-1 run under those that the user gave."""
-    given["data"] = read_yaml(stage1_folder(given, resume) / "config.yaml").get("data", {}) | (given.get("data") or {})
+    theirs = read_yaml(stage1_folder(given, resume) / "config.yaml")
+    given["data"] = mapping(theirs.get("data"), "data") | mapping(given.get("data"), "data")
 
 
 def stage1_folder(config: dict, resume: str | None) -> Path:
     """Where the stage-1 model is: a run that continues has a copy of its own."""
-    own = Path(config["train"]["output_dir"]).expanduser() / "stage1"
+    own = Path(str(config["train"]["output_dir"])).expanduser() / "stage1"
     if resume and (own / "config.yaml").is_file():
         return own
-    folder = (config.get("codes") or {}).get("stage1")
+    folder = mapping(config.get("codes"), "codes").get("stage1")
     if not folder or not (Path(str(folder)).expanduser() / "config.yaml").is_file():
         raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {folder!r}"
                         + (", which has no config.yaml" if folder else ""))

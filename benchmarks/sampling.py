@@ -79,7 +79,8 @@ def main() -> None:
                 seconds.append(clock() - start)
         whole = sum(seconds) / len(seconds) * length
         line = (f"{name}, {length} codes, batch {args.batch}, {args.layers} layers of {args.width}: cached {cached:.2f} s "
-                f"({args.batch / cached:.2f} images/s), whole prefix {whole:.1f} s, {whole / cached:.1f} x; codes of a short sample agree {same:.1%}")
+                f"({args.batch / cached:.2f} images/s), whole prefix {whole:.1f} s, {whole / cached:.1f} x; codes of a short sample agree "
+                f"{same:.1%}")
         if device.type == "cuda":
             read = sum(p.numel() for p in model.parameters()) + args.batch * length * args.width * args.layers  # mean of both caches
             line += f"; bandwidth {read * 2 * length / cached / args.peak_gbs / 1e9:.1%}"

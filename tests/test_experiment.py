@@ -5,6 +5,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import train_stage2
 from experiment import UserError, build, learning_rate_at, load_config, load_run
 from train_stage1 import SECTIONS
 from vqgan import VQGAN
@@ -78,14 +79,34 @@ def test_files_that_are_no_config(tmp_path, text, sentence):
         load(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_config_of_the_repo_builds(path):
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+STAGE2_CONFIGS = [p for p in CONFIGS if "\ncodes:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in STAGE2_CONFIGS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stage1_config_of_the_repo_builds(path):
     config = load(path)
     settings = dict(config["model"])
     with torch.device("meta"):  # shapes only
         model = build(SECTIONS["model"][settings.pop("name")], settings)
     assert config["train"]["output_dir"] == f"runs/{path.stem}"
     assert config["data"]["image_size"] % model.factor == 0
+
+
+@pytest.mark.parametrize("path", STAGE2_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path, monkeypatch):
+    stage1_path = next(p for p in CONFIGS if f"stage1: runs/{p.stem}\n" in path.read_text())
+    assert stage1_path.parent.name == {"quickstart": "quickstart", "stage2": "stage1"}[path.parent.name]
+    theirs = load(stage1_path)
+    config = load_config(str(path), [], train_stage2.SECTIONS, lambda given: given.update(data=theirs["data"] | given.get("data", {})))
+    settings = dict(theirs["model"])
+    with torch.device("meta"):
+        stage1 = build(SECTIONS["model"][settings.pop("name")], settings)
+        assert isinstance(stage1, train_stage2.READS[config["model"]["name"]][0])
+        train_stage2.complete(config, stage1, ["a", "b"])
+        settings = dict(config["model"])
+        model = build(train_stage2.STAGE2[settings.pop("name")], settings)
+    assert model.codebook_size == stage1.quantizer.codebook_size
 
 
 def test_learning_rate():
