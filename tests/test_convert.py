@@ -194,8 +194,8 @@ def reference(kind, config):
 
 
 @pytest.mark.parametrize("name, kind", [
-    ("vqgan_taming",) * 2, ("vqgan_llamagen",) * 2, ("vqvae_simplecnn",) * 2, ("mqvae",) * 2, ("dqvae_dual", "dqvae"), ("dqvae_triple", "dqvae"),
-    ("dqvae_entropy", "dqvae"), ("gpt_taming",) * 2, ("stackformer",) * 2, ("stackformer_class", "stackformer"), ("dq_transformer",) * 2,
+    ("vqgan_taming",) * 2, ("vqgan_llamagen",) * 2, ("vqvae_simplecnn",) * 2, ("mqvae",) * 2, ("dqvae_dual", "dqvae"),
+    ("dqvae_triple", "dqvae"), ("dqvae_entropy", "dqvae"), ("gpt_taming",) * 2, ("stackformer",) * 2, ("stackformer_class", "stackformer"), ("dq_transformer",) * 2,
 ])
 def test_the_pattern_makes_the_names_of_the_fixtures(name, kind):
     about = json.loads((FIXTURES / f"{name}.json").read_text())
@@ -213,7 +213,8 @@ DQ = {"encoder": NET, "decoder": {**NET, "ch_mult": [2, 1, 1], "attn_resolutions
 TOKENS = {"n_head": 3, "n_embd": 24, "embd_pdrop": 0.0, "resid_pdrop": 0.1, "attn_pdrop": 0.0}
 SPECIAL = {"content_eos": 51, "content_sos_or_first_class": 52, "coarse_position_eos": 10, "coarse_position_sos_or_first_class": 11,
            "fine_position_eos": 37, "fine_position_sos_or_first_class": 38}
-STACK = {**TOKENS, "grid": 5, "codebook_size": 50, "codes_per_image": 7, "block_size": 9, "position_sos": 25, "position_layer": 4, "value_layer": 1}
+STACK = {**TOKENS, "grid": 5, "codebook_size": 50, "codes_per_image": 7, "block_size": 9, "position_sos": 25,
+         "position_layer": 4, "value_layer": 1}
 DQT = {**TOKENS, "coarse_hw": 3, "fine_hw": 6, "codebook_size": 50, "special": SPECIAL, "block_size": 41, "position_layer": 1,
        "content_layer": 3, "fine_position_order": "region-first"}
 OTHERS = [
@@ -223,7 +224,8 @@ OTHERS = [
                         "codebook_embed_dim": 4, "l2_norm": True, "beta": 0.25}),
     ("vqvae_simplecnn", {"hidden_dim": 64, "n_resblocks": 3, "codebook_num": 50, "codebook_dim": 12, "l2_norm": True}),
     ("mqvae", {"encoder": NET, "decoder": NET, "masker": {"topk_ratio": 0.4}, "demasker": {"output_dim": 128, "n_layer": 3},
-               "quantizer": {"codebook_size": 50, "codebook_dim": 40, "commitment_beta": 0.5, "decay": 0.9, "restart_unused_codes": False}}),
+               "quantizer": {"codebook_size": 50, "codebook_dim": 40, "commitment_beta": 0.5, "decay": 0.9,
+                             "restart_unused_codes": False}}),
     ("dqvae", DQ),
     ("dqvae", DQ | {"kind": "dual_entropy", "router": {"threshold": 1.5, "patch_size": 8}}),
     ("dqvae", DQ | {"kind": "triple", "decoder": DQ["decoder"] | {"ch_mult": [2, 1], "latent_size": 32},
@@ -290,8 +292,8 @@ def test_every_missing_extra_and_misshapen_key_is_named(kind, config):
 
 
 TAMING = {"model": {"base_learning_rate": 4.5e-6, "target": "taming.models.vqgan.VQModel", "params": {
-    "embed_dim": 16, "n_embed": 40, "ddconfig": {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0, "ch": 32, "z_channels": 32,
-                                                 "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 16},
+    "embed_dim": 16, "n_embed": 40, "ddconfig": {"double_z": False, "in_channels": 3, "out_ch": 3, "dropout": 0.0, "ch": 32,
+                                                 "z_channels": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 16},
     "lossconfig": {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": {"disc_start": 0}}}}}
 NET2NET = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": {
     "unconditional": True, "cond_stage_key": "image", "first_stage_config": TAMING["model"],
@@ -359,9 +361,10 @@ def test_a_transformer_of_taming_brings_its_vqgan(tmp_path):
 
 def test_the_other_yaml_files():
     """The releases' config files say what from_reference wants."""
-    net = {k: v for k, v in NET.items()}
-    mq = {"model": {"params": {"encoder_config": {"params": net}, "decoder_config": {"params": net}, "vqconfig": {"params": OTHERS[4][1]["quantizer"]},
-                               "masker_config": {"params": {"topk_ratio": 0.4}}, "demasker_config": {"params": {"output_dim": 128, "n_layer": 3}}}}}
+    net = dict(NET)
+    mq = {"model": {"params": {
+        "encoder_config": {"params": net}, "decoder_config": {"params": net}, "vqconfig": {"params": OTHERS[4][1]["quantizer"]},
+        "masker_config": {"params": {"topk_ratio": 0.4}}, "demasker_config": {"params": {"output_dim": 128, "n_layer": 3}}}}}
     assert convert.KINDS["mqvae"](read_config("mqvae", mq))[0] == convert.KINDS["mqvae"](OTHERS[4][1])[0]
     quantizer = {"params": {"codebook_size": 50, "codebook_dim": 40, "commitment_beta": 0.5}}
     loss = {"params": {"budget_loss_config": {"params": {"target_ratio": 0.4, "gamma": 3.0}}}}
@@ -370,16 +373,17 @@ def test_the_other_yaml_files():
                                "vqconfig": quantizer, "lossconfig": loss}}}
     assert convert.KINDS["dqvae"](read_config("dqvae", dq))[0] == convert.KINDS["dqvae"](DQ)[0]
     stack = {"model": {"params": {
-        "transformer_config": {"params": {**TOKENS, "vocab_size": 61, "position_size": 26, "block_size": 9, "position_layer": 4, "value_layer": 1}},
+        "transformer_config": {"params": {**TOKENS, "vocab_size": 61, "position_size": 26, "block_size": 9, "position_layer": 4,
+                                          "value_layer": 1}},
         "first_stage_config": {"params": {"vqconfig": quantizer, "masker_config": {"params": {"topk_ratio": 0.3}}}},
         "n_classes": 11, "sos_pos_token": 25, "height_and_weight": 5}}}
     assert convert.KINDS["stackformer"](read_config("stackformer", stack))[0] == convert.KINDS["stackformer"](OTHERS[12][1])[0]
     codes = {"coarse_hw": 3, "fine_hw": 6, "content_pad_code": 50, "content_eos_code": 51, "coarse_position_eos_code": 10,
              "fine_position_eos_code": 37, "fine_position_order": "region-first"}
     net = {**TOKENS, "block_size": 41, "position_layer": 1, "content_layer": 3}
-    for classes, starts in ((4, {"class_cond_stage_config": {"params": {"n_classes": 4, "threshold_content": 52, "threshold_coarse_position": 11,
-                                                                        "threshold_fine_position": 38}}}),
-                            (0, {"uncond_stage_config": {"params": {"coarse_sos": 52, "coarse_pos_sos": 11, "fine_sos": 52, "fine_pos_sos": 38}}})):
+    by_class = {"n_classes": 4, "threshold_content": 52, "threshold_coarse_position": 11, "threshold_fine_position": 38}
+    without = {"coarse_sos": 52, "coarse_pos_sos": 11, "fine_sos": 52, "fine_pos_sos": 38}
+    for classes, starts in ((4, {"class_cond_stage_config": {"params": by_class}}), (0, {"uncond_stage_config": {"params": without}})):
         given = {"model": {"params": {"transformer_config": {"params": net}, "permuter_config": {"params": codes}, **starts}}}
         config = read_config("dq_transformer", given)
         from_reference("dq_transformer", reference("dq_transformer", DQT | {"n_classes": classes}), config)
