@@ -368,8 +368,10 @@ def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) ->
     """
     path = Path(path).expanduser()
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" and not ema:
             return load_file(path)
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path} holds no averaged weights apart; leave out --ema")
         found = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
@@ -552,7 +554,7 @@ def _convert(kind: str, state: dict[str, Tensor], given: dict, thresholds: str |
         return from_reference(kind, state, config), KINDS[kind](config)[0]
     except ValueError as error:
         raise UserError(str(error)) from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"this is not the config of a {kind}: {error} is missing or wrong") from error
 
 
@@ -562,7 +564,10 @@ def _run_config(section: dict, size: int, data: list[str], out: Path, sections: 
              "train": {"output_dir": str(out), "learning_rate": 1e-4, "max_train_steps": 1}}
     for setting in data:
         key, _, value = setting.partition("=")
-        given["data"][key] = yaml.safe_load(value)
+        try:
+            given["data"][key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"the value of {setting!r} is not valid YAML") from None
     return check_config(given, sections, "--data")
 
 

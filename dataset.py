@@ -21,6 +21,7 @@ before. That is what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import colorsys
+import fcntl
 import math
 import os
 import random
@@ -231,20 +232,16 @@ class CodeCache:
         self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()} | {"labels": ("int32", ()), "done": ("uint8", ())}
 
     def create(self) -> None:
-        """Makes the files, unless they are there; they have their whole size from the start, so a full disk shows now."""
+        """Makes the files, unless they are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name, (kind, shape) in self.shapes.items():
-            size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
-            path = self.folder / f"{name}.bin"
-            if path.is_file() and path.stat().st_size == size:
-                continue
-            (self.folder / "done.bin").unlink(missing_ok=True)  # the last to be made: nothing is done yet
-            with open(path, "wb") as file:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, size)
-                except OSError as error:
-                    path.unlink()
-                    raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB") from error
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
+            for name, (kind, shape) in self.shapes.items():
+                size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
+                path = self.folder / f"{name}.bin"
+                if not path.is_file() or path.stat().st_size != size:
+                    (self.folder / "done.bin").unlink(missing_ok=True)  # the last to be made: nothing is done yet
+                    make_file(path, size)
 
     def encode(self, rows: list[int], encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4,
                device: torch.device | str = "cpu") -> Iterator[int]:
@@ -301,6 +298,17 @@ class CodeCache:
     def _map(self, name: str) -> np.ndarray:
         kind, shape = self.shapes[name]
         return np.memmap(self.folder / f"{name}.bin", kind, "r", shape=(self.rows, *shape))
+
+
+def make_file(path: Path, size: int) -> None:
+    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory map is written."""
+    allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, _, size: os.truncate(descriptor, size))  # macOS has none
+    with open(path, "wb") as file:
+        try:
+            allocate(file.fileno(), 0, size)
+        except OSError as error:
+            path.unlink()
+            raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB") from error
 
 
 def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,

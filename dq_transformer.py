@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
     slot: Tensor  # (B, T) int64
     content: Tensor  # (B, T) int64: the code, or K for end tokens and padding, K + 1 for start tokens
     counts: Tensor  # (B, G): codes of each granularity; a row has counts.sum() + 2 G tokens
+    longest: list[int]  # the largest count of each granularity
 
 
 class DQTransformer(CodeTransformer):
@@ -124,12 +125,14 @@ class DQTransformer(CodeTransformer):
         present = (self.slot_kind != 1) | (grain[:, self.slot_region] == self.slot_grain)    # (B, M)
         content = indices[:, self.first_cell[self.slot_grain, self.slot_cell]]               # (B, M)
         content = torch.where(self.slot_kind == 1, content, self.codebook_size + (self.slot_kind == 0).long())
-        length = int(present.sum(1).max())  # the one number that a GPU is asked for
+        counts = self._counts(grain)
+        length, *longest = torch.cat([counts.sum(1, keepdim=True), counts], dim=1).amax(0).tolist()  # all that a GPU is asked for
+        length += 2 * self.grains
         target = torch.where(present, present.cumsum(1) - 1, length)                         # absent ones go to a column that is cut
         slot = torch.arange(len(self.slot_kind), device=indices.device).expand_as(target)
         slot = torch.full((len(indices), length + 1), len(self.slot_kind) - 1, device=indices.device).scatter(1, target, slot)
         content = torch.full_like(slot, self.codebook_size).scatter(1, target, content)
-        return Tokens(slot[:, :-1], content[:, :-1], self._counts(grain))
+        return Tokens(slot[:, :-1], content[:, :-1], counts, longest)
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
         """Tokens (B,) that the model reads for the codes of each image."""
@@ -175,12 +178,14 @@ class DQTransformer(CodeTransformer):
         """Next-token logits under teacher forcing, lists with an entry per granularity, coarsest first: `content[g]`
         (B, L_g, K); `position[g]` (B, L_g + 1, cells_g + 1), whose last column and last step are the end; rows are padded to
         the longest, L_g, and have `length[g]` (B,) codes."""
-        tokens = self.order(codes)
+        return self._logits(self.order(codes), labels)
+
+    def _logits(self, tokens: Tokens, labels: Tensor | None) -> dict[str, list[Tensor]]:
         h, z = self._hidden(tokens, labels)
         content, position, first = [], [], 0
         for g, cells in enumerate(self.cells):
             length = tokens.counts[:, g]
-            steps = first + torch.arange(int(length.max()) + 1, device=h.device)             # (B or 1, L_g + 1): steps that predict
+            steps = first + torch.arange(tokens.longest[g] + 1, device=h.device)             # (B or 1, L_g + 1): steps that predict
             steps = steps.expand(len(h), -1).clamp(max=h.shape[1] - 1).unsqueeze(-1).expand(-1, -1, h.shape[-1])
             head = torch.cat([self.position_head.weight[:cells], self.position_head.weight[self.cells[-1] + g].unsqueeze(0)])
             position.append(F.linear(self.position_norm(h.gather(1, steps)), head))
@@ -198,7 +203,8 @@ class DQTransformer(CodeTransformer):
     def _nats(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Cross-entropy of each code [(B, L_g)] and of each position and end [(B, L_g + 1)], 0 for padding; and the codes of
         each granularity (B, G)."""
-        logits, tokens = self.logits(codes, labels), self.order(codes)
+        tokens = self.order(codes)
+        logits = self._logits(tokens, labels)
         content, position, first = [], [], 1
         for g, (c, p, length) in enumerate(zip(*logits.values())):
             steps = torch.arange(p.shape[1], device=p.device)

@@ -28,6 +28,7 @@ import types
 import typing
 from collections import defaultdict
 from dataclasses import dataclass, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from collections.abc import Callable
@@ -36,8 +37,8 @@ import psutil
 import torch
 import torch.nn as nn
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, get_cpu_distributed_information, set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, get_cpu_distributed_information, set_seed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -103,7 +104,6 @@ class TrainSettings:
     use_ema: bool = False
     ema_decay: float = 0.9999
     compile: bool = False
-    channels_last: bool = False
     dataloader_num_workers: int = 4
     logging_steps: int = 50
     validation_steps: int = 1000
@@ -358,9 +358,14 @@ class Run:
                 log_with=train["log_with"],
                 project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "tensorboard")),
                 # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+                # One process may have to wait long for another's share of an encoding.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
+                                 InitProcessGroupKwargs(timeout=timedelta(hours=2))])
         except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
             raise UserError(str(error)) from error
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise UserError(f"accelerate was asked for {self.accelerator.distributed_type.value}, which is not supported; every process "
+                            "holds the whole model: use --multi_gpu")
         train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
         self.is_main = self.accelerator.is_main_process
@@ -392,6 +397,8 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors. `stateful` ones have small buffers
         only, and are kept with the optimizers."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
+        if self.accelerator.num_processes > 1:  # the weights are made: from here on, each process has random numbers of its own
+            torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
         self.accelerator.register_for_checkpointing(*stateful.values())
         self.accelerator.register_save_state_pre_hook(self._save_weights)
         self.accelerator.register_load_state_pre_hook(self._load_weights)
@@ -441,6 +448,8 @@ class Run:
             found[0] = Path(self.wanted)
             if damage := _damage(found[0]):
                 found[1] = f"the checkpoint {self.wanted} cannot be used: {damage}"
+        if found[0] and not found[1] and not (found[0] / "optimizer.bin").is_file():
+            found[1] = f"{found[0]} holds weights alone, which cannot be trained on; choose another train.output_dir"
         path, wrong = broadcast_object_list(found)
         if wrong:
             raise UserError(wrong)
@@ -639,8 +648,8 @@ def run_main(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole, and --resume auto "
-                 "continues from it")
+        sys.exit(f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole (training continues from "
+                 "it by --resume auto)")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

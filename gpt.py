@@ -281,7 +281,8 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """One token (B,) per row of logits (B, V), by the random numbers (B,) in [0, 1)."""
     below = logits.softmax(-1).cumsum(-1)
     target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # under the last entry, whatever is rounded
-    return (below <= target).sum(-1)  # the first token that passes the target has a probability above 0
+    passed = (below > target) & (logits > -math.inf)  # a scan may round: an impossible token must not pass by that
+    return passed.int().argmax(-1)  # the first
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:

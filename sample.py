@@ -5,7 +5,8 @@
 
 --out says what is written: a folder of single PNGs and grid.png (default: RUN/samples/seed_SEED); FILE.png, one grid; or FILE.npz with
 uint8 (N, H, W, 3) as `arr_0` and the labels as `arr_1`, which the ADM evaluation suite reads. Sampling settings that are not given are
-those of the run's config, section `sample`. Image number i of a seed is the same in whatever batch, and on whatever process, it is drawn.
+those of the run's config, section `sample`. Image number i of a seed is drawn with the same random numbers in whatever batch and on
+whatever process: on the CPU it is the same image.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import to_uint8
-from experiment import STAGE2, UserError, load_run, run_main
-from gpt import Blocks
+from dataset import EXTENSIONS, make_file, to_uint8
+from experiment import STAGE2, UserError, build, load_run, run_main
+from gpt import Blocks, check_sampling
 from train_stage2 import sampling_arguments
 
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float}
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
     parser.add_argument("--out", help="a folder, FILE.png or FILE.npz")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the step (CUDA graphs on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step")
     args = parser.parse_args(argv)
     if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
@@ -57,51 +58,75 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
-            blocks.step = torch.compile(blocks.step, mode="reduce-overhead" if state.device.type == "cuda" else None)
+            blocks.step = torch.compile(blocks.step)
     settings = dict(config["sample"]) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
     settings["cfg_scale"] = settings["cfg_scale"] if args.cfg is None else args.cfg
     settings = sampling_arguments(type(model), settings)
     out = Path(args.out or Path(args.run) / f"samples/seed_{args.seed}").expanduser()
     single = out.suffix not in (".png", ".npz")
-    (out if single else out.parent).mkdir(parents=True, exist_ok=True)
+    if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
+        raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
+    check(model, settings, labels)
+    folder = out if single else out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if single and state.is_main_process:
+        earlier = [p for p in folder.glob("*.png") if p.stem.isdigit()]
+        if earlier and not (folder / "samples.json").is_file():
+            raise UserError(f"{folder} already holds images; choose another --out")
+        for path in earlier:  # of an earlier call of this script
+            path.unlink()
 
-    # Every process draws its share, into one file
-    size = config["data"]["image_size"]
-    together = (out if single else out.parent) / f".{out.stem}.npy"
+    # Every process draws its share into one file, from which the first writes what shows them together
+    size, together = config["data"]["image_size"], folder / f".{out.stem}.uint8"
     if state.is_main_process:
-        np.lib.format.open_memmap(together, "w+", np.uint8, (args.n, size, size, 3))
+        make_file(together, args.n * size * size * 3)
     state.wait_for_everyone()
-    pixels = np.lib.format.open_memmap(together, "r+")
-    mine = list(range(args.n))[state.process_index::state.num_processes]
-    with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
-        for i in range(0, len(mine), args.batch_size):
-            numbers = mine[i:i + args.batch_size]
-            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, state.autocast)
-            for number in numbers if single else ():
-                Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
-            bar.update(len(numbers))
-    pixels.flush()
-    state.wait_for_everyone()
-
-    # The first process writes what shows them together
-    if state.is_main_process:
-        path = out / "grid.png" if single else out
-        if out.suffix == ".npz":
-            np.savez(out, **{"arr_0": pixels} | ({"arr_1": labels.numpy()} if labels is not None else {}))
-        else:
-            shown = torch.from_numpy(pixels[:400].copy() if single else np.array(pixels)).permute(0, 3, 1, 2)
-            columns = len(set(labels.tolist())) if labels is not None else 99
-            columns = columns if columns <= 20 else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
-            Image.fromarray(make_grid(shown, nrow=columns).permute(1, 2, 0).numpy()).save(path)
-        if single:
-            about = {"run": str(args.run), "seed": args.seed, "settings": settings, "labels": None if labels is None else labels.tolist()}
-            (out / "samples.json").write_text(json.dumps(about) + "\n")
-        together.unlink()
-        print(f"{args.n} images: {path}")
+    try:
+        pixels = np.memmap(together, np.uint8, "r+", shape=(args.n, size, size, 3))
+        mine = list(range(args.n))[state.process_index::state.num_processes]
+        with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
+            for i in range(0, len(mine), args.batch_size):
+                numbers = mine[i:i + args.batch_size]
+                pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, state.autocast)
+                for number in numbers if single else ():
+                    Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
+                bar.update(len(numbers))
+        pixels.flush()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            write_together(out, single, pixels, labels)
+            if single:
+                about = {"run": str(args.run), "seed": args.seed, "settings": settings,
+                         "labels": None if labels is None else labels.tolist()}
+                (out / "samples.json").write_text(json.dumps(about) + "\n")
+            print(f"{args.n} images: {out / 'grid.png' if single else out}")
+    finally:
+        if state.is_main_process:
+            together.unlink(missing_ok=True)
     if state.num_processes > 1:
         state.wait_for_everyone()
         sys.stdout.flush()
         os._exit(0)  # see Run.close
+
+
+def check(model: torch.nn.Module, settings: dict, labels: torch.Tensor | None) -> None:
+    """UserError, before anything is drawn, for settings that make no sense."""
+    for suffix in ("", "_pos"):
+        build(check_sampling, {"temperature": settings.get(f"temperature{suffix}") or 0.0, "top_k": settings.get(f"top_k{suffix}"),
+                               "top_p": settings.get(f"top_p{suffix}")})
+    if settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
+        raise UserError(f"--cfg {settings['cfg_scale']:g} needs a class-conditional model that was trained with label_dropout")
+
+
+def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Tensor | None) -> None:
+    """A grid as PNG, or all images and labels as .npz."""
+    if out.suffix == ".npz":
+        np.savez(out, **{"arr_0": pixels} | ({"arr_1": labels.numpy()} if labels is not None else {}))
+        return
+    shown = torch.from_numpy(np.array(pixels[:400] if single else pixels)).permute(0, 3, 1, 2)
+    columns = len(set(labels.tolist())) if labels is not None else 99
+    columns = columns if columns <= 20 else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
+    Image.fromarray(make_grid(shown, nrow=columns).permute(1, 2, 0).numpy()).save(out / "grid.png" if single else out)
 
 
 def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Module, torch.nn.Module, dict, list[str]]:
@@ -137,8 +162,10 @@ def chosen_labels(asked: str | None, classes: list[str], n: int) -> torch.Tensor
     chosen = list(range(len(classes)))
     if asked:
         chosen = []
-        for word in (w.strip() for w in asked.split(",")):
-            matches = [int(word)] if word.isdigit() else [i for i, c in enumerate(classes) if word.lower() in c.lower()]
+        for word in (w.strip().lower() for w in asked.split(",")):
+            exact = [i for i, c in enumerate(classes) if word == c.lower()]
+            partial = [i for i, c in enumerate(classes) if word and word in c.lower()]
+            matches = [int(word)] if word.isdigit() else exact or partial
             if not matches or max(matches) >= len(classes):
                 raise UserError(f"there is no class {word!r}; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:20])}"
                                 + (", ..." if len(classes) > 20 else ""))

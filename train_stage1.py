@@ -24,10 +24,12 @@ from losses import PatchGAN, Stage1Loss
 class Stage1Settings(TrainSettings):
     """The section `train`: all of TrainSettings, and
 
+    channels_last               the memory layout that GPUs' convolutions like
     calibration_images          how many training images the thresholds of an entropy router are computed from
     calibration_file            use the thresholds in this file instead, the thresholds.json of an earlier run
     """
 
+    channels_last: bool = False
     calibration_images: int = 2000
     calibration_file: str | None = None
 

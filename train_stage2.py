@@ -11,15 +11,17 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from dataset import CodeCache, ImageDataset, code_loader, make_dataset, to_float, train_loader
+from dataset import CodeCache, Files, ImageDataset, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
                         mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     args = training_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, SECTIONS, lambda given: inherit_data(given, args.resume))
     train = config["train"]
-    stage1, stage1_config = load_stage1(config, args.resume)
+    stage1, stage1_config, source = load_stage1(config, args.resume)
     train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
     complete(config, stage1, train_set.classes)
     run = Run(config, args.resume)
@@ -128,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     # Resume
     run.track(model=model, ema=ema, stateful={})
     step = run.resume()
-    if run.is_main and step == 0:
-        save_run(run.folder / "stage1", stage1_config, {"model": stage1})
+    if run.is_main:
+        if source.resolve() != (run.folder / "stage1").resolve():
+            save_run(run.folder / "stage1", stage1_config, {"model": stage1})
         (run.folder / "classes.json").write_text(json.dumps(train_set.classes) + "\n")
     if train_codes is not None:
         lengths = torch.cat([raw_model.lengths(train_codes[i:i + 4096][0]) for i in range(0, len(train_codes), 4096)])
@@ -200,31 +203,34 @@ def main(argv: list[str] | None = None) -> None:
 
 def inherit_data(given: dict, resume: str | None) -> None:
     """Puts the data settings of the stage-1 run under those that the user gave."""
-    theirs = read_yaml(stage1_folder(given, resume) / "config.yaml")
+    theirs = read_yaml(stage1_folder(given, resume)[0] / "config.yaml")
     given["data"] = mapping(theirs.get("data"), "data") | mapping(given.get("data"), "data")
 
 
-def stage1_folder(config: dict, resume: str | None) -> Path:
-    """Where the stage-1 model is: a run that continues has a copy of its own."""
+def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
+    """Where the stage-1 model is, and whether that is the copy that a run which continues has of its own."""
     own = Path(str(config["train"]["output_dir"])).expanduser() / "stage1"
-    if resume and (own / "config.yaml").is_file():
-        return own
+    copy_ = own if resume == "auto" else Path(resume or "").parent.parent / "stage1"
+    if resume and (copy_ / "config.yaml").is_file():
+        return copy_, True
     folder = mapping(config.get("codes"), "codes").get("stage1")
     if not folder or not (Path(str(folder)).expanduser() / "config.yaml").is_file():
         raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {folder!r}"
                         + (", which has no config.yaml" if folder else ""))
-    return Path(folder).expanduser()
+    if Path(str(folder)).expanduser().resolve() == own.resolve():
+        raise UserError(f"codes.stage1={folder} is where this run would put its copy of the stage-1 model; choose another train.output_dir")
+    return Path(str(folder)).expanduser(), False
 
 
-def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict]:
-    """The stage-1 model, in eval mode, and its config."""
-    folder = stage1_folder(config, resume)
-    model, stage1_config = load_run(folder, "latest" if folder.name == "stage1" else config["codes"]["which"])
+def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict, Path]:
+    """The stage-1 model, in eval mode, its config, and the folder that they are from."""
+    folder, is_copy = stage1_folder(config, resume)
+    model, stage1_config = load_run(folder, "latest" if is_copy else config["codes"]["which"])
     kinds = READS[config["model"]["name"]][0]
     if not isinstance(model, kinds):
         raise UserError(f"{folder} holds a {stage1_config['model']['name']}, but {config['model']['name']} reads the codes of "
                         f"{' or '.join(k.__name__.lower() for k in kinds)}")
-    return model, stage1_config
+    return model, stage1_config, folder
 
 
 def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
@@ -258,8 +264,12 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     for name, tensor in stage1.state_dict().items():
         if not name.startswith(("quantizer.ema_", "quantizer.queue")):
             weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    names = hashlib.sha256("\n".join(dataset.source.name(i) for i in indices).encode())
-    data = {k: v for k, v in run.config["data"].items() if k != "root"}  # a folder may move, its files must be the same
+    # A folder may move; the names in it must be the same.
+    data, root = {k: v for k, v in run.config["data"].items() if k != "root"}, run.config["data"]["root"]
+    names = [dataset.source.name(i) for i in indices]
+    if root and isinstance(dataset.source.load.__self__, Files):
+        names = [os.path.relpath(name, Path(root).expanduser()) for name in names]
+    names = hashlib.sha256("\n".join(names).encode())
     key = hashlib.sha256(json.dumps([weights.hexdigest(), names.hexdigest(), data, views]).encode()).hexdigest()[:16]
     split = "train" if dataset.train else "val"
     folder = Path(settings["cache_dir"] or Path(settings["stage1"] or run.folder) / "codes").expanduser()
@@ -269,11 +279,11 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     if run.is_main:
         others = [p.name for p in folder.glob(f"{split}_*") if p.name != cache.folder.name]
         if others and not cache.folder.is_dir():
-            accelerator.print(f"{folder} holds codes of other weights or data settings ({', '.join(others)}); encoding anew, beside them")
+            accelerator.print(f"{folder} holds codes of other weights, images or data settings ({', '.join(others)}); encoding anew, "
+                              "beside them")
         cache.create()
     accelerator.wait_for_everyone()
-    missing = cache.missing()
-    accelerator.wait_for_everyone()  # nobody writes before all have counted
+    missing = broadcast_object_list([cache.missing() if run.is_main else None])[0]
     if missing:
         bar = tqdm(total=len(missing), desc=f"encoding ({split})", unit="img", disable=not run.is_main, dynamic_ncols=True)
         with torch.no_grad(), bar:
@@ -282,6 +292,8 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
                 bar.update(done * accelerator.num_processes)
                 run.exit_at_signal("while encoding; the codes so far are kept, and the same command continues")
         accelerator.wait_for_everyone()
+        if cache.missing():
+            raise UserError(f"{cache.folder} is still not complete, although all was encoded; remove the folder and start again")
     return cache
 
 
@@ -323,8 +335,8 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
         with accelerator.autocast():
             values = {**model(codes, labels), "bits": model.bits(codes, labels).mean(), "images": torch.ones((), device=device)}
         for key, value in values.items():
-            sums[key] = sums.get(key, 0) + value.double() * len(codes["indices"])
-    every = gather({k: v.item() for k, v in sums.items()})  # a process may have had no image
+            sums[key] = sums.get(key, 0) + value.item() * len(codes["indices"])
+    every = gather(sums)  # a process may have had no image
     totals = {k: sum(s.get(k, 0.0) for s in every) for k in max(every, key=len)}
     means = {k: v / totals["images"] for k, v in totals.items() if k != "images"}
     run.write(step, {f"val_{k}": v for k, v in (means | perplexities(means)).items()})

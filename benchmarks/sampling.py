@@ -60,7 +60,7 @@ def main() -> None:
         model = make(16).to(device, dtype).eval()
         if args.compile:
             for blocks in stacks(model):
-                blocks.step = torch.compile(blocks.step, mode="reduce-overhead" if device.type == "cuda" else None)
+                blocks.step = torch.compile(blocks.step)
             model.sample(args.batch)
         start = clock()
         model.sample(args.batch)

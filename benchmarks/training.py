@@ -107,7 +107,7 @@ def stage2(args) -> None:
     precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dataset = build(make_dataset, config["data"], split="train")
-    autoencoder, _ = train_stage2.load_stage1(config, None)
+    autoencoder, *_ = train_stage2.load_stage1(config, None)
     train_stage2.complete(config, autoencoder, dataset.classes)
     autoencoder = autoencoder.to(device).requires_grad_(False)
     model = build(STAGE2[name], {k: v for k, v in settings.items() if k != "name"}).to(device)

@@ -181,10 +181,10 @@ def test_codes_are_encoded_once_and_again_when_something_changes(train2, tmp_pat
         return sorted(p.name.split("_")[0] for p in set(folder.glob("*")) - before), said.out
 
     assert start()[0] == ["train", "val"]
-    assert start() == ([], start()[1])
+    assert start()[0] == []
     assert start("codes.cache_views=3")[0] == ["train"]
     new, said = start("data.train_size=30")
-    assert new == ["train", "val"] and "other weights or data settings" in said
+    assert new == ["train", "val"] and "other weights, images or data settings" in said
     model, about = load_run(tmp_path / "stage1_vqgan")
     model.encoder.neck.conv_out.bias.data += 1.0
     save_run(tmp_path / "other", about, {"model": model})
@@ -269,7 +269,10 @@ def test_labels_are_asked_of_images_that_have_none(train2, tmp_path):
 def test_bad_questions_to_sample(train2, tmp_path):
     train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1")
     run = str(tmp_path / "run2")
+    Image.new("RGB", (4, 4)).save(tmp_path / "000000.png")
     for arguments, sentence in ((["--classes", "10"], "no class '10'; the classes are 0 to 9"), (["--classes", "cat"], "no class 'cat'"),
+                                (["--classes", "3,"], "no class ''"), (["--out", str(tmp_path / "x.jpg")], "must be a folder"),
+                                (["--out", str(tmp_path)], "already holds images"),
                                 (["--top_k", "0"], "top_k must be at least 1"), (["-n", "0"], "at least 1"),
                                 (["--top_k_pos", "3"], "generate positions")):
         with pytest.raises(UserError, match=sentence):
@@ -302,6 +305,42 @@ def test_a_signal_while_encoding(train2, tmp_path, monkeypatch):
     monkeypatch.setattr(CodeCache, "encode", encode)
     train2(config, "train.max_train_steps=1")
     assert 0 < done < 84 and yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["codes"]["cache_views"] == 2
+
+
+def test_the_stage1_run_is_never_the_copy(train2, tmp_path):
+    """A stage-1 run at the place of the copy is refused, not overwritten; a resumed checkpoint of another folder brings its own."""
+    config = write_tiny2(tmp_path, "gpt")
+    shutil.copytree(tmp_path / "stage1_vqgan", tmp_path / "exp/stage1")
+    with pytest.raises(UserError, match="choose another train.output_dir"):
+        train2(config, f"codes.stage1={tmp_path}/exp/stage1", f"train.output_dir={tmp_path}/exp")
+    assert load_run(tmp_path / "exp/stage1")
+    train2(config, "train.max_train_steps=3")
+    shutil.rmtree(tmp_path / "stage1_vqgan/checkpoints")
+    train2(config, f"train.output_dir={tmp_path}/other", resume=str(tmp_path / "run2/checkpoints/step_00000003"))
+    assert metrics(tmp_path / "other")[-1]["step"] == 6 and sample.load_models(tmp_path / "other")[3][0] == "striped disc"
+
+
+def test_weights_alone_cannot_be_resumed(train2, tmp_path):
+    config = write_tiny2(tmp_path, "gpt")
+    train2(config, "train.max_train_steps=3")
+    model, about = load_run(tmp_path / "run2")
+    save_run(tmp_path / "alone", about, {"model": model})
+    shutil.copytree(tmp_path / "run2/stage1", tmp_path / "alone/stage1")
+    with pytest.raises(UserError, match="holds weights alone"):
+        train2(config, f"train.output_dir={tmp_path}/alone", resume="auto")
+
+
+def test_a_moved_image_folder_keeps_its_codes(train2, tmp_path):
+    for label in "ab":
+        (tmp_path / f"images/{label}").mkdir(parents=True)
+        for i in range(12):
+            noise = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / f"images/{label}/{i}.png")
+    config = write_tiny2(tmp_path, "gpt", data="name: folder\n  val_fraction: 0.3")
+    train2(config, f"data.root={tmp_path}/images", "train.max_train_steps=1")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    train2(config, f"data.root={tmp_path}/moved", "train.max_train_steps=1", f"train.output_dir={tmp_path}/again")
+    assert len(list((tmp_path / "stage1_vqgan/codes").glob("*"))) == 2
 
 
 def test_resume_knows_its_own_stage1(train2, tmp_path):
