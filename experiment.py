@@ -397,7 +397,7 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors. `stateful` ones have small buffers
         only, and are kept with the optimizers."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
-        if self.accelerator.num_processes > 1:  # the weights are made: from here on, each process has random numbers of its own
+        if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
         self.accelerator.register_for_checkpointing(*stateful.values())
         self.accelerator.register_save_state_pre_hook(self._save_weights)

@@ -139,6 +139,9 @@ def agree(self):
             values = [torch.empty_like(value) for _ in range(2)]
             torch.distributed.all_gather(values, value.contiguous())
             assert key.endswith("quantizer.queue") or torch.equal(*values), (name, key)
+    noise = [torch.zeros(1) for _ in range(2)]
+    torch.distributed.all_gather(noise, torch.rand(1))
+    assert noise[0] != noise[1]  # but each draws its own noise
     print("agreed", flush=True)
     close(self)
 experiment.Run.close = agree
