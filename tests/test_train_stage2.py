@@ -1,14 +1,15 @@
 """train_stage2.py and sample.py as a whole: on tiny runs, in this process, in two, interrupted and resumed."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import ROOT, TRANSFORMERS, command, metrics, save_stage1, weights, write_tiny2
 from PIL import Image
 
@@ -293,18 +294,15 @@ def test_a_signal_while_encoding(train2, tmp_path, monkeypatch):
         for n in encode(self, *args):
             count.append(n)
             if len(count) == 3:
-                import os
-                import signal
                 os.kill(os.getpid(), signal.SIGTERM)
             yield n
 
     monkeypatch.setattr(CodeCache, "encode", interrupted)
     with pytest.raises(UserError, match="stopped by SIGTERM while encoding; the codes so far are kept"):
         train2(config)
-    done = sum(count)
-    monkeypatch.setattr(CodeCache, "encode", encode)
+    assert len(count) == 3
     train2(config, "train.max_train_steps=1")
-    assert 0 < done < 84 and yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["codes"]["cache_views"] == 2
+    assert sum(count) == 4 + 2 * 40  # every row of validation and training once: what was encoded before the signal was kept
 
 
 def test_the_stage1_run_is_never_the_copy(train2, tmp_path):
