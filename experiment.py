@@ -467,10 +467,10 @@ class Run:
                     shutil.rmtree(abandoned, ignore_errors=True)
                     os.replace(later, abandoned)
                     self.accelerator.print(f"{later} is now {abandoned.name}; remove it when you like")
-            _write(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+            write_file(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             log = self.folder / "metrics.jsonl"
             lines = log.read_text().splitlines() if log.is_file() and step else []
-            _write(log, "".join(line + "\n" for line in lines if _step(line) <= step))
+            write_file(log, "".join(line + "\n" for line in lines if _step(line) <= step))
             if step and (self.folder / "checkpoints/best.safetensors").is_file():
                 with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
                     if int(best.metadata()["step"]) <= step:
@@ -635,7 +635,7 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: di
     for name, tensors in ({k: _state(m) for k, m in modules.items()} | (more or {})).items():
         save_file(tensors, checkpoint / f"{name}.safetensors")
     _write_manifest(checkpoint, 0)
-    _write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
+    write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -720,10 +720,14 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, data: str | bytes) -> None:
+    """Writes a file whole or not at all: what was there before stays until the new one is complete."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, Any]:

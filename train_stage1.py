@@ -6,17 +6,20 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 """
 
 import copy
+import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from dataset import eval_loader, make_dataset, train_loader
 from experiment import (STAGE1, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
-                        run_main, training_arguments, update_ema)
+                        run_main, training_arguments, update_ema, write_file)
 from losses import PatchGAN, Stage1Loss
 
 
@@ -27,11 +30,14 @@ class Stage1Settings(TrainSettings):
     channels_last               the memory layout that GPUs' convolutions like
     calibration_images          how many training images the thresholds of an entropy router are computed from
     calibration_file            use the thresholds in this file instead, the thresholds.json of an earlier run
+    codebook_stats_every        every so many steps, keep how often each code is used, its norm and its gradient's norm, for
+                                `visualize.py codebook`; null: never. 16 bytes per code and record, in the run's codebook/
     """
 
     channels_last: bool = False
     calibration_images: int = 2000
     calibration_file: str | None = None
+    codebook_stats_every: int | None = None
 
 
 SECTIONS = {"model": STAGE1, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
@@ -80,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     step = run.resume()
     if step == 0 and hasattr(raw_model, "calibrate"):
         calibrate(run, raw_model, train_set)
+    record_codebook = codebook_recorder(run, raw_model.quantizer, step)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
                            start=step * accumulate, rank=rank, world=world, device=device)
     accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
@@ -123,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
         progress.update()
+        record_codebook(step)
         stop = run.stop_reason(step)
         last = step == max_steps or stop is not None
 
@@ -191,6 +199,34 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
             torch.distributed.broadcast(buffer, 0)
     if found and run.is_main:
         (run.folder / "thresholds.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int], None]:
+    """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64 (K,) of the last codes (see
+    VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
+    every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
+    if every is not None and every < 1:
+        raise UserError(f"train.codebook_stats_every must be at least 1, or null for never; it is {every}")
+    if every is None or not run.is_main:
+        return lambda step: None
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("step_*.npz"):
+        if path.stem > f"step_{start:08d}":  # of steps that are done again
+            path.unlink()
+
+    def catch(_, given: tuple, returned: tuple) -> None:
+        last["args"] = given[0].detach(), returned[1], *given[1:2]  # vectors, their codes, and their weight in the loss
+
+    def record(step: int) -> None:
+        if step % every == 0:
+            arrays = {"uses": quantizer.uses(), "norms": quantizer.codebook.detach().float().norm(dim=1),
+                      "gradient_norms": quantizer.gradient_norms(*last["args"])}
+            file = io.BytesIO()
+            np.savez(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
+            write_file(folder / f"step_{step:08d}.npz", file.getvalue())
+
+    quantizer.register_forward_hook(catch)
+    return record
 
 
 @torch.no_grad()

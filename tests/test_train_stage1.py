@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny
@@ -390,3 +391,21 @@ def test_second_interrupt_stops_at_once(train, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["vqgan", "vqvae", "mqvae", "dqvae"])
+def test_the_codebook_is_recorded(tmp_path, train, name):
+    from safetensors.torch import load_file
+
+    config = write_tiny(tmp_path, model=TINY_MODELS[name])
+    train("train.codebook_stats_every=2", "train.max_train_steps=3", "train.num_train_epochs=null", config=config)
+    folder = tmp_path / "run/codebook"
+    (folder / "step_00000099.npz").write_bytes(b"of a future that is not continued")
+    train("train.codebook_stats_every=2", resume="auto", config=config)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000002.npz", "step_00000004.npz", "step_00000006.npz"]
+    model = load_file(tmp_path / "run/checkpoints/step_00000006/model.safetensors")
+    record = np.load(folder / "step_00000006.npz")
+    used = model["quantizer.queue"][model["quantizer.queue"] >= 0].tolist()
+    assert record["uses"].tolist() == [used.count(k) for k in range(32)]
+    assert np.allclose(record["norms"], model["quantizer.codebook"].norm(dim=1))
+    assert 0 < (record["gradient_norms"] > 0).sum() <= (record["uses"] > 0).sum()
