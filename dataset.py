@@ -567,6 +567,8 @@ class _ShapeLabels:
         return self.size
 
     def __getitem__(self, index: int) -> int:
+        if index >= self.size:
+            raise IndexError(index)  # or going through them would not end
         return random.Random(f"shapes {self.seed} {self.first + index}").randrange(len(SHAPES_CLASSES))
 
 

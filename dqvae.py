@@ -90,9 +90,9 @@ class DQVAE(nn.Module):
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, S, S) to an `Output`; its losses are `codebook`, `commitment` and, with a feature router, `budget`."""
         z, decided, grain = self._route(images)
-        cells = self._to_finest(grain)                                                       # (B, h, w)
+        cells = self.to_finest(grain)                                                       # (B, h, w)
         weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells counts once
-        z_q, indices, losses, info = self.quantizer(z, weight, self._first_cells(cells) if self.ema_weighted else None)
+        z_q, indices, losses, info = self.quantizer(z, weight, self.first_cells(cells) if self.ema_weighted else None)
         codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
         recon = self._decode(z_q if self.training else self.quantizer.lookup(codes["indices"]))
         if self.router is not None:
@@ -108,7 +108,7 @@ class DQVAE(nn.Module):
         """Images (B, 3, S, S) to codes {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the finest and on the
         coarsest grid."""
         z, _, grain = self._route(images)
-        return {"indices": self._same_within_code(self.quantizer.nearest(z), self._to_finest(grain)), "grain": grain}
+        return {"indices": self._same_within_code(self.quantizer.nearest(z), self.to_finest(grain)), "grain": grain}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """Codes to images (B, 3, S, S)."""
@@ -188,7 +188,7 @@ class DQVAE(nn.Module):
             self._calibrated = True  # asked once, because the answer waits for the GPU
             grain = (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)           # (B, h', w')
         size = features[-1].shape[-2:]
-        cells = self._to_finest(grain).unsqueeze(1)                                          # (B, 1, h, w)
+        cells = self.to_finest(grain).unsqueeze(1)                                          # (B, 1, h, w)
         features = [F.interpolate(x, size) for x in features]                                # each (B, z, h, w)
         z = features[0]
         for g in range(1, self.grains):
@@ -210,11 +210,12 @@ class DQVAE(nn.Module):
         z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())                            # (B, z_channels, h, w)
         return self.to_image(self.decoder(self.position(z)))                                 # (B, 3, S, S)
 
-    def _to_finest(self, grain: Tensor) -> Tensor:
+    def to_finest(self, grain: Tensor) -> Tensor:
+        """The granularity of each cell, (B, h, w), from that of each region (B, h', w')."""
         times = self.factors[0] // self.factors[-1]
         return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
-    def _first_cells(self, cells: Tensor) -> Tensor:
+    def first_cells(self, cells: Tensor) -> Tensor:
         """1 for the first of the cells that a code is repeated over, 0 for the others, (B, h, w)."""
         times = torch.pow(2, self.grains - 1 - cells)
         line = torch.arange(cells.shape[1], device=cells.device)

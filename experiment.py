@@ -45,7 +45,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import DataError
+from dataset import DataError, ImageDataset, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT
@@ -140,10 +140,21 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
     inherit: may add to what the user gave, in place, before it is checked. UserError, in one sentence, otherwise.
     """
     given = read_yaml(path)
-    for override in overrides:
-        key, equals, value = override.partition("=")
+    override(given, overrides)
+    given["train"] = mapping(given.get("train"), "train")
+    if given["train"].get("output_dir") is None:
+        given["train"]["output_dir"] = f"runs/{Path(path).stem}"
+    if inherit is not None:
+        inherit(given)
+    return check_config(given, sections, path)
+
+
+def override(given: dict, overrides: list[str]) -> None:
+    """Sets key.sub=value in what was given, in place."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"{override!r} is not of the form key.sub=value")
+            raise UserError(f"{text!r} is not of the form key.sub=value")
         *parents, last = key.split(".")
         section = given
         for parent in parents:
@@ -155,13 +166,7 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
         try:
             section[last] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"the value of {override!r} is not valid YAML") from None
-    given["train"] = mapping(given.get("train"), "train")
-    if given["train"].get("output_dir") is None:
-        given["train"]["output_dir"] = f"runs/{Path(path).stem}"
-    if inherit is not None:
-        inherit(given)
-    return check_config(given, sections, path)
+            raise UserError(f"the value of {text!r} is not valid YAML") from None
 
 
 def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dict[str, dict]:
@@ -183,7 +188,7 @@ def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dic
         section = dict(mapping(given.get(name), name))
         choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
         config[name] = choice | _fill(target, section, name, keys)
-    if "image_size" in config["model"] and "image_size" not in given["model"]:
+    if "image_size" in config.get("model", {}) and "image_size" not in given["model"]:
         config["model"]["image_size"] = config["data"]["image_size"]
     return config
 
@@ -609,10 +614,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be from before the GAN
     loss began). Averaged weights, if the run kept them. UserError if there is no such run.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    config = read_yaml(folder / "config.yaml")
+    folder, config = Path(folder), run_config(folder)
     path = folder / "checkpoints/best.safetensors"
     if which == "latest":
         checkpoint = _newest_whole(sorted((folder / "checkpoints").glob("step_*"), reverse=True), print)
@@ -625,6 +627,29 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     model = build(MODELS[settings.pop("name")], settings)
     model.load_state_dict(load_file(path))
     return model.eval(), config
+
+
+def run_config(folder: str | Path) -> dict:
+    """The config of a run folder."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    config = read_yaml(path)
+    if mapping(config.get("model"), "model").get("name") not in MODELS:
+        raise UserError(f"{path} names no model of {', '.join(MODELS)}")
+    return config
+
+
+def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
+    """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
+    given = {"data": dict(config["data"])}
+    override(given, overrides)
+    dataset = build(make_dataset, check_config(given, {"data": make_dataset}, "the command line")["data"], split=split)
+    size = dataset.image_size
+    if getattr(model, "image_size", size) != size or size % model.factor:
+        raise UserError(f"this model cannot take images of data.image_size={size} pixels; it was trained with "
+                        f"{config['data']['image_size']}")
+    return dataset
 
 
 def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: dict[str, dict[str, Tensor]] | None = None) -> None:

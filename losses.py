@@ -170,10 +170,10 @@ class PatchGAN(nn.Sequential):
                 nn.init.normal_(m.weight, 1.0, 0.02)
 
 
-def load_lpips() -> nn.Module:
+def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
     """LPIPS with VGG-16, frozen: distance (B, 1, 1, 1) of two batches of images in [-1, 1].
 
-    FileNotFoundError, in one sentence, if the VGG weights are neither on disk nor to be downloaded.
+    FileNotFoundError, in one sentence, if the VGG weights are neither on disk nor to be downloaded; `instead` does without.
     """
     import lpips
 
@@ -183,6 +183,6 @@ def load_lpips() -> nn.Module:
             return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
         raise FileNotFoundError(
-            f"the perceptual loss needs VGG-16's weights, which could not be downloaded ({error}); put the file "
+            f"LPIPS needs VGG-16's weights, which could not be downloaded ({error}); put the file "
             f"vgg16-397923af.pth (download.pytorch.org/models) into {torch.hub.get_dir()}/checkpoints, or do without "
-            "by loss.perceptual_weight=0") from error
+            f"by {instead}") from error

@@ -4,6 +4,7 @@ The names of the releases' tensors are made here from their pattern; that this m
 """
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fill import fill
 from safetensors.torch import save_file
 
 import convert
+import evaluate
 import sample
 from convert import from_reference, read_config
 from experiment import UserError, load_run
@@ -325,6 +327,11 @@ def test_a_converted_vqgan_is_a_run_like_any_other(tmp_path, train2):
     want = from_reference("vqgan_taming", reference("vqgan_taming", TAMING["model"]["params"]), TAMING["model"]["params"])
     assert all(torch.equal(v, want.state_dict()[k]) for k, v in model.state_dict().items())
     assert config["model"]["quantizer"]["codebook_size"] == 40 and config["data"]["image_size"] == 16
+    # Its reconstructions are measured
+    alone = ["--without", "lpips", "inception", "--num_workers", "0"]
+    evaluate.main(["--run", str(out), *alone])
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["images"] == 4 and found["bits"] == pytest.approx(64 * math.log2(40)) and found["psnr"] > 5
     # Round trip, and stage 2 on its codes
     convert.save_run(tmp_path / "again", config, {"model": model})
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in load_run(tmp_path / "again")[0].state_dict().items())
@@ -334,6 +341,8 @@ def test_a_converted_vqgan_is_a_run_like_any_other(tmp_path, train2):
     train2(tmp_path / "gpt.yaml")
     sample.main(["--run", str(tmp_path / "gpt"), "-n", "3"])
     assert (tmp_path / "gpt/samples/seed_0/000002.png").is_file()
+    evaluate.main(["--run", str(tmp_path / "gpt"), "-n", "2", *alone])
+    assert json.loads((tmp_path / "gpt/metrics.json").read_text())["bits"] > 0
 
 
 def test_a_transformer_of_taming_brings_its_vqgan(tmp_path):

@@ -129,7 +129,7 @@ def test_the_router_hears_the_reconstruction():
 def test_losses_weigh_a_repeated_code_once():
     model, images = small(3, "entropy", quantizer=VectorQuantizer(64, 16)), photos()
     z, _, grain = model._route(images)
-    cells = model._to_finest(grain)
+    cells = model.to_finest(grain)
     weight = torch.tensor([1 / 16, 1 / 4, 1])[cells].unsqueeze(-1)
     z_q = model.quantizer.lookup(model.quantizer.nearest(z))
     torch.testing.assert_close(model(images).losses["codebook"], ((z - z_q).square() * weight).mean())

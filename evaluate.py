@@ -1,0 +1,388 @@
+"""Measures runs: reconstructions of stage 1, samples of stage 2. Several runs give one table.
+
+    python evaluate.py --run runs/vqgan [--run runs/mqvae ...] [--split val] [--images N] [--markdown] [data.root=PATH ...]
+    python evaluate.py --run runs/dq_transformer -n 5000 [--samples FOLDER | FILE.npz] [sample.top_k=100 ...]
+    accelerate launch --num_processes 8 evaluate.py --run ...
+
+The data are those that the run was trained on, unless overridden. Images are compared as files would be, in 8 bits.
+
+stage 1     psnr (dB), ssim, lpips (VGG)    means over images of torchmetrics' and lpips' values
+            rfid                            FID between the images and their reconstructions
+            usage, perplexity               distinct codes over K, and exp(entropy) of how often each is used, in the whole set
+            usage_65536                     the same usage among 65,536 codes of the set (what is expected of a random draw), which
+                                            can be compared between sets of different sizes
+            codes, bits, bits_per_pixel     per image; codes of a DQ-VAE's coarse regions count once
+            kept_ratio, ratio_1, ratio_2    share of cells with a code; of regions with granularity 1 (and 2, finer)
+stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with the 3 nearest
+                                            neighbours of Inception features (Kynkaanniemi et al., NeurIPS 2019), as the ADM suite has them
+            bits                            per validation image (the negative log-likelihood of its codes)
+            images_per_second               of sampling, on all processes together
+
+_std is the spread over images (of `is`: over ten splits). FID falls with the number of images: compare equal numbers only. Results do
+not depend on the batch size or the number of processes. Each run's are kept in its metrics.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
+
+from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
+from experiment import STAGE2, UserError, check_config, gather, load_run, override, run_config, run_dataset, run_main, write_file
+from losses import load_lpips
+from sample import check, chosen_labels, draw, load_models
+from train_stage2 import SampleSettings, sampling_arguments
+
+QUEUE, FEATURES = 65536, 2048
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", required=True, help="a run folder; several times for a comparison")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="the images to compare with (default val)")
+    parser.add_argument("--images", type=int, help="at most so many of them, spread over the split (default: all)")
+    parser.add_argument("-n", type=int, help="(stage 2) samples to draw (default: as many as images)")
+    parser.add_argument("--samples", help="(stage 2) measure these instead: a folder of images, or an .npz of uint8 images")
+    parser.add_argument("--seed", type=int, default=0, help="(stage 2) of the samples")
+    parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
+    parser.add_argument("--without", nargs="+", choices=("lpips", "inception"), default=[], help="leave out what needs these networks")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time, per process")
+    parser.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images, per process")
+    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, a row for each run")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="other data; in stage 2 also sample.key=value")
+    args = parser.parse_intermixed_args(argv)
+    if any(x is not None and x < 1 for x in (args.batch_size, args.images, args.n)) or args.num_workers < 0 or not 0 <= args.seed < 2**32:
+        raise UserError("--batch_size, --images and -n must be at least 1, --num_workers at least 0, and --seed between 0 and 2^32 - 1")
+    names = {folder: run_config(folder)["model"]["name"] for folder in args.run}
+    stage2 = {folder: name in STAGE2 for folder, name in names.items()}
+    if args.samples and not all(stage2.values()):
+        raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
+    state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
+    networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
+    known, results = {}, {}
+    for folder in args.run:
+        results[folder] = (evaluate_stage2 if stage2[folder] else evaluate_stage1)(args, state, folder, networks, known)
+        if state.is_main_process:
+            wanted = ("fid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid")
+            results[folder] |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in results[folder]}}
+            about = {"run": folder, "model": names[folder], "which": args.which, "split": args.split, "data": args.overrides}
+            write_file(Path(folder) / "metrics.json", json.dumps(about | results[folder], indent=1) + "\n")
+    if state.is_main_process:
+        print(table(results, names, args.markdown))
+        for sentence in why.values():
+            lost = dict.fromkeys(LABELS[k][0] for r in results.values() for k, s in r["missing"].items() if s == sentence)
+            if lost:
+                print(f"without {', '.join(lost)}: {sentence}")
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        sys.stdout.flush()
+        os._exit(0)  # see Run.close
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+@torch.no_grad()
+def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict) -> dict:
+    """The metrics of a stage-1 run; on the first process."""
+    model, config = load_run(folder, args.which)
+    dataset = run_dataset(config, args.overrides, args.split, model)
+    if dataset.image_size < 11:
+        raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
+    model = model.to(state.device)
+    uses = torch.zeros(model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
+    each, features = [], []
+    for images, _ in batches(args, state, dataset, folder):
+        with state.autocast():
+            codes = model.encode(images)
+            reconstructions = to_uint8(model.decode(codes))
+        values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
+        each.append(torch.stack([v.double() for v in values.values()], 1).cpu())
+        uses += torch.bincount(codes["indices"][spent(model, codes)], minlength=len(uses))
+        if "inception" in networks:
+            features.append(networks["inception"](reconstructions)[0].cpu())
+    uses = state.reduce(uses, "sum").cpu()
+    real = originals(args, state, dataset, networks, known, config) if features else None
+    each, features = collect(state, each), collect(state, features)
+    if not state.is_main_process:
+        return {}
+    metrics = {"images": len(each)}
+    for name, column in zip(values, each.T):
+        metrics |= {name: column.mean().item(), f"{name}_std": column.std(correction=0).item()}
+    if features is not None:
+        metrics["rfid"] = frechet_distance(features, real[:, :FEATURES])
+    metrics |= {"usage": usage(uses, uses.sum().item()), f"usage_{QUEUE}": usage(uses, QUEUE), "perplexity": perplexity(uses)}
+    return metrics | {"bits_per_pixel": metrics["bits"] / dataset.image_size**2}
+
+
+def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None) -> dict[str, Tensor]:
+    """How much two batches of uint8 images (B, 3, H, W) differ, each (B,)."""
+    x, y = a.float(), b.float()
+    psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    _, ssim = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none", return_full_image=True)
+    ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))  # where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
+    return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips(to_float(a), to_float(b)).flatten()} if lpips else {})
+
+
+def spent(model: torch.nn.Module, codes: dict[str, Tensor]) -> Tensor:
+    """Which of codes["indices"] are paid for, bool of its shape: of a DQ-VAE's coarse code, the first cell that it is repeated over."""
+    if "grain" in codes:
+        return model.first_cells(model.to_finest(codes["grain"])).bool()
+    return torch.ones_like(codes["indices"], dtype=torch.bool)
+
+
+def code_counts(model: torch.nn.Module, codes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How many codes and bits, and the shares of cells or regions that the model decides about, each (B,)."""
+    counts = {"codes": spent(model, codes).flatten(1).sum(1), "bits": model.bits(codes)}
+    if "positions" in codes:
+        counts["kept_ratio"] = counts["codes"] / model.grid**2
+    if "grain" in codes:
+        counts |= {f"ratio_{g}": (codes["grain"] == g).float().mean((1, 2)) for g in range(1, model.grains)}
+    return counts
+
+
+def usage(uses: Tensor, draws: int) -> float:
+    """The share of codes that occur, of `draws` codes drawn without replacement from those that were used uses (K,) times: what
+    is expected of it."""
+    total = uses.sum()
+    if draws >= total:
+        return (uses > 0).double().mean().item()
+    others = (total - uses).double()
+    log_unseen = (torch.lgamma(others + 1) - torch.lgamma((others - draws).clamp(min=0) + 1)
+                  - math.lgamma(total + 1) + math.lgamma(total - draws + 1))
+    return (1 - torch.where(others >= draws, log_unseen.exp(), 0.0)).mean().item()
+
+
+def perplexity(uses: Tensor) -> float:
+    """exp(entropy) of the frequencies."""
+    p = uses.double() / uses.sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+@torch.no_grad()
+def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict) -> dict:
+    """The metrics of a stage-2 run; on the first process."""
+    model, stage1, config, classes = load_models(folder, args.which)
+    of_data = [o for o in args.overrides if not o.startswith("sample.")]
+    dataset = run_dataset(config, of_data, args.split, stage1)
+    validation = dataset if args.split == "val" else run_dataset(config, of_data, "val", stage1)
+    if model.num_classes and len(dataset.classes) > model.num_classes:
+        raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
+    model, stage1 = model.to(state.device), stage1.to(state.device)
+
+    bits = []
+    for images, labels in batches(args, state, validation, f"{folder}: bits"):
+        with state.autocast():
+            bits.append(model.bits(stage1.encode(images), labels if model.num_classes else None).double().cpu())
+    bits = collect(state, bits)
+
+    features, seconds, count = [], 0.0, args.n or min(args.images or len(dataset), len(dataset))
+    if "inception" not in networks:
+        count = 0 if args.samples else min(count, args.batch_size * state.num_processes)  # for the speed alone
+    if args.samples:
+        source = given_samples(args, state, dataset.image_size) if count else ()
+    else:
+        source = draw_samples(args, state, model, stage1, config, classes, count)
+    for images, took in source:
+        seconds += took
+        if "inception" in networks:
+            features.append(torch.cat(networks["inception"](images.to(state.device)), 1).cpu())
+    real = originals(args, state, dataset, networks, known, config) if features else None
+    features, seconds = collect(state, features), max(gather(seconds))
+    if not state.is_main_process:
+        return {}
+    metrics = {"images": len(bits), "bits": bits.mean().item(), "bits_std": bits.std(correction=0).item()}
+    if not args.samples:
+        metrics |= {"images_per_second": count / seconds}
+    return metrics | (sample_quality(*features.tensor_split([FEATURES], 1), real[:, :FEATURES]) if real is not None else {})
+
+
+def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.Module, stage1: torch.nn.Module, config: dict,
+                 classes: list[str], count: int) -> Iterator[tuple[Tensor, float]]:
+    """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took; classes in turn."""
+    given = {"sample": dict(config["sample"])}
+    override(given, [o for o in args.overrides if o.startswith("sample.")])
+    settings = sampling_arguments(type(model), check_config(given, {"sample": SampleSettings}, "the command line")["sample"])
+    labels = chosen_labels(None, classes, count) if model.num_classes else None
+    check(model, settings, labels)
+    mine = list(range(count))[state.process_index::state.num_processes]
+    for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
+        started = time.monotonic()
+        images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings, state.autocast)
+        yield torch.from_numpy(images).permute(0, 3, 1, 2), time.monotonic() - started
+
+
+def given_samples(args: argparse.Namespace, state: Accelerator, size: int) -> Iterator[tuple[Tensor, float]]:
+    """This process's share of the images in --samples, as draw_samples gives them."""
+    path = Path(args.samples).expanduser()
+    if path.suffix == ".npz":
+        try:
+            images = np.load(path, allow_pickle=False)["arr_0"]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            raise UserError(f"{path} is not an .npz of images: uint8 (N, {size}, {size}, 3), as `arr_0`") from None
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of images, uint8 (N, {size}, {size}, 3)")
+    else:
+        images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
+        if not images:
+            raise UserError(f"there are no images in {path}")
+    count = min(args.n or len(images), len(images))
+    mine = list(range(count))[state.process_index::state.num_processes]
+    for i in progress(state, range(0, len(mine), args.batch_size), "samples"):
+        batch = [images[j] if path.suffix == ".npz" else np.asarray(read_image(images[j])) for j in mine[i:i + args.batch_size]]
+        for j, image in zip(mine[i:], batch):
+            if image.shape != (size, size, 3):
+                name = f"image {j} of {path}" if path.suffix == ".npz" else images[j]
+                raise UserError(f"{name} has {image.shape[1]} x {image.shape[0]} pixels, but the data that it is compared with "
+                                f"{size} x {size}")
+        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), 0.0
+
+
+def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, float]:
+    """FID, Inception Score, precision and recall, from Inception's features (N, D) and logits (N, C) of samples, and its features
+    (M, D) of real images."""
+    logits = logits[np.lexsort(logits[:, :4].T.numpy())]  # the splits of the score then do not depend on the samples' order
+    score = isc_features_to_metric(logits, splits=min(10, len(logits)))
+    if min(len(features), len(real)) < 4:
+        raise UserError(f"precision and recall look at 3 nearest neighbours and need 4 samples and 4 images; there are {len(features)} and "
+                        f"{len(real)} (--without inception leaves them out)")
+    found = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
+    return {"fid": frechet_distance(features, real), "is": score["inception_score_mean"], "is_std": score["inception_score_std"],
+            "precision": found["precision"], "recall": found["recall"], "samples": len(features)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What both have in common
+
+
+def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
+    """The networks that metrics are computed with, and why those that are not there are not there."""
+    networks, why = {}, {}
+    for name, load in {"lpips": lambda: load_lpips("--without lpips"), "inception": load_inception}.items():
+        if name in without or (name == "lpips" and not with_lpips):
+            why[name] = f"left out by --without {name}"
+            continue
+        with state.local_main_process_first():  # may download
+            try:
+                networks[name] = load().to(state.device)
+            except FileNotFoundError as error:
+                why[name] = str(error)
+        if missing := [s for s in gather(why.get(name)) if s]:  # here or on another machine
+            networks.pop(name, None)
+            why[name] = missing[0]
+    return networks, why
+
+
+def load_inception() -> torch.nn.Module:
+    """The network of FID and the Inception Score, with the weights of the TensorFlow release: uint8 images (B, 3, H, W) to
+    features (B, FEATURES) and logits without bias (B, 1008). FileNotFoundError if they are neither on disk nor to be downloaded."""
+    folder, _, name = URL_INCEPTION_V3.rpartition("/")
+    try:
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
+    except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
+        raise FileNotFoundError(f"Inception's weights could not be downloaded ({error}); put the file {name} ({folder}) into "
+                                f"{torch.hub.get_dir()}/checkpoints, or do without by --without inception") from error
+
+
+def originals(args: argparse.Namespace, state: Accelerator, dataset: ImageDataset, networks: dict, known: dict,
+              config: dict) -> Tensor | None:
+    """Inception features and logits of the dataset's images (N, FEATURES + 1008), computed once for several runs; on the first process."""
+    key = json.dumps(config["data"])
+    if key not in known:
+        found = [torch.cat(networks["inception"](to_uint8(images)), 1).cpu() for images, _ in batches(args, state, dataset, "originals")]
+        known[key] = collect(state, found)
+    return known[key]
+
+
+def batches(args: argparse.Namespace, state: Accelerator, dataset: ImageDataset, what: str) -> Iterable[tuple[Tensor, Tensor]]:
+    """This process's share of the images, each once."""
+    count = min(args.images or len(dataset), len(dataset))
+    if count < state.num_processes:
+        raise UserError(f"{count} images are too few for {state.num_processes} processes")
+    loader = eval_loader(dataset, args.batch_size, args.images, args.num_workers, state.process_index, state.num_processes, state.device)
+    return progress(state, loader, what, -(-len(range(state.process_index, count, state.num_processes)) // args.batch_size))
+
+
+def progress(state: Accelerator, source: Iterable, what: str, total: int | None = None) -> Iterable:
+    return tqdm(source, what, total, disable=not state.is_main_process, dynamic_ncols=True)
+
+
+def collect(state: Accelerator, batches: list[Tensor]) -> Tensor | None:
+    """The rows of all processes on the first one, in the order of the images; None if there are none, and on the others."""
+    rows = torch.cat(batches) if batches else None
+    shares = [rows]
+    if state.num_processes > 1:
+        shares = [None] * state.num_processes if state.is_main_process else None
+        torch.distributed.gather_object(rows, shares)
+    if not state.is_main_process or shares[0] is None:
+        return None
+    shares = [share for share in shares if share is not None]  # fewer images than processes
+    together = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
+    for rank, share in enumerate(shares):
+        together[rank::len(shares)] = share
+    return together
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Of Gaussians with the means and covariances of features (N, D) and (M, D): FID, if the features are Inception's."""
+    if min(len(a), len(b)) < 2:
+        raise UserError("a Frechet distance needs at least two images on each side")
+    a, b = (fid_features_to_statistics(x.double()) for x in (a, b))
+    return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+LABELS = {  # and the format; those with "+" come with their spread
+    "images": ("images", "d"), "psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "rfid": ("rFID", ".2f"),
+    "usage": ("codes in use", ".1%"), f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"), "perplexity": ("perplexity", ".1f"),
+    "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
+    "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
+    "samples": ("samples", "d"), "fid": ("FID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),
+}
+
+
+def table(results: dict[str, dict], names: dict[str, str], markdown: bool = False) -> str:
+    """The results {run: metrics}: a column for each run, or in Markdown a row."""
+    def cell(metrics: dict, key: str) -> str:
+        form = LABELS[key][1]
+        if key not in metrics:
+            return "-"
+        spread = f" ± {metrics[f'{key}_std']:{form[1:]}}" if form.startswith("+") else ""
+        return f"{metrics[key]:{form.removeprefix('+')}}{spread}"
+
+    keys = [k for k in LABELS if any(k in r for r in results.values())]
+    rows = [["run", "model", *(LABELS[k][0] for k in keys)]]
+    rows += [[Path(run).name, names[run], *(cell(r, k) for k in keys)] for run, r in results.items()]
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    widths = [max(map(len, row)) for row in rows]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths)).rstrip() for line in zip(*rows))
+
+
+if __name__ == "__main__":
+    run_main(main)
