@@ -42,6 +42,8 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -321,7 +323,8 @@ def compile_parts(model: nn.Module) -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step)."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+    both = ([p.to_local() if isinstance(p, DTensor) else p for p in m.parameters()] for m in (ema, model))
+    torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
     for averaged, current in zip(ema.buffers(), model.buffers()):
         averaged.copy_(current)
 
@@ -335,9 +338,12 @@ class Run:
 
     Made before the models, so that a folder that cannot be used stops the run at once. `track` names what a checkpoint
     holds beside the optimizers and the random state, `resume` loads the newest one.
+
+    fsdp: the script can train sharded weights, which `prepare` makes; each process then holds a part of the model, of its average
+    and of the optimizer's state. Checkpoints are the same with and without: whole tensors.
     """
 
-    def __init__(self, config: dict[str, dict], resume: str | None = None):
+    def __init__(self, config: dict[str, dict], resume: str | None = None, fsdp: bool = False):
         train = self.train = config["train"]
         if (train["learning_rate"] is None) == (train["base_lr"] is None):
             raise UserError("give one of train.learning_rate and train.base_lr")
@@ -357,6 +363,9 @@ class Run:
         self.config, self.wanted = config, resume
         self.folder = Path(train["output_dir"]).expanduser()
         self._check_folder()
+        # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
         try:
             self.accelerator = Accelerator(
                 gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
@@ -368,13 +377,13 @@ class Run:
                                  InitProcessGroupKwargs(timeout=timedelta(hours=2))])
         except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
             raise UserError(str(error)) from error
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise UserError(f"accelerate was asked for {self.accelerator.distributed_type.value}, which is not supported; every process "
-                            "holds the whole model: use --multi_gpu")
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self._check_strategy(fsdp)
         train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
         self.is_main = self.accelerator.is_main_process
         self.modules: dict[str, nn.Module] = {}
+        self.optimizer: torch.optim.Optimizer | None = None  # if it is sharded
         self.best = -math.inf
         self.started = time.monotonic()
         self._signal: str | None = None
@@ -396,6 +405,48 @@ class Run:
                 raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
                                 f"use its own config ({source}/config.yaml) or another train.output_dir")
 
+    def _check_strategy(self, fsdp: bool) -> None:
+        """Refuses what accelerate was asked for, if this code is not made for it; fsdp: it is made for shards."""
+        kind, plugin = self.accelerator.distributed_type, getattr(self.accelerator.state, "fsdp_plugin", None)
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise UserError(f"accelerate was asked for {kind.value}, which is not supported; use --multi_gpu, or in stage 2 --use_fsdp "
+                            "--fsdp_version 2")
+        if self.sharded and not fsdp:
+            raise UserError("accelerate was asked for FSDP, but stage 1 needs the whole model in every process; use --multi_gpu")
+        if self.sharded and plugin.fsdp_version != 2:
+            raise UserError("accelerate was asked for version 1 of FSDP, which is not supported; add --fsdp_version 2")
+        if self.sharded and isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise UserError("FSDP with weights on the CPU is not supported; leave --fsdp_offload_params out")
+        if self.sharded and self.accelerator.mixed_precision == "fp16":
+            raise UserError("FSDP with train.mixed_precision=fp16 is not supported; use bf16")
+
+    # FSDP
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer,
+                ema: nn.Module | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """accelerator.prepare; and `ema` is sharded like the model."""
+        if self.sharded:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.cpu_ram_efficient_loading = False  # is for weights from a file; these are the same in every process
+            if self.accelerator.mixed_precision == "bf16":  # accelerate would round sums of gradients too, and the loss
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        if self.sharded:
+            self.optimizer = optimizer
+            self.accelerator.free_memory()  # forgets both, of which it would save the shards; _save_weights saves them whole
+            if ema is not None:
+                ema.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
+        return model, optimizer
+
+    def whole(self, module: nn.Module) -> nn.Module:
+        """The module; if it is sharded, an ordinary one with all its weights, for what reads weights outside of forward."""
+        if not self.sharded:
+            return module
+        with torch.random.fork_rng(devices=[]):  # its first weights, which are not kept, must not take random numbers
+            copy = make_model(self.config)
+        copy.load_state_dict(_state(module))
+        return copy.to(self.accelerator.device)
+
     # Checkpoints
 
     def track(self, stateful: dict[str, nn.Module], **modules: nn.Module) -> None:
@@ -410,14 +461,27 @@ class Run:
 
     def _save_weights(self, models: list, weights: list, folder: str) -> None:
         weights.clear()  # accelerate would name them by number, and by how many processes there were
-        if self.is_main:
-            for name, module in self.modules.items():
-                save_file(_state(module), f"{folder}/{name}.safetensors")
+        for name, module in self.modules.items() if self.is_main or self.sharded else ():
+            tensors = _state(module, self.is_main)
+            if self.is_main:
+                save_file(tensors, f"{folder}/{name}.safetensors")
+        if self.optimizer is not None:  # as accelerate saves one that is not sharded
+            state = self.optimizer.state_dict()
+            state["state"] = {i: {k: _whole(v, self.is_main) for k, v in values.items()} for i, values in state["state"].items()}
+            if self.is_main:
+                torch.save(state, f"{folder}/optimizer.bin")
 
     def _load_weights(self, models: list, folder: str) -> None:
         models.clear()
         for name, module in self.modules.items():
-            module.load_state_dict(load_file(f"{folder}/{name}.safetensors"))
+            now = module.state_dict()
+            module.load_state_dict({k: _shard(v, now.get(k)) for k, v in load_file(f"{folder}/{name}.safetensors").items()})
+        if self.optimizer is not None:
+            state = torch.load(f"{folder}/optimizer.bin", map_location="cpu", weights_only=True)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            state["state"] = {i: {k: v if k == "step" else _shard(v, parameters[i]) for k, v in values.items()}
+                              for i, values in state["state"].items()}
+            self.optimizer.load_state_dict(state)
 
     def save(self, step: int) -> None:
         """Writes checkpoints/step_XXXXXXXX under a temporary name, renames it when it is whole, removes the oldest."""
@@ -498,7 +562,8 @@ class Run:
         """Clips the gradients of this optimizer's module; their norm from before. (accelerate's own clipping would undo the
         fp16 loss scale of every optimizer's gradients, those that still accumulate among them.)"""
         self.accelerator.unscale_gradients(optimizer)
-        return nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def average_batchnorm(self) -> None:
         """While it trains, each process has BatchNorm statistics of its own; what is validated and kept is their mean."""
@@ -623,8 +688,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
         path = next(p for n in ("ema", "model") if (p := checkpoint / f"{n}.safetensors").is_file())
     if not path.is_file():
         raise UserError(f"{folder} has no {path.name} yet")
-    settings = dict(config["model"])
-    model = build(MODELS[settings.pop("name")], settings)
+    model = make_model(config)
     model.load_state_dict(load_file(path))
     return model.eval(), config
 
@@ -650,6 +714,12 @@ def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module
         raise UserError(f"this model cannot take images of data.image_size={size} pixels; it was trained with "
                         f"{config['data']['image_size']}")
     return dataset
+
+
+def make_model(config: dict) -> nn.Module:
+    """The model of a config, untrained."""
+    settings = dict(config["model"])
+    return build(MODELS[settings.pop("name")], settings)
 
 
 def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: dict[str, dict[str, Tensor]] | None = None) -> None:
@@ -733,8 +803,20 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+def _state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    return {k: _whole(v, keep) for k, v in module.state_dict().items()}
+
+
+def _whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
+    """All of a tensor, on the CPU, for the processes that keep it. Of a sharded one all processes must ask for it."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.cpu().contiguous() if keep else None
+
+
+def _shard(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """The whole tensor, or this process's part of it if `like` is sharded."""
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def _step(line: str) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataset import CodeCache, Files, ImageDataset, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
-                        mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
+                        make_model, mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
 from gpt import check_sampling, parameter_groups
 from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     stage1, stage1_config, source = load_stage1(config, args.resume)
     train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
     complete(config, stage1, train_set.classes)
-    run = Run(config, args.resume)
+    run = Run(config, args.resume, fsdp=True)
     accelerator, device = run.accelerator, run.accelerator.device
 
     rank, world, accumulate = accelerator.process_index, accelerator.num_processes, train["gradient_accumulation_steps"]
@@ -111,8 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                         "train.train_batch_size")
 
     # Model and optimizer
-    settings = dict(config["model"])
-    model = build(STAGE2[settings.pop("name")], settings).to(device)
+    model = make_model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
     raw_model = model
     if train["compile"]:
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, train["adam_weight_decay"]), lr=0.0,
                                   betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
                                   fused=device.type == "cuda")
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = run.prepare(model, optimizer, ema)
 
     # Codes
     stage1 = stage1.to(device).requires_grad_(False)
@@ -183,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if step % train["validation_steps"] == 0 and step < max_steps:
             paused = time.monotonic()
-            report(run, ema or raw_model, stage1, val_codes, step)
+            report(run, run.whole(ema or raw_model), stage1, val_codes, step)
             logged_at += time.monotonic() - paused
         if step % train["checkpointing_steps"] == 0 or last:
             run.save(step)
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     if stop is not None:
         accelerator.print(f"stopped by {stop} at step {step} of {max_steps}, saved; --resume auto continues")
     else:
-        bits, grid = report(run, ema or raw_model, stage1, val_codes, step)
+        bits, grid = report(run, run.whole(ema or raw_model), stage1, val_codes, step)
         accelerator.print(f"{bits:.1f} bits per validation image. From the top: originals, reconstructions, samples: {grid}")
     run.close()
 
