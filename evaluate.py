@@ -133,7 +133,7 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
     return metrics | {"bits_per_pixel": metrics["bits"] / dataset.image_size**2}
 
 
-def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None) -> dict[str, Tensor]:
+def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[str, Tensor]:
     """How much two batches of uint8 images (B, 3, H, W) differ, each (B,)."""
     x, y = a.float(), b.float()
     psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="none")

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -146,15 +146,20 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
 def draw(model: torch.nn.Module, stage1: torch.nn.Module, numbers: list[int], labels: torch.Tensor | None, seed: int, settings: dict,
          autocast: Callable = nullcontext) -> np.ndarray:
     """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
-    # A CPU generator listens to 32 bits: the numbers of one seed are all different, and those of two seeds far apart.
-    generators = [torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32) for number in numbers]
     with autocast():
         try:
-            codes = model.sample(len(numbers), None if labels is None else labels[numbers], generator=generators, **settings)
+            labels = None if labels is None else labels[numbers]
+            codes = model.sample(len(numbers), labels, generator=generators(seed, numbers), **settings)
         except ValueError as error:
             raise UserError(str(error)) from error
         images = stage1.decode(codes)
     return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """The random numbers of each of a seed's images."""
+    # A CPU generator listens to 32 bits: the numbers of one seed are all different, and those of two seeds far apart.
+    return [torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32) for number in numbers]
 
 
 def chosen_labels(asked: str | None, classes: list[str], n: int) -> torch.Tensor:
