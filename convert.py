@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import train_stage1
 import train_stage2
-from experiment import MODELS, UserError, check_config, load_run, read_yaml, run_main, save_run
+from experiment import MODELS, UserError, check_config, load_run, parse_yaml, read_yaml, run_main, save_run
 from vqgan import VectorQuantizer
 
 # (the whole name in the release, ours) and perhaps (..., what becomes of the tensor). Ours may end in #i of n, if n tensors of
@@ -565,8 +564,8 @@ def _run_config(section: dict, size: int, data: list[str], out: Path, sections: 
     for setting in data:
         key, _, value = setting.partition("=")
         try:
-            given["data"][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            given["data"][key] = parse_yaml(value)
+        except ValueError:
             raise UserError(f"the value of {setting!r} is not valid YAML") from None
     return check_config(given, sections, "--data")
 

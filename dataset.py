@@ -25,6 +25,7 @@ import fcntl
 import math
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -308,7 +309,8 @@ def make_file(path: Path, size: int) -> None:
             allocate(file.fileno(), 0, size)
         except OSError as error:
             path.unlink()
-            raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB") from error
+            free = shutil.disk_usage(path.parent).free / 1e6
+            raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free") from error
 
 
 def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,

@@ -16,9 +16,11 @@ import difflib
 import errno
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -26,21 +28,23 @@ import sys
 import time
 import types
 import typing
-from collections import defaultdict
+import warnings
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, get_cpu_distributed_information, set_seed
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from accelerate.utils import (DistributedType, ProjectConfiguration, broadcast_object_list, get_cpu_distributed_information, load,
+                              set_seed)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -76,6 +80,7 @@ class TrainSettings:
     learning_rate, base_lr      one of them; base_lr is per image: it is multiplied by the global batch
     lr_scheduler                after the warm-up (lr_warmup_steps + lr_warmup_epochs): constant, or cosine to 0
     max_grad_norm               gradients are clipped to this norm, for each optimizer
+    max_bad_steps               a step whose loss or gradient is not finite is skipped; more than so many in a row stop the run
     mixed_precision             null: as `accelerate launch` says
     use_ema, ema_decay          keep moving averages of the weights; they are validated, and what load_run gives
     compile                     torch.compile the parts of the model
@@ -102,6 +107,7 @@ class TrainSettings:
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = None
+    max_bad_steps: int = 10
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     use_ema: bool = False
     ema_decay: float = 0.9999
@@ -166,8 +172,8 @@ def override(given: dict, overrides: list[str]) -> None:
             if not isinstance(section, dict):
                 raise UserError(f"{key} cannot be set: {parent} is not a section")
         try:
-            section[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            section[last] = parse_yaml(value)
+        except ValueError:
             raise UserError(f"the value of {text!r} is not valid YAML") from None
 
 
@@ -212,13 +218,34 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
 
 def read_yaml(path: str | Path) -> dict:
     try:
-        with open(path) as file:
-            return mapping(yaml.safe_load(file), str(path))
+        with open(path, encoding="utf-8") as file:
+            return mapping(parse_yaml(file.read(MAX_YAML + 1)), str(path))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{path} is not valid YAML{where}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not {'text' if isinstance(error, UnicodeDecodeError) else error}") from None
+
+
+MAX_YAML, MAX_DEPTH = 10**6, 20  # characters, and sections in sections
+
+
+def parse_yaml(text: str) -> Any:
+    """yaml.safe_load, of texts that may not be ours; ValueError, to be read after "is not". No aliases: ten lines of them can
+    make a billion values."""
+    if len(text) > MAX_YAML:
+        raise ValueError(f"a config: it has more than {MAX_YAML} characters")
+    depth, problem = 0, None
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                problem = f"a config: it has aliases, or more than {MAX_DEPTH} sections in each other"
+                break
+        else:
+            return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError) as error:  # not only YAMLErrors: for the 99th of a month, !!bool 3
+        problem = "valid YAML" + (f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else "")
+    raise ValueError(problem)
 
 
 def mapping(value: Any, where: str) -> dict:
@@ -351,13 +378,13 @@ class Run:
             raise UserError("give one of train.max_train_steps and train.num_train_epochs")
         for key in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "validation_steps", "checkpointing_steps",
                     "max_train_steps", "num_train_epochs", "num_validation_images", "checkpoints_total_limit"):
-            if train[key] is not None and train[key] <= 0:
-                raise UserError(f"train.{key} must be more than 0; it is {train[key]}")
+            if train[key] is not None and not 0 < train[key] < 2**63:
+                raise UserError(f"train.{key} must be more than 0 and less than 2^63; it is {train[key]}")
         for key, (low, high) in {"seed": (0, 2**32 - 1), "dataloader_num_workers": (0, 1024), "adam_beta1": (0, 1 - 1e-9),
                                  "adam_beta2": (0, 1 - 1e-9), "ema_decay": (0, 1), "adam_weight_decay": (0, math.inf),
                                  "lr_warmup_steps": (0, math.inf), "lr_warmup_epochs": (0, math.inf), "max_minutes": (0, math.inf),
                                  "max_grad_norm": (1e-12, math.inf), "learning_rate": (0, math.inf), "base_lr": (0, math.inf),
-                                 "adam_epsilon": (0, math.inf)}.items():
+                                 "adam_epsilon": (0, math.inf), "max_bad_steps": (0, math.inf)}.items():
             if train[key] is not None and not low <= train[key] <= high:
                 raise UserError(f"train.{key} must be between {low:g} and {high:g}; it is {train[key]}")
         self.config, self.wanted = config, resume
@@ -389,7 +416,10 @@ class Run:
         self._signal: str | None = None
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = defaultdict(int)
+        self.counts: dict[str, Tensor] = {}
+        # On the device, so that no step waits for them: is this step bad, how many were since the last log and in a row,
+        # and the step at which that were too many.
+        self.bad, self.bad_steps, self.bad_row, self.too_many = torch.zeros(4, dtype=torch.long, device=self.accelerator.device)
 
     def _check_folder(self) -> None:
         """Refuses to start where there are checkpoints, and to continue those of other networks."""
@@ -453,6 +483,8 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors. `stateful` ones have small buffers
         only, and are kept with the optimizers."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
+        forwarded = [m for name, m in self.modules.items() if name != "ema"] + list(stateful.values())
+        self.moving = [v for m in forwarded for v in m.state_dict(keep_vars=True).values() if not v.requires_grad]  # codebook, statistics
         if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
         self.accelerator.register_for_checkpointing(*stateful.values())
@@ -461,14 +493,15 @@ class Run:
 
     def _save_weights(self, models: list, weights: list, folder: str) -> None:
         weights.clear()  # accelerate would name them by number, and by how many processes there were
-        for name, module in self.modules.items() if self.is_main or self.sharded else ():
-            tensors = _state(module, self.is_main)
-            if self.is_main:
-                save_file(tensors, f"{folder}/{name}.safetensors")
+        modules = self.modules if self.is_main or self.sharded else {}
+        files = {f"{name}.safetensors": _state(module, self.is_main) for name, module in modules.items()}
         if self.optimizer is not None:  # as accelerate saves one that is not sharded
             state = self.optimizer.state_dict()
             state["state"] = {i: {k: _whole(v, self.is_main) for k, v in values.items()} for i, values in state["state"].items()}
-            if self.is_main:
+        if self.is_main:  # writing may fail, so all that the processes do together is done
+            for name, tensors in files.items():
+                save_file(tensors, f"{folder}/{name}")
+            if self.optimizer is not None:
                 torch.save(state, f"{folder}/optimizer.bin")
 
     def _load_weights(self, models: list, folder: str) -> None:
@@ -486,21 +519,56 @@ class Run:
     def save(self, step: int) -> None:
         """Writes checkpoints/step_XXXXXXXX under a temporary name, renames it when it is whole, removes the oldest."""
         self.average_batchnorm()
+        self._check_agreement(step)
         final = self.folder / "checkpoints" / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
-        if self.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
+
+        def finish() -> None:
             _write_manifest(temporary, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
+
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._write_together(step, temporary, lambda: self.accelerator.save_state(str(temporary)))
+        self._write_together(step, temporary, finish if self.is_main else lambda: None)
+        if self.is_main:
             limit = self.train["checkpoints_total_limit"]
             for old in self._checkpoints()[limit:] if limit else []:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    def _write_together(self, step: int, temporary: Path, write: Callable[[], None]) -> None:
+        """write(), on all processes; if one of them cannot, nothing of it stays and all of them end."""
+        failure = None
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:  # which torch and safetensors raise when a disk is full
+            failure = str(error).partition("\n")[0]
+        failures = [f for f in gather(failure) if f]
+        if failures:
+            if self.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            states = [state.values() for optimizer in self.accelerator._optimizers for state in optimizer.state.values()]
+            tensors = [v for part in (*(m.state_dict().values() for m in self.modules.values()), *states) for v in part]
+            raise UserError(f"the checkpoint of step {step} could not be written ({failures[0]}): "
+                            f"{_space(self.folder, sum(v.nbytes for v in tensors if isinstance(v, Tensor)))}; the one before is whole, "
+                            "and --resume auto continues from it when there is room")
+
+    def _check_agreement(self, step: int) -> None:
+        """Processes that no longer hold the same weights, codebook and averages must not replace a good checkpoint."""
+        if self.accelerator.num_processes > 1 and not self.sharded:
+            sums = {f"{name}.{key}": _checksum(v) for name, module in self.modules.items() for key, v in module.state_dict().items()
+                    if not key.endswith("quantizer.queue")}  # which is of each process's own codes
+            sums = dict(zip(sums, torch.stack(list(sums.values())).tolist()))
+            every = gather(sums)
+            different = [key for key in sums if any(other[key] != every[0][key] for other in every)]
+            if different:
+                raise UserError(f"the processes no longer hold the same model: {different[0]} (and {len(different) - 1} more) became "
+                                f"different between step {self.agreed} and step {step}, which was not saved; look for a faulty machine, "
+                                "and continue from the checkpoint before with --resume auto")
+        self.agreed = step
 
     def _checkpoints(self) -> list[Path]:
         """Newest first."""
@@ -523,13 +591,22 @@ class Run:
         if wrong:
             raise UserError(wrong)
         if path is not None:
-            self.accelerator.load_state(str(path))
+            try:
+                for file in path.glob("*.pkl"):  # accelerate would run the code in some, and pass over damage in others
+                    load(file)
+                self.accelerator.load_state(str(path))
+            except pickle.UnpicklingError as error:
+                raise UserError(f"{path} holds more than tensors and numbers, and was not loaded, because that could run code from "
+                                "it; use a checkpoint that you trust") from error
             self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
             step = json.loads((path / "checkpoint.json").read_text())["step"]
             self.accelerator.print(f"continuing {self.folder} from step {step}")
+        self.agreed = step
         if self.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
+            for unfinished in (self.folder / "checkpoints").glob(".step_*"):  # when the run was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
             for later in self._checkpoints():  # damaged, or of a future that this run does not continue
                 if later.name > f"step_{step:08d}":
                     abandoned = later.with_name(f"abandoned_{later.name}")
@@ -552,18 +629,60 @@ class Run:
         """Keeps the weights of the highest score so far."""
         if self.is_main and score > self.best:
             self.best = score
-            path = self.folder / "checkpoints/best.safetensors"
-            save_file(_state(module), f"{path}.tmp", metadata={"step": str(step), "score": repr(score)})
-            os.replace(f"{path}.tmp", path)
+            with self._spare("the best weights"):
+                write_file(self.folder / "checkpoints/best.safetensors", save(_state(module), {"step": str(step), "score": repr(score)}))
 
     # Training
 
+    def begin_step(self) -> None:
+        self.bad = torch.zeros_like(self.bad)
+        self.kept = [v.detach().clone() for v in self.moving]
+
+    def backward(self, loss: Tensor) -> None:
+        """A loss that is not finite makes the gradients so, on all processes."""
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
     def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clips the gradients of this optimizer's module; their norm from before. (accelerate's own clipping would undo the
-        fp16 loss scale of every optimizer's gradients, those that still accumulate among them.)"""
+        """Clips the gradients of this optimizer's module; their norm from before. If it is not finite, which all processes see
+        alike, the optimizer's step will do nothing. (accelerate's own clipping would undo the fp16 loss scale of every
+        optimizer's gradients, those that still accumulate among them.)"""
         self.accelerator.unscale_gradients(optimizer)
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = ~norm.isfinite()
+        self.bad = self.bad | bad
+        if self.accelerator.scaler is None:  # which skips by itself
+            if optimizer.param_groups[0]["fused"]:
+                optimizer.optimizer.found_inf = bad.float()  # read on the device: the CPU need not wait for it
+            elif bad:
+                optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def end_step(self, step: int) -> None:
+        """Undoes what a skipped step did to codebook and statistics, and counts it. (Averaged weights have moved on towards the
+        weights, which have not moved.) An overflow of fp16 is undone, but not counted: its scaler expects some."""
+        for now, before in zip(self.moving, self.kept):
+            now.copy_(torch.where(self.bad > 0, before, now))
+        if self.accelerator.scaler is None:
+            self.bad_steps, self.bad_row = self.bad_steps + self.bad, (self.bad_row + 1) * self.bad
+            self.too_many = torch.where((self.too_many == 0) & (self.bad_row > self.train["max_bad_steps"]), step, self.too_many)
+
+    def stop_if_bad(self, dataset: ImageDataset, batches: Callable[[int], Iterable[list[tuple[int, int]]]]) -> None:
+        """After `means`: ends the run if too many steps in a row were skipped, and leaves their images in bad_steps.json.
+        batches(start): the (epoch, index) of all processes' images from batch number `start`."""
+        if not self.too_many:
+            return
+        last, accumulate, path = int(self.too_many), self.train["gradient_accumulation_steps"], self.folder / "bad_steps.json"
+        steps = range(last - self.train["max_bad_steps"], last + 1)
+        if self.is_main:
+            images = iter(batches((steps[0] - 1) * accumulate))
+            found = [{"step": step, "images": [[epoch, index, dataset.source.name(index)] for _ in range(accumulate)
+                                               for epoch, index in next(images)]} for step in steps]
+            write_file(path, json.dumps(found, indent=1) + "\n")
+        raise UserError(f"loss or gradient were not finite in the {len(steps)} steps up to {last}, more in a row than train.max_bad_steps; "
+                        f"they were skipped, and their images are listed in {path}: lower train.learning_rate or set "
+                        "train.max_grad_norm, and continue from the last checkpoint with --resume auto")
 
     def average_batchnorm(self) -> None:
         """While it trains, each process has BatchNorm statistics of its own; what is validated and kept is their mean."""
@@ -591,14 +710,15 @@ class Run:
         """Adds scalars to the means that `log` writes; they stay on the device."""
         for key, value in values.items():
             value = value.detach().float()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-            self.counts[key] += 1
+            finite = value.isfinite()  # what is not says nothing of the other steps
+            self.sums[key] = self.sums.get(key, 0) + torch.where(finite, value, 0.0)
+            self.counts[key] = self.counts.get(key, 0) + finite
 
     def means(self) -> dict[str, float]:
-        """The means of what was added since the last call, over steps and processes."""
-        keys = list(self.sums)
-        means = torch.stack([self.sums[k] / self.counts[k] for k in keys])
-        values = dict(zip(keys, self.accelerator.reduce(means, "mean").tolist()))
+        """The means of what was added since the last call, over steps and processes; and how many bad steps there were."""
+        means = {k: self.sums[k] / self.counts[k] for k in self.sums} | {"bad_steps": self.bad_steps.float()}
+        values = dict(zip(means, self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()))
+        self.bad_steps = torch.zeros_like(self.bad_steps)
         self.sums.clear()
         self.counts.clear()
         return values
@@ -606,10 +726,14 @@ class Run:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars to the tracker and to metrics.jsonl."""
         values = {k: v for k, v in values.items() if math.isfinite(v)}  # gradient norms are not, where fp16 overflowed
-        self.accelerator.log(values, step=step)
+        with self._spare("the tracker's log"):
+            self.accelerator.log(values, step=step)
         if self.is_main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with self._spare("metrics.jsonl"), open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+                line, end = (json.dumps({"step": step, **values}) + "\n").encode(), file.tell()
+                if file.write(line) < len(line):  # no part of a line stays
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
         """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top.
@@ -620,11 +744,24 @@ class Run:
             cells = [nn.functional.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1)
                      for row in zip(*columns) for cell in row]
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
-            save_image(grid, path)
-            for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
-                nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
+            file = io.BytesIO()
+            save_image(grid, file, "png")
+            with self._spare(f"the picture of step {step}"):
+                write_file(path, file.getvalue())
+            with self._spare("the tracker's log"):
+                for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
+                    nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
         return path
+
+    @contextmanager
+    def _spare(self, what: str) -> Iterator[None]:
+        """What a run can do without must not end it: a checkpoint that cannot be written will."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"{what} could not be written ({error.strerror or error}); training goes on: make room in {self.folder}",
+                          stacklevel=3)
 
     def progress(self, start: int, total: int) -> tqdm:
         return tqdm(total=total, initial=start, unit="step", disable=not self.is_main, dynamic_ncols=True)
@@ -740,6 +877,8 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (UserError, DataError) as error:
         sys.exit(f"error: {error}")
+    except SafetensorError as error:
+        sys.exit(f"error: {error}; what was saved before is whole")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -776,15 +915,23 @@ def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path |
 def _write_manifest(checkpoint: Path, step: int) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before it takes the place of another
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     try:
-        files = json.loads((path / "checkpoint.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
+        f"{manifest['step']:08d}"  # raises unless it is a number
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
-    for name, (size, digest) in files.items():
+    for name, size, digest in files:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -793,6 +940,18 @@ def _damage(path: Path) -> str | None:
         if _sha256(file) != digest:
             return f"{name} has changed"
     return None
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of the tensor's bits as integers: cheap, and different for almost any other tensor."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _space(folder: Path, needed: int) -> str:
+    free = shutil.disk_usage(folder).free
+    missing = f", so {(needed - free) / 1e6:.1f} MB are missing" if needed > free else ""
+    return f"it needs about {needed / 1e6:.1f} MB, and {folder} has {free / 1e6:.1f} MB free{missing}"
 
 
 def _sha256(path: Path) -> str:

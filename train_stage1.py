@@ -11,13 +11,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import eval_loader, make_dataset, train_loader
+from dataset import TrainBatches, eval_loader, make_dataset, train_loader
 from experiment import (STAGE1, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
                         run_main, training_arguments, update_ema, write_file)
 from losses import PatchGAN, Stage1Loss
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator is not None else []):
             group["lr"] = lr
+        run.begin_step()
 
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
@@ -109,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                 with accelerator.autocast():
                     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
                     loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, scale)
-                accelerator.backward(loss)
+                run.backward(loss)
                 if accelerator.sync_gradients:
                     parts["grad_norm"] = run.clip(model, optimizer)
                 optimizer.step()
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
                 # Discriminator, on the same reconstruction
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
-                    accelerator.backward(d_loss)
+                    run.backward(d_loss)
                     if accelerator.sync_gradients:
                         d_parts["d_grad_norm"] = run.clip(discriminator, d_optimizer)
                     d_optimizer.step()
@@ -127,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             run.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
 
         step += 1
+        run.end_step(step)
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
         progress.update()
@@ -141,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
                              "epoch": step / steps_per_epoch} | values)
             progress.set_postfix({"loss": f"{values['loss']:.3f}", "usage": f"{values['usage']:.0%}", "img/s": f"{images_per_second:.0f}"})
             logged_at, logged_step = time.monotonic(), step
+            run.stop_if_bad(train_set, partial(TrainBatches, len(train_set), train["train_batch_size"] * world, train["seed"]))
 
         if step % train["validation_steps"] == 0 and step < max_steps:
             paused = time.monotonic()

@@ -14,6 +14,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from dataset import CodeCache, Files, ImageDataset, code_loader, make_dataset, to_float, train_loader
+from dataset import CodeBatches, CodeCache, Files, ImageDataset, TrainBatches, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
                         make_model, mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
@@ -136,9 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     if train_codes is not None:
         lengths = torch.cat([raw_model.lengths(train_codes[i:i + 4096][0]) for i in range(0, len(train_codes), 4096)])
         batches = code_loader(train_codes, lengths, batch_size, train["seed"], step * accumulate, rank, world, device)
+
+        def order(start):
+            for rows in CodeBatches(lengths, train_codes.views, batch_size * world, train["seed"], start):
+                yield [divmod(row, len(train_set)) for row in rows]
     else:
         loader = train_loader(train_set, batch_size, train["seed"], train["dataloader_num_workers"], step * accumulate, rank, world, device)
         batches = ((stage1.encode(images), labels) for images, labels in loader)
+        order = partial(TrainBatches, len(train_set), batch_size * world, train["seed"])
     accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
                       f"{len(train_set)} images, {world} process(es), global batch {global_batch}, {max_steps} steps")
 
@@ -150,12 +156,13 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        run.begin_step()
 
         for _ in range(accumulate):
             codes, labels = next(batches)
             with accelerator.accumulate(model):
                 out = model(codes, labels if conditional else None)
-                accelerator.backward(out["loss"])
+                run.backward(out["loss"])
                 if accelerator.sync_gradients:
                     out["grad_norm"] = run.clip(model, optimizer)
                 optimizer.step()
@@ -164,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             run.add(out | {"tokens": tokens.mean(), "padding": 1 - tokens.mean() / tokens.max()})
 
         step += 1
+        run.end_step(step)
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
         progress.update()
@@ -179,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.set_postfix({"loss": f"{values['loss']:.3f}", "padding": f"{values['padding']:.0%}",
                                   "img/s": f"{images_per_second:.0f}"})
             logged_at, logged_step = time.monotonic(), step
+            run.stop_if_bad(train_set, order)
 
         if step % train["validation_steps"] == 0 and step < max_steps:
             paused = time.monotonic()

@@ -128,6 +128,8 @@ class VQVAE(VQModel):
     """
 
     def __init__(self, ch: int = 256, num_res_blocks: int = 2, quantizer: VectorQuantizer | None = None):
+        if ch < 2:
+            raise ValueError(f"ch must be at least 2, because half of it is used as well; it is {ch}")
         leaky = nn.LeakyReLU(0.01)
         encoder = nn.Sequential(
             nn.Conv2d(3, ch // 2, 4, 2, 1), leaky, nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky, nn.Conv2d(ch, ch, 3, 1, 1),
@@ -231,7 +233,7 @@ class VectorQuantizer(nn.Module):
         else:
             losses = {"codebook": codebook, "commitment": self.beta * commitment}
         if self.entropy_weight > 0 and self.training:
-            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook)
+            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook.clone())  # EMA changes it before the backward pass
             distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
             log_p = F.log_softmax(-distance / self.entropy_temperature, dim=1)
             mean_p = log_p.exp().mean(0)
@@ -420,6 +422,8 @@ class Neck(nn.Module):
 
     def __init__(self, channels: int, z_channels: int):
         super().__init__()
+        if z_channels < 1:
+            raise ValueError(f"z_channels must be at least 1; it is {z_channels}")
         self.mid = Mid(channels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)

@@ -1,0 +1,414 @@
+"""Nothing is lost: what the README promises about faults, broken on purpose. benchmarks/faults.py does it for longer."""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny, write_tiny2
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import SafetensorError
+
+import experiment
+import train_stage1
+import train_stage2
+from dataset import CodeCache, DataError, ImageDataset, make_dataset
+from experiment import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and gradients that are not finite
+
+
+def poison(monkeypatch, loop, kind, steps):
+    """Spoils these steps (from 0) of a train loop: its batches, its loss alone, or its gradient alone."""
+    count, backward = [0], loop.Run.backward
+
+    def spoiled(self, loss):
+        if count[0] in steps and kind == "loss":
+            loss = loss + torch.tensor(torch.inf)  # a constant: without it the gradient is finite
+        if count[0] in steps and kind == "gradient":
+            loss.register_hook(lambda g: g * torch.nan)
+        backward(self, loss)
+
+    def end_step(self, step, original=loop.Run.end_step):
+        count[0] += 1
+        original(self, step)
+
+    def loader(*args, original=loop.train_loader, **kwargs):
+        for images, labels in original(*args, **kwargs):
+            yield (images * torch.nan if count[0] in steps and kind == "batch" else images), labels
+
+    monkeypatch.setattr(loop.Run, "backward", spoiled)
+    monkeypatch.setattr(loop.Run, "end_step", end_step)
+    if loop is train_stage1:
+        monkeypatch.setattr(loop, "train_loader", loader)
+
+
+def fuse(monkeypatch):
+    """The optimizer of GPUs, which decides on the device."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, original=torch.optim.AdamW, **kw: original(*args, **kw | {"fused": True}))
+
+
+@pytest.mark.parametrize("kind, fused", [("batch", False), ("batch", True), ("loss", False), ("gradient", True)])
+def test_a_bad_step_of_stage_1_changes_nothing(train, tmp_path, monkeypatch, kind, fused):
+    """Weights, optimizers, codebook, BatchNorm, of model and discriminator; it is counted, and the means are of the others."""
+    poison(monkeypatch, train_stage1, kind, {3})
+    if fused:
+        fuse(monkeypatch)
+    config = write_tiny(tmp_path, model=TINY_MODELS["mqvae"], discriminator="ch: 8\n  num_layers: 1")
+    train("train.checkpointing_steps=1", "train.checkpoints_total_limit=9", "train.logging_steps=2", "loss.lecam_weight=0.1",
+          "train.use_ema=true", config=config)
+    before, after = weights(tmp_path / "run", 3), weights(tmp_path / "run", 4)
+    assert [k for k in before if not torch.equal(before[k], after[k]) and not k.startswith("ema.")] == []
+    last = weights(tmp_path / "run", 6)
+    moved = {k.split(".")[0] for k in after if not torch.equal(after[k], last[k])}
+    assert moved == {"model", "ema", "discriminator", "optimizer", "optimizer_1", "custom_checkpoint_0"}
+    assert all(v.isfinite().all() for v in last.values())
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["bad_steps"] for line in lines] == [0, 1, 0] and all("grad_norm" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind, fused", [("loss", False), ("gradient", True)])
+def test_a_bad_step_of_stage_2_changes_nothing(train2, tmp_path, monkeypatch, kind, fused):
+    poison(monkeypatch, train_stage2, kind, {3})
+    if fused:
+        fuse(monkeypatch)
+    train2(write_tiny2(tmp_path, "dq_transformer"), "train.checkpointing_steps=1", "train.checkpoints_total_limit=9")
+    before, after, last = (weights(tmp_path / "run2", i) for i in (3, 4, 6))
+    assert all(torch.equal(before[k], after[k]) for k in before) and not all(torch.equal(after[k], last[k]) for k in after)
+    assert [line["bad_steps"] for line in metrics(tmp_path / "run2") if "loss" in line] == [0, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("stage, cache", [(1, ""), (2, "codes.cache=true"), (2, "codes.cache=false")])
+def test_too_many_bad_steps_in_a_row_stop_the_run(train, train2, tmp_path, monkeypatch, stage, cache):
+    """With their images listed, and the checkpoint from before; as many as are allowed do not."""
+    loop, run = (train_stage1, tmp_path / "run") if stage == 1 else (train_stage2, tmp_path / "run2")
+    config = write_tiny(tmp_path) if stage == 1 else write_tiny2(tmp_path, "dq_transformer")
+    start = (lambda *words: train(*words, config=config)) if stage == 1 else (lambda *words: train2(config, cache, *words))
+    seen = []  # the (epoch, index) of the images that were trained on
+
+    def image(self, key, original=ImageDataset.__getitem__):
+        seen.extend([list(key)] if self.train and isinstance(key, tuple) else [])
+        return original(self, key)
+
+    def codes(self, rows, original=CodeCache.__getitem__):
+        seen.extend([list(divmod(row, 40)) for row in rows] if isinstance(rows, list) and self.dataset.train else [])
+        return original(self, rows)
+
+    poison(monkeypatch, loop, "gradient", {1, 2, 4, 5, 6, 7, 8, 9})
+    monkeypatch.setattr(*((CodeCache, "__getitem__", codes) if cache.endswith("cache=true") else (ImageDataset, "__getitem__", image)))
+    monkeypatch.setattr(CodeCache, "encode", lambda self, *args, original=CodeCache.encode: (*original(self, *args), seen.clear())[:-1])
+    with pytest.raises(UserError, match="not finite in the 3 steps up to 7, more in a row than train.max_bad_steps.*--resume auto"):
+        start("train.max_bad_steps=2", "train.gradient_accumulation_steps=2", "train.max_train_steps=10", "train.logging_steps=10",
+              "train.checkpointing_steps=4", "train.validation_steps=100")
+    found = json.loads((run / "bad_steps.json").read_text())
+    assert [f["step"] for f in found] == [5, 6, 7]
+    assert [image[:2] for f in found for image in f["images"]] == seen[4 * 8:7 * 8]
+    assert all(image[2] == f"shapes image {image[1]}" for f in found for image in f["images"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills and signals (train_stage1's are in test_train_stage1.py)
+
+
+def test_killed_runs_lose_nothing():
+    """SIGKILL amid checkpoints, caches and renames, of both stages, and code that looks at the result; see there."""
+    assert "losses: 0" in command(sys.executable, "benchmarks/faults.py", "kills", "--minutes", "0", "--seed", "1",
+                                  env={"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_stage_2_after_the_step(train2, tmp_path, monkeypatch, capsys, number):
+    def tick(self, step, original=train_stage2.Run.end_step):
+        original(self, step)
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    config = write_tiny2(tmp_path, "gpt")
+    train2(config, f"train.output_dir={tmp_path}/whole")
+    monkeypatch.setattr(train_stage2.Run, "end_step", tick)
+    train2(config)
+    assert f"stopped by {signal.Signals(number).name} at step 2 of 6, saved; --resume auto continues" in capsys.readouterr().out
+    train2(config, resume="auto")
+    one, other = weights(tmp_path / "whole", 6), weights(tmp_path / "run2", 6)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_torch(*args, **kwargs):
+    raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+def full_for_safetensors(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("what, error", [("experiment.save_file", full_for_safetensors), ("torch.save", full_for_torch),
+                                         ("experiment._write_manifest", full)])
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(train, tmp_path, monkeypatch, what, error):
+    one = ["train.checkpoints_total_limit=1"]
+    train(*one, "train.max_train_steps=3", f"train.output_dir={tmp_path}/run")
+    before = weights(tmp_path / "run", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(what, error)
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+        with pytest.raises(UserError) as told:
+            train(*one, resume="auto")
+    size = sum(p.stat().st_size for p in (tmp_path / "run/checkpoints/step_00000003").iterdir()) / 1e6
+    found = re.search(r"needs about (\S+) MB, .* has 0.0 MB free, so (\S+) MB are missing", str(told.value))
+    needs, missing = map(float, found.groups())
+    assert "the checkpoint of step 6 could not be written" in str(told.value) and "--resume auto" in str(told.value)
+    assert 0.8 * size < needs <= size and missing == needs
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["best.safetensors", "step_00000003"]
+    assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "run", 3).items())
+    train(*one, resume="auto")
+    assert "step_00000006" in os.listdir(tmp_path / "run/checkpoints")
+
+
+def test_the_oldest_checkpoint_goes_after_the_newest_is_on_the_disk(train, tmp_path, monkeypatch):
+    done = []
+    for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree")):
+        def noted(*args, original=getattr(module, name), name=name, **kwargs):
+            path = Path(os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[-1])
+            done.extend([(name, path.name)] if name == "replace" or path.exists() else [])
+            return original(*args, **kwargs)
+        monkeypatch.setattr(module, name, noted)
+    train("train.checkpoints_total_limit=1")
+    kept = done.index(("replace", "step_00000006"))
+    assert {"model.safetensors", "optimizer.bin", "checkpoint.json", ".step_00000006"} <= {n for what, n in done[:kept] if what == "fsync"}
+    assert ("rmtree", "step_00000003") in done[kept:] and ("rmtree", "step_00000003") not in done[:kept]
+
+
+def test_pictures_logs_and_best_weights_that_do_not_fit_cost_no_training(train, tmp_path, monkeypatch):
+    """A line that was cut short does not stay in the log, which goes on when there is room."""
+    write = experiment.write_file
+
+    def small(path, data):
+        return full() if path.suffix in (".png", ".safetensors") else write(path, data)
+
+    class Small(io.FileIO):  # takes 10 bytes at step 2
+        def write(self, line):
+            return super().write(line[:10] if b'"step": 2,' in line else line)
+
+    monkeypatch.setattr(experiment, "write_file", small)
+    def opened(path, mode="r", **kwargs):
+        return Small(path, "a") if mode == "ab" else open(path, mode, **kwargs)
+
+    monkeypatch.setattr(experiment, "open", opened, raising=False)
+    with pytest.warns(UserWarning, match="could not be written.*training goes on") as told:
+        train()
+    assert {"the best weights", "metrics.jsonl", "the picture of step 3"} <= {str(w.message).split(" could")[0] for w in told}
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3, 4, 5, 6]
+    assert not list((tmp_path / "run/samples").iterdir()) and not list(tmp_path.rglob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile input
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin"])
+def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
+    """Even if its checksum is right."""
+    monkeypatch.setenv("BOMB", str(tmp_path / "went off"))
+    train("train.max_train_steps=3")
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    torch.save({"ema": Bomb(), "state": Bomb()}, checkpoint / name)
+    (checkpoint / "checkpoint.json").unlink()
+    experiment._write_manifest(checkpoint, 3)
+    with pytest.raises(UserError, match="more than tensors and numbers, and was not loaded"):
+        train(resume="auto")
+    assert not (tmp_path / "went off").exists()
+
+
+@pytest.mark.parametrize("manifest", [
+    "[]", '{"step": "../../x", "files": {}}', '{"step": 3, "files": []}', '{"step": 3, "files": {"a": 1}}', "[" * 100_000,
+    '{"step": null, "files": {}}',
+])
+def test_a_strange_manifest_is_damage(tmp_path, manifest):
+    (tmp_path / "checkpoint.json").write_text(manifest)
+    assert experiment._damage(tmp_path) == "checkpoint.json is missing or unreadable"
+
+
+@pytest.mark.parametrize("text, told", [
+    ("[" * 100_000, "more than 20"), ("a: &a [x]\nb: *a", "aliases"), ("a: " + "x" * 2_000_000, "more than 1000000 char"),
+    ("a: 2001-99-99", "not valid YAML"), ("a: !!bool 3", "not valid YAML"),
+    ("a: !!python/object/apply:os.getcwd []", "not valid YAML at line 1"), (b"\xff\xfe\xfa", "is not text"), ("- 1", "must be a section"),
+])
+def test_hostile_yaml_is_refused(tmp_path, text, told):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=told) as error:
+        experiment.read_yaml(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def everything(sections, name):
+    """All keys that a config with this model may set."""
+    return [k for section, t in sections.items() for k in experiment._keys(t[name] if isinstance(t, dict) else t, section)]
+
+
+KEYS = sorted({k for name in train_stage1.STAGE1 for k in everything(train_stage1.SECTIONS, name)})
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2, 40), st.floats(), st.text(max_size=5), st.sampled_from(["1e-4", 10**20]))
+VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)).map(json.dumps)
+FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=100, **FUZZ)
+@given(st.lists(st.one_of(st.text(max_size=30), st.builds("{}={}".format, st.one_of(st.sampled_from(KEYS), st.text(max_size=9)),
+                                                          st.one_of(VALUES, st.text(max_size=12)))), min_size=1, max_size=3))
+def test_any_words_are_a_config_or_one_sentence(words):
+    for path, sections in (("vqgan", train_stage1.SECTIONS), ("gpt", train_stage2.SECTIONS)):
+        try:
+            config = experiment.load_config(str(ROOT / f"configs/quickstart/{path}.yaml"), words, sections)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert repr(experiment.parse_yaml(yaml.safe_dump(config, sort_keys=False))) == repr(config)  # what is saved can be read
+
+
+ENDLESS = ("train.max_", "train.num_train_epochs", "train.compile", "train.output_dir", "train.gradient_accumulation", "train.dataloader",
+           "loss.perceptual_weight", "train.log_with")
+
+
+@settings(max_examples=60, **FUZZ)
+@given(st.dictionaries(st.sampled_from([k for k in KEYS if not k.startswith(ENDLESS)]), VALUES, min_size=1, max_size=2))
+def test_any_settings_are_a_run_or_one_sentence(train, tmp_path, changes):
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    try:
+        train("train.max_train_steps=1", *(f"{k}={v}" for k, v in changes.items()))
+    except (UserError, DataError) as error:
+        assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images (more kinds are in test_dataset.py)
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "png")
+    return file.getvalue()
+
+
+def png():
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "png")
+    return file.getvalue()
+
+
+PNG = png()
+BAD = {"empty": lambda: b"", "no image": lambda: b"hello", "cut": lambda: png()[:1000], "bomb": bomb, "header alone": lambda: png()[:33]}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_images_are_told_in_training_and_end_an_evaluation(tmp_path, kind):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(100):
+            (tmp_path / split / f"{i:02}.png").write_bytes(BAD[kind]() if i == 50 else PNG)
+    data, val = (make_dataset("folder", str(tmp_path), split, 8) for split in ("train", "val"))
+    with pytest.warns(UserWarning) as told:
+        assert torch.equal(data[50][0], data[50][0]) and data[50][0].shape == (3, 8, 8)
+    assert len([w for w in told if "train/50.png" in str(w.message)]) == 1
+    with pytest.raises(DataError, match="val/50.png") as error:
+        val[50]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (1, 1)])
+def test_long_and_small_images_are_read(tmp_path, size):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "train/x.png")
+    image = make_dataset("folder", str(tmp_path), "train", 8, min_scale=0.5)[0][0]
+    assert image.shape == (3, 8, 8) and (image[0] == 1).all() and (image[1:] == -1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def two(tmp_path, code, *words):
+    """Two processes that run train_stage1.py with this code before; their output."""
+    (tmp_path / "broken.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import os, signal, torch, experiment, train_stage1
+Run, rank = experiment.Run, int(os.environ["RANK"])
+{code}
+experiment.run_main(train_stage1.main)
+""")
+    return command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "broken.py", "--config",
+                   write_tiny(tmp_path), *words, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False, timeout=100)
+
+
+def test_processes_agree_on_bad_steps_and_disagreement_is_not_saved(tmp_path):
+    """A loss that is bad on one process alone is skipped by both (the checkpoint of step 3 says that they agree); a codebook that
+    differs is told."""
+    output = two(tmp_path, """
+backward, end, steps = Run.backward, Run.end_step, [0]
+Run.backward = lambda self, loss: backward(self, loss * (torch.nan if rank and steps[0] == 1 else 1.0))
+def end_step(self, step):
+    end(self, step)
+    steps[0] = step
+    if rank and step == 5:
+        self.modules["model"].quantizer.ema_sum[0, 0] += 1e-3
+Run.end_step = end_step
+""")
+    assert "the processes no longer hold the same model: model.quantizer.codebook" in output
+    assert "became different between step 3 and step 6, which was not saved" in output
+    assert os.listdir(tmp_path / "run/checkpoints") in (["step_00000003", "best.safetensors"], ["best.safetensors", "step_00000003"])
+    assert [line["bad_steps"] for line in metrics(tmp_path / "run") if "loss" in line] == [0, 1, 0, 0, 0, 0]
+
+
+def test_when_one_process_dies_the_others_end(train, tmp_path):
+    output = two(tmp_path, """
+end = Run.end_step
+Run.end_step = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank and step == 5 else end(self, step)
+""")
+    assert "Signal 9 (SIGKILL)" in output and not experiment._damage(tmp_path / "run/checkpoints/step_00000003")
+    train("train.train_batch_size=8", resume="auto")
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long runs
+
+
+def test_open_files_and_memory_stay_flat(train, monkeypatch):
+    used, me = [], psutil.Process()
+
+    def save(self, step, original=experiment.Run.save):
+        original(self, step)
+        used.append((me.num_fds(), len(me.children()), me.memory_info().rss))
+
+    monkeypatch.setattr(experiment.Run, "save", save)
+    train("train.max_train_steps=24", "train.validation_steps=2", "train.checkpointing_steps=2", "train.log_with=tensorboard",
+          "train.checkpoints_total_limit=1")
+    files, children, memory = zip(*used)
+    assert len(set(files[3:])) == 1 and len(set(children)) == 1 and memory[-1] < memory[len(memory) // 2] + 30 * 2**20
