@@ -5,10 +5,13 @@
     ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
     DeMask      fills the cells without a code from those that have one
 
-The N cells of highest score keep their features, which are quantized; their positions are part of the code. A score's gradient
-comes from the feature that it multiplies, as in the release, and from the difference that a code instead of none would make in its
-cell, kept or not: with the first alone the scores found edges and the smooth cells beside them rather than the detail. Interface
-as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
+The N cells of highest score keep their features, which are quantized; their positions are part of the code. Training departs from
+the release in two things, because with its gradient the scores found edges and the smooth cells beside them rather than the detail:
+- A score's gradient comes from the feature that it multiplies, as in the release, and from the difference that a code instead of
+  none would make in its cell, kept or not, compared with the image's other cells.
+- Which cells are kept is drawn while training: Gumbel noise is added to the scores' logits. That difference is known to first order
+  only, from the side where the cell is, so each cell must at times be on the other.
+Interface as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
@@ -69,8 +72,9 @@ class MQVAE(nn.Module):
         vectors, scores, positions = self._mask(images)
         z_q, indices, losses, info = self.quantizer(self._kept(vectors, positions))
         slope = None
-        if self.training:  # zeros, whose gradient tells each score what a code would change in its cell
-            slope = (scores - scores.detach()).flatten(1).unsqueeze(-1) * (vectors - self.demask.token).detach()  # (B, hw, D)
+        if self.training:  # zeros, whose gradient tells each score what a code would change in its cell, against the others
+            relative = scores - scores.mean((1, 2), keepdim=True)
+            slope = (relative - relative.detach()).flatten(1).unsqueeze(-1) * (vectors - self.demask.token).detach()  # (B, hw, D)
         recon = self._decode(z_q, positions, slope)
         codes, n = {"indices": indices, "positions": positions}, positions.shape[1]
         kept = scores.flatten(1).gather(1, positions)
@@ -117,8 +121,10 @@ class MQVAE(nn.Module):
         z = self.encoder(images)                                                             # (B, C, h, w)
         scores = self.score_net(z)                                                           # (B, h, w)
         flat = scores.flatten(1)                                                             # (B, hw)
-        n = int(self.topk_ratio * flat.shape[1])
-        positions = flat.topk(n, dim=1).indices.sort(dim=1).values                           # (B, N)
+        n, order = int(self.topk_ratio * flat.shape[1]), flat.detach()
+        if self.training:
+            order = order.logit(1e-6) - torch.empty_like(order).exponential_().log()
+        positions = order.topk(n, dim=1).indices.sort(dim=1).values                           # (B, N)
         z = z.flatten(2).transpose(1, 2)                                                     # (B, hw, C)
         z = F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1)
         return self.pre_quant(z), scores, positions                                          # (B, hw, D)

@@ -47,6 +47,39 @@ def test_the_highest_scores_are_kept():
 
 
 @torch.no_grad()
+def test_training_tries_other_cells():
+    """Which cells are kept is drawn in proportion to score / (1 - score), without replacement; in evaluation it is decided."""
+    model, images = small(image_size=8, topk_ratio=1.5 / 16), torch.rand(1, 3, 8, 8).expand(400, -1, -1, -1)
+    odds = torch.zeros(16).index_copy(0, torch.tensor([3, 9, 14]), torch.tensor([6.0, 3.0, 1.0]))
+    model.score_net.forward = lambda z: (odds / (1 + odds)).view(1, 4, 4).expand(len(z), -1, -1)
+    torch.manual_seed(0)
+    drawn = model.train()(images).codes["positions"].flatten().tolist()
+    for cell, share in ((3, 0.6), (9, 0.3), (14, 0.1)):
+        assert abs(drawn.count(cell) / 400 - share) < 0.07
+    assert model.eval().encode(images)["positions"].unique().tolist() == [3]
+
+
+def test_scores_learn_what_a_code_would_change():
+    """A cell without a code: the gradient there along (vector - token), less the mean of this over the image."""
+    torch.manual_seed(0)
+    model, images = small(), torch.rand(2, 3, 32, 32) * 2 - 1
+    scores = torch.rand(2, 16, 16, requires_grad=True)
+    model.score_net.forward = lambda z: scores
+    seen = []
+    model.demask.post_quant.register_forward_pre_hook(lambda _, given: seen.append(given[0]) or given[0].retain_grad())
+    out = model(images)
+    out.images.square().mean().backward()
+    with torch.no_grad():
+        z = model.encoder(images).flatten(2).transpose(1, 2)
+        vectors = model.pre_quant(F.layer_norm(z, z.shape[-1:]) * scores.flatten(1).unsqueeze(-1))
+    change = (seen[0].grad.flatten(2).transpose(1, 2) * (vectors - model.demask.token)).sum(-1)  # (B, hw)
+    empty = torch.ones(2, 256, dtype=torch.bool).scatter(1, out.codes["positions"], False)
+    expected = (change - change.mean(1, keepdim=True))[empty]
+    assert expected.abs().max() > 1e-6
+    torch.testing.assert_close(scores.grad.flatten(1)[empty], expected, atol=1e-8, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_demask_equals_the_formula():
     """Against attention written out, one image at a time."""
     demask = DeMask(8, 32, layers=3)
