@@ -372,7 +372,7 @@ def table(results: dict[str, dict], names: dict[str, str], markdown: bool = Fals
         form = LABELS[key][1]
         if key not in metrics:
             return "-"
-        spread = f" ± {metrics[f'{key}_std']:{form[1:]}}" if form.startswith("+") else ""
+        spread = f" ± {metrics[f'{key}_std']:{form[1:]}}" if form.startswith("+") and metrics[f"{key}_std"] else ""
         return f"{metrics[key]:{form.removeprefix('+')}}{spread}"
 
     keys = [k for k in LABELS if any(k in r for r in results.values())]

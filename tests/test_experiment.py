@@ -44,7 +44,7 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
 @pytest.mark.parametrize("override, sentence", [
     ("train.train_batchsize=4", "unknown key train.train_batchsize; the nearest valid one is train.train_batch_size"),
     ("model.quantizer.codebook_sizes=4", "nearest valid one is model.quantizer.codebook_size"),
-    ("train.max_step=4", "nearest valid one is train.max_train_steps"),
+    ("train.max_trainsteps=4", "nearest valid one is train.max_train_steps"),
     ("losses.gan=hinge", "unknown section 'losses'"),
     ("model.name=vqgn", "model.name must be one of vqgan, vqvae, mqvae, dqvae; it is 'vqgn'"),
     ("model.name=[vqgan]", "model.name must be one of"),
