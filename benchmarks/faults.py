@@ -69,7 +69,7 @@ class Lab:
         self.config = write_tiny(folder, model=TINY_MODELS[name]) if stage == 1 else write_tiny2(folder, name)
         self.settings = [*SETTINGS, *more]
         began = time.monotonic()
-        self.whole = self.run("whole")
+        self.whole = self.run(folder / "whole")
         self.seconds = time.monotonic() - began
 
     def words(self, run: Path, *more: str) -> list[str]:
@@ -99,9 +99,8 @@ class Lab:
             sys.stdout.flush()
             os._exit(status)
 
-    def run(self, name: str, *more: str, before=lambda: None) -> Path:
-        run = self.folder / name
-        status = wait(self.start(run, *more, before=before))
+    def run(self, run: Path) -> Path:
+        status = wait(self.start(run))
         if status:
             lose(f"{run} ended with {status}: {tail(run)}")
         return run
@@ -112,8 +111,7 @@ class Lab:
             lose(f"{run} differs from a run that was not broken: {wrong}")
         if left := [*run.rglob(".*")]:
             lose(f"{run} holds leftovers: {left}")
-        for path in self.folder.glob(f"{run.name}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(run.parent)
 
 
 def different(a: Path, b: Path) -> list[str]:
@@ -174,7 +172,7 @@ def rounds(labs: list[Lab], seconds: float, do) -> None:
     end, number = time.monotonic() + seconds, 0
     while number < len(labs) or time.monotonic() < end:
         lab = labs[number % len(labs)]
-        do(lab, lab.folder / f"run{number}")
+        do(lab, Path(tempfile.mkdtemp(prefix="run", dir=lab.folder)) / "run")
         number += 1
 
 
@@ -221,7 +219,7 @@ def kills(labs: list[Lab], seconds: float) -> None:
                 whole(run)
             elif status:
                 lose(f"{run} ended with {status}: {tail(run)}")
-        lab.run(run.name)
+        lab.run(run)
         lab.compare(run)
 
     rounds(labs, seconds, broken)
@@ -248,7 +246,7 @@ def stops(labs: list[Lab], seconds: float) -> None:
                     lose(f"{run} ended with {status} after {number.name}: {tail(run)}")
             Path(f"{run}.log").unlink()
             whole(run)
-        lab.run(run.name)
+        lab.run(run)
         lab.compare(run)
 
     rounds(labs, seconds, broken)
@@ -280,7 +278,7 @@ def disk(labs: list[Lab], seconds: float) -> None:
 
     def broken(lab: Lab, run: Path) -> None:
         full = sum(p.stat().st_size for f in (lab.whole, Path(f"{lab.whole}_codes")) for p in f.rglob("*") if p.is_file())
-        size, run = lab.rng.randint(1, full), place / run.name
+        size, run = lab.rng.randint(1, full), place / "run"
         mount(size)
         for _ in range(6):
             status = wait(lab.start(run, "train.log_with=tensorboard"))
@@ -478,8 +476,7 @@ def fuzz(labs: list[Lab], seconds: float) -> None:
         if "Traceback" in said or status not in (0, 1) or (status == 1 and len(errors) != 1):
             lose(f"{words} ended with {status}: {tail(run)}")
         count["a sentence" if status else "a run"] += 1
-        for path in lab.folder.glob(f"{run.name}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(run.parent)
 
     rounds(labs, seconds, tried)
     print(f"fuzz: {sum(count.values())} configs ({', '.join(f'{v} {k}' for k, v in sorted(count.items()))})", flush=True)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny, write_tiny2
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
@@ -128,6 +128,13 @@ def test_killed_runs_lose_nothing():
     """SIGKILL amid checkpoints, caches and renames, of both stages, and code that looks at the result; see there."""
     assert "losses: 0" in command(sys.executable, "benchmarks/faults.py", "kills", "--minutes", "0", "--seed", "1",
                                   env={"OMP_NUM_THREADS": "1"})
+
+
+def test_what_a_kill_left_unfinished_is_removed(train, tmp_path):
+    left = tmp_path / "run/checkpoints/.step_00000005"
+    left.mkdir(parents=True)
+    train()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -296,6 +303,9 @@ ENDLESS = ("train.max_", "train.num_train_epochs", "train.compile", "train.outpu
 
 
 @settings(max_examples=60, **FUZZ)
+@example({"model.quantizer.entropy_weight": "1"})  # what random settings have found
+@example({"model.z_channels": "0"})
+@example({"train.gradient_accumulation_steps": str(10**20)})
 @given(st.dictionaries(st.sampled_from([k for k in KEYS if not k.startswith(ENDLESS)]), VALUES, min_size=1, max_size=2))
 def test_any_settings_are_a_run_or_one_sentence(train, tmp_path, changes):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
