@@ -29,12 +29,14 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     stage2 = {folder: name in STAGE2 for folder, name in names.items()}
     if args.samples and not all(stage2.values()):
         raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
-    state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
+    state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
+                        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
     known, results = {}, {}
     for folder in args.run:
@@ -134,9 +137,9 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
 
 
 def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[str, Tensor]:
-    """How much two batches of uint8 images (B, 3, H, W) differ, each (B,)."""
+    """How much two batches of uint8 images (B, 3, H, W) differ, each (B,). Equal images have a PSNR of 100 dB."""
     x, y = a.float(), b.float()
-    psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="none").clamp(max=100)  # no error at all: infinite
     _, ssim = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none", return_full_image=True)
     ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))  # where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
     return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips(to_float(a), to_float(b)).flatten()} if lpips else {})
@@ -209,13 +212,15 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
         seconds += took
         if "inception" in networks:
             features.append(torch.cat(networks["inception"](images.to(state.device)), 1).cpu())
-    real = originals(args, state, dataset, networks, known, config) if features else None
+    real = originals(args, state, dataset, networks, known, config) if "inception" in networks else None
     features, seconds = collect(state, features), max(gather(seconds))
     if not state.is_main_process:
         return {}
     metrics = {"images": len(bits), "bits": bits.mean().item(), "bits_std": bits.std(correction=0).item()}
     if not args.samples:
         metrics |= {"images_per_second": count / seconds}
+    if real is not None:
+        metrics |= {"real_images": len(real)}
     return metrics | (sample_quality(*features.tensor_split([FEATURES], 1), real[:, :FEATURES]) if real is not None else {})
 
 
@@ -240,9 +245,9 @@ def given_samples(args: argparse.Namespace, state: Accelerator, size: int) -> It
     if path.suffix == ".npz":
         try:
             images = np.load(path, allow_pickle=False)["arr_0"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{path} is not an .npz of images: uint8 (N, {size}, {size}, 3), as `arr_0`") from None
-        if images.dtype != np.uint8 or images.ndim != 4:
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
             raise UserError(f"{path} holds {images.dtype} {images.shape} instead of images, uint8 (N, {size}, {size}, 3)")
     else:
         images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
@@ -251,13 +256,20 @@ def given_samples(args: argparse.Namespace, state: Accelerator, size: int) -> It
     count = min(args.n or len(images), len(images))
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "samples"):
-        batch = [images[j] if path.suffix == ".npz" else np.asarray(read_image(images[j])) for j in mine[i:i + args.batch_size]]
+        batch = [images[j] if path.suffix == ".npz" else pixels_of(images[j]) for j in mine[i:i + args.batch_size]]
         for j, image in zip(mine[i:], batch):
             if image.shape != (size, size, 3):
                 name = f"image {j} of {path}" if path.suffix == ".npz" else images[j]
                 raise UserError(f"{name} has {image.shape[1]} x {image.shape[0]} pixels, but the data that it is compared with "
                                 f"{size} x {size}")
         yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), 0.0
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(read_image(path))
+    except Exception as error:  # PIL raises almost anything on a broken file
+        raise UserError(f"cannot read {path} ({type(error).__name__}); remove it from the samples") from error
 
 
 def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, float]:
@@ -361,7 +373,8 @@ LABELS = {  # and the format; those with "+" come with their spread
     "usage": ("codes in use", ".1%"), f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
     "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
-    "samples": ("samples", "d"), "fid": ("FID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
+    "samples": ("samples", "d"), "real_images": ("real images", "d"),
+    "fid": ("FID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),
 }
 

@@ -190,7 +190,7 @@ def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dic
     keys = [key for name, target in targets.items() for key in _keys(target, name)]
     for name in given:
         if name not in sections:
-            raise UserError(f"unknown section {name!r} in {path}; the nearest valid one is {_nearest(name, list(sections))!r}")
+            raise UserError(f"unknown section {name!r} in {path}; the nearest valid one is {_nearest(str(name), list(sections))!r}")
     config = {}
     for name, target in targets.items():
         section = dict(mapping(given.get(name), name))
@@ -243,7 +243,8 @@ def parse_yaml(text: str) -> Any:
                 break
         else:
             return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, AttributeError, LookupError) as error:  # not only YAMLErrors: for the 99th of a month, !!bool 3
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # Not only YAMLErrors: for the 99th of a month, for !!bool 3.
         problem = "valid YAML" + (f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else "")
     raise ValueError(problem)
 
@@ -319,7 +320,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     elif kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4, without a dot, as a string
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
@@ -384,7 +385,7 @@ class Run:
                                  "adam_beta2": (0, 1 - 1e-9), "ema_decay": (0, 1), "adam_weight_decay": (0, math.inf),
                                  "lr_warmup_steps": (0, math.inf), "lr_warmup_epochs": (0, math.inf), "max_minutes": (0, math.inf),
                                  "max_grad_norm": (1e-12, math.inf), "learning_rate": (0, math.inf), "base_lr": (0, math.inf),
-                                 "adam_epsilon": (0, math.inf), "max_bad_steps": (0, math.inf)}.items():
+                                 "adam_epsilon": (0, math.inf), "max_bad_steps": (0, 2**63 - 1)}.items():
             if train[key] is not None and not low <= train[key] <= high:
                 raise UserError(f"train.{key} must be between {low:g} and {high:g}; it is {train[key]}")
         self.config, self.wanted = config, resume
@@ -527,6 +528,7 @@ class Run:
             _write_manifest(temporary, step)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
+            _sync(final.parent)
 
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -629,7 +631,7 @@ class Run:
         """Keeps the weights of the highest score so far."""
         if self.is_main and score > self.best:
             self.best = score
-            with self._spare("the best weights"):
+            with self.spare("the best weights"):
                 write_file(self.folder / "checkpoints/best.safetensors", save(_state(module), {"step": str(step), "score": repr(score)}))
 
     # Training
@@ -664,7 +666,7 @@ class Run:
         weights, which have not moved.) An overflow of fp16 is undone, but not counted: its scaler expects some."""
         for now, before in zip(self.moving, self.kept):
             now.copy_(torch.where(self.bad > 0, before, now))
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None or self.accelerator.scaler.get_scale() <= 1:  # where the scale cannot be the reason
             self.bad_steps, self.bad_row = self.bad_steps + self.bad, (self.bad_row + 1) * self.bad
             self.too_many = torch.where((self.too_many == 0) & (self.bad_row > self.train["max_bad_steps"]), step, self.too_many)
 
@@ -726,10 +728,10 @@ class Run:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars to the tracker and to metrics.jsonl."""
         values = {k: v for k, v in values.items() if math.isfinite(v)}  # gradient norms are not, where fp16 overflowed
-        with self._spare("the tracker's log"):
+        with self.spare("the tracker's log"):
             self.accelerator.log(values, step=step)
         if self.is_main:
-            with self._spare("metrics.jsonl"), open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+            with self.spare("metrics.jsonl"), open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
                 line, end = (json.dumps({"step": step, **values}) + "\n").encode(), file.tell()
                 if file.write(line) < len(line):  # no part of a line stays
                     file.truncate(end)
@@ -746,16 +748,16 @@ class Run:
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
             file = io.BytesIO()
             save_image(grid, file, "png")
-            with self._spare(f"the picture of step {step}"):
+            with self.spare(f"the picture of step {step}"):
                 write_file(path, file.getvalue())
-            with self._spare("the tracker's log"):
+            with self.spare("the tracker's log"):
                 for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
                     nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
         return path
 
     @contextmanager
-    def _spare(self, what: str) -> Iterator[None]:
+    def spare(self, what: str) -> Iterator[None]:
         """What a run can do without must not end it: a checkpoint that cannot be written will."""
         try:
             yield
@@ -916,11 +918,15 @@ def _write_manifest(checkpoint: Path, step: int) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before it takes the place of another
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _damage(path: Path) -> str | None:

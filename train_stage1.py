@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = len(train_set) / global_batch
     max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * steps_per_epoch)
 
+    if min(train["num_validation_images"] or len(val_set), len(val_set)) < world:
+        raise UserError(f"there are fewer validation images than processes ({world}); hold out more, or start fewer")
+
     # Models
     model = build(STAGE1[model_settings.pop("name")], model_settings)
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
@@ -218,18 +221,23 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
         if path.stem > f"step_{start:08d}":  # of steps that are done again
             path.unlink()
 
-    def catch(_, given: tuple, returned: tuple) -> None:
+    def before(_, given: tuple) -> None:
+        last["codebook"] = quantizer.codebook.detach().clone()  # which the step is about to change
+
+    def after(_, given: tuple, returned: tuple) -> None:
         last["args"] = given[0].detach(), returned[1], *given[1:2]  # vectors, their codes, and their weight in the loss
 
     def record(step: int) -> None:
         if step % every == 0:
             arrays = {"uses": quantizer.uses(), "norms": quantizer.codebook.detach().float().norm(dim=1),
-                      "gradient_norms": quantizer.gradient_norms(*last["args"])}
+                      "gradient_norms": quantizer.gradient_norms(*last["args"], codebook=last["codebook"])}
             file = io.BytesIO()
             np.savez(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
-            write_file(folder / f"step_{step:08d}.npz", file.getvalue())
+            with run.spare(f"the codebook's record of step {step}"):
+                write_file(folder / f"step_{step:08d}.npz", file.getvalue())
 
-    quantizer.register_forward_hook(catch)
+    quantizer.register_forward_pre_hook(before)
+    quantizer.register_forward_hook(after)
     return record
 
 

@@ -286,13 +286,14 @@ class VectorQuantizer(nn.Module):
         recent = indices.flatten()[-len(self.queue):].to(self.queue.dtype)
         self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
 
-    def gradient_norms(self, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None) -> Tensor:
+    def gradient_norms(self, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
         """How strongly vectors (..., D) pull at the codes (...) that they chose: the norm (K,) of the codebook loss's gradient at
-        each code. It is 0 for a code that nobody chose, which is how codes die. With EMA it is what the gradient would be."""
+        each code (of the codebook that they were chosen from, if it is another by now). It is 0 for a code that nobody chose, which
+        is how codes die. With EMA it is what the gradient would be."""
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            codes = self.codebook.detach().float().requires_grad_()
+            codes = (self.codebook if codebook is None else codebook).detach().float().requires_grad_()
             error = self._normalize(F.embedding(indices, codes)) - self._normalize(z.detach().float())
-            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            weight = (self.beta if self.legacy else 1.0) * (1.0 if loss_weight is None else loss_weight.unsqueeze(-1))
             return torch.autograd.grad((error.square() * weight).mean(), codes)[0].norm(dim=1)
 
     def uses(self) -> Tensor:

@@ -104,7 +104,8 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
         assert found["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(a, b), abs=1e-4)
         ssim = structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
         assert found["ssim"][i].item() == pytest.approx(ssim, abs=1e-4)
-    assert evaluate.compare(images, images, None)["ssim"].tolist() == pytest.approx([1, 1, 1, 1])
+    same = evaluate.compare(images, images)
+    assert same["ssim"].tolist() == pytest.approx([1, 1, 1, 1]) and same["psnr"].tolist() == [100] * 4  # and no infinite mean
 
 
 def test_usage_and_perplexity():
@@ -251,7 +252,7 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     in_two_processes(tmp_path, random_inception, *words)
     assert_same(drawn, json.loads((run / "metrics.json").read_text()))
     greedy = measured(run, "-n", 5, "sample.temperature=0")
-    assert greedy["samples"] == 5 and greedy["images"] == 4 and greedy["fid"] != drawn["fid"]
+    assert greedy["samples"] == 5 and greedy["images"] == greedy["real_images"] == 4 and greedy["fid"] != drawn["fid"]
     with pytest.raises(UserError, match="need 4 samples and 4 images; there are 3 and 4"):
         measured(run, "-n", 3)
 
@@ -266,6 +267,10 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     np.savez(tmp_path / "float.npz", np.zeros((2, 16, 16, 3)))
     np.savez(tmp_path / "large.npz", np.zeros((2, 32, 32, 3), np.uint8))
     (tmp_path / "text.npz").write_text("no")
+    (tmp_path / "nothing.npz").write_bytes(b"")
+    np.savez(tmp_path / "none.npz", np.zeros((0, 16, 16, 3), np.uint8))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/000000.png").write_bytes(b"")
     for words, sentence in (
             (["--run", tmp_path], "not a run folder"),
             (["--run", stage1, f"data.root={tmp_path}/empty", "data.name=folder"], "no images for the val split"),
@@ -279,6 +284,9 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", run, "--samples", tmp_path / "large.npz"], "image 0 of .*large.npz has 32 x 32 pixels"),
             (["--run", run, "--samples", tmp_path / "float.npz"], "holds float64"),
             (["--run", run, "--samples", tmp_path / "text.npz"], "is not an .npz of images"),
+            (["--run", run, "--samples", tmp_path / "nothing.npz"], "is not an .npz of images"),
+            (["--run", run, "--samples", tmp_path / "none.npz"], "holds uint8 .0, 16, 16, 3. instead of images"),
+            (["--run", run, "--samples", tmp_path / "broken"], "cannot read .*000000.png .*remove it from the samples"),
             (["--run", run, "--samples", tmp_path / "empty"], "there are no images in"),
             (["--run", run, "--samples", tmp_path / "nowhere"], "there are no images in"),
             (["--run", run, "sample.top_k=0"], "top_k must be at least 1")):

@@ -61,6 +61,8 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("train.seed", "'train.seed' is not of the form key.sub=value"),
     ("train.seed=[", "not valid YAML"),
     ("train.seed.sub=1", "must be int"),
+    ("train.learning_rate=" + "9" * 400, "train.learning_rate must be float"),
+    ("train.learning_rate=1" + ":59" * 200 + ".5", "not valid YAML"),
 ])
 def test_mistakes_are_one_sentence(tiny, override, sentence):
     with pytest.raises(UserError) as error:
@@ -70,7 +72,7 @@ def test_mistakes_are_one_sentence(tiny, override, sentence):
 
 @pytest.mark.parametrize("text, sentence", [
     ("model: [", "not valid YAML at line"), ("- 1", "must be a section"), ("train: 3", "train must be a section"),
-    ("", "model.name must be one of")])
+    ("", "model.name must be one of"), ("train: {}\non: 3", "unknown section True")])
 def test_files_that_are_no_config(tmp_path, text, sentence):
     (tmp_path / "c.yaml").write_text("model: {name: vqgan}\n" + text if text.startswith("train") else text)
     with pytest.raises(UserError, match=sentence):

@@ -190,12 +190,16 @@ def test_copy(tmp_path):
               "VQGAN(32, 32, [1, 2], 1, [16], 32, VectorQuantizer(64, 8, ema_decay=0.99))", "VQVAE(32)")
 
 
-@pytest.mark.parametrize("l2_norm", [False, True])
-def test_gradient_norms_are_those_of_the_codebook_loss(l2_norm):
+@pytest.mark.parametrize("l2_norm, legacy", [(False, False), (True, False), (False, True)])
+def test_gradient_norms_are_those_of_the_codebook_loss(l2_norm, legacy):
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(16, 4, beta=0.0, l2_norm=l2_norm)
+    quantizer = VectorQuantizer(16, 4, beta=0.3, legacy=legacy, l2_norm=l2_norm)
     z, weight = torch.randn(2, 3, 3, 4), torch.rand(2, 3, 3)
     _, indices, losses, _ = quantizer(z, weight)
     losses["codebook"].backward()
     norms = quantizer.gradient_norms(z, indices, weight)
     assert torch.allclose(norms, quantizer.codebook.grad.norm(dim=1), atol=1e-6) and norms.max() > 0
+    before = quantizer.codebook.detach().clone()
+    with torch.no_grad():
+        quantizer.codebook.mul_(-1)
+    assert torch.equal(quantizer.gradient_norms(z, indices, weight, before), norms)
