@@ -418,9 +418,10 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        # On the device, so that no step waits for them: is this step bad, how many were since the last log and in a row,
-        # and the step at which that were too many.
-        self.bad, self.bad_steps, self.bad_row, self.too_many = torch.zeros(4, dtype=torch.long, device=self.accelerator.device)
+        # On the device, so that no step waits for them: is this step of a module bad, how many were since the last log and in a
+        # row, and the step at which that were too many.
+        self.bad: dict[str, Tensor] = {}
+        self.bad_steps, self.bad_row, self.too_many = torch.zeros(3, dtype=torch.long, device=self.accelerator.device)
 
     def _check_folder(self) -> None:
         """Refuses to start where there are checkpoints, and to continue those of other networks."""
@@ -484,8 +485,10 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors. `stateful` ones have small buffers
         only, and are kept with the optimizers."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
-        forwarded = [m for name, m in self.modules.items() if name != "ema"] + list(stateful.values())
-        self.moving = [v for m in forwarded for v in m.state_dict(keep_vars=True).values() if not v.requires_grad]  # codebook, statistics
+        # What a forward pass changes: codebook and statistics. LeCam's averages follow the discriminator's steps.
+        self.moving = {name: [v for m in (module, *(stateful.values() if name == "discriminator" else ()))
+                              for v in m.state_dict(keep_vars=True).values() if not v.requires_grad]
+                       for name, module in self.modules.items() if name != "ema"}
         if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
         self.accelerator.register_for_checkpointing(*stateful.values())
@@ -637,8 +640,8 @@ class Run:
     # Training
 
     def begin_step(self) -> None:
-        self.bad = torch.zeros_like(self.bad)
-        self.kept = [v.detach().clone() for v in self.moving]
+        self.bad = {}
+        self.kept = {name: [v.detach().clone() for v in moving] for name, moving in self.moving.items()}
 
     def backward(self, loss: Tensor) -> None:
         """A loss that is not finite makes the gradients so, on all processes."""
@@ -652,7 +655,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.train["max_grad_norm"] or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = ~norm.isfinite()
-        self.bad = self.bad | bad
+        self.bad[next(name for name, m in self.modules.items() if m is self.accelerator.unwrap_model(module))] = bad
         if self.accelerator.scaler is None:  # which skips by itself
             if optimizer.param_groups[0]["fused"]:
                 optimizer.optimizer.found_inf = bad.float()  # read on the device: the CPU need not wait for it
@@ -664,10 +667,12 @@ class Run:
     def end_step(self, step: int) -> None:
         """Undoes what a skipped step did to codebook and statistics, and counts it. (Averaged weights have moved on towards the
         weights, which have not moved.) An overflow of fp16 is undone, but not counted: its scaler expects some."""
-        for now, before in zip(self.moving, self.kept):
-            now.copy_(torch.where(self.bad > 0, before, now))
+        for name, bad in self.bad.items():
+            for now, before in zip(self.moving[name], self.kept[name]):
+                now.copy_(torch.where(bad, before, now))
         if self.accelerator.scaler is None or self.accelerator.scaler.get_scale() <= 1:  # where the scale cannot be the reason
-            self.bad_steps, self.bad_row = self.bad_steps + self.bad, (self.bad_row + 1) * self.bad
+            bad = torch.stack(list(self.bad.values())).any()
+            self.bad_steps, self.bad_row = self.bad_steps + bad, (self.bad_row + 1) * bad
             self.too_many = torch.where((self.too_many == 0) & (self.bad_row > self.train["max_bad_steps"]), step, self.too_many)
 
     def stop_if_bad(self, dataset: ImageDataset, batches: Callable[[int], Iterable[list[tuple[int, int]]]]) -> None:

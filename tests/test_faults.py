@@ -33,10 +33,13 @@ from experiment import UserError
 
 
 def poison(monkeypatch, loop, kind, steps):
-    """Spoils these steps (from 0) of a train loop: its batches, its loss alone, or its gradient alone."""
-    count, backward = [0], loop.Run.backward
+    """Spoils these steps (from 0) of a train loop: its batches, its loss or gradient alone, or those of one of two optimizers."""
+    count, calls, backward = [0], [0], loop.Run.backward
 
     def spoiled(self, loss):
+        calls[0] += 1
+        if count[0] in steps and kind == ("generator", "discriminator")[(calls[0] - 1) % 2]:
+            loss = loss * torch.nan
         if count[0] in steps and kind == "loss":
             loss = loss + torch.tensor(torch.inf)  # a constant: without it the gradient is finite
         if count[0] in steps and kind == "gradient":
@@ -79,6 +82,19 @@ def test_a_bad_step_of_stage_1_changes_nothing(train, tmp_path, monkeypatch, kin
     assert all(v.isfinite().all() for v in last.values())
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     assert [line["bad_steps"] for line in lines] == [0, 1, 0] and all("grad_norm" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind, still", [("generator", ("model.", "optimizer.")),
+                                         ("discriminator", ("discriminator.", "optimizer_1.", "custom_checkpoint_0."))])
+def test_a_bad_step_of_one_optimizer_leaves_the_other_its_own(train, tmp_path, monkeypatch, kind, still):
+    poison(monkeypatch, train_stage1, kind, {3})
+    config = write_tiny(tmp_path, model=TINY_MODELS["mqvae"], discriminator="ch: 8\n  num_layers: 1")
+    train("train.checkpointing_steps=1", "train.checkpoints_total_limit=9", "loss.lecam_weight=0.1", "loss.disc_start=0", config=config)
+    before, after = weights(tmp_path / "run", 3), weights(tmp_path / "run", 4)
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    assert not [k for k in changed if k.startswith(still)]
+    assert {"model.quantizer.codebook", "discriminator.0.weight"} & set(changed)
+    assert [line["bad_steps"] for line in metrics(tmp_path / "run") if "loss" in line] == [0, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("kind, fused", [("loss", False), ("gradient", True)])
