@@ -25,6 +25,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -880,6 +881,7 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: di
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script; what the user can put right ends it with one sentence instead of a traceback."""
     _start_cpu_processes()
+    threading.excepthook = _thread_ended
     try:
         main()
     except (UserError, DataError) as error:
@@ -893,6 +895,15 @@ def run_main(main: Callable[[], None]) -> None:
                  "it by --resume auto)")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _thread_ended(failure: threading.ExceptHookArgs) -> None:
+    """Tensorboard writes in a thread of its own, which a full disk ends."""
+    if isinstance(failure.exc_value, OSError):
+        why = failure.exc_value.strerror or failure.exc_value
+        print(f"the tracker's log could not be written ({why}); training goes on", file=sys.stderr)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _start_cpu_processes() -> None:

@@ -28,6 +28,22 @@ import train_stage2
 from dataset import CodeCache, DataError, ImageDataset, make_dataset
 from experiment import UserError
 
+def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence():
+    out = command(sys.executable, "-c", """
+import errno, threading
+import experiment
+def log():
+    raise OSError(errno.ENOSPC, "No space left on device")
+def main():
+    thread = threading.Thread(target=log)
+    thread.start()
+    thread.join()
+    print("went on")
+experiment.run_main(main)
+""")
+    assert out.splitlines() == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses and gradients that are not finite
 
