@@ -425,7 +425,14 @@ class Run:
         self.bad_steps, self.bad_row, self.too_many = torch.zeros(3, dtype=torch.long, device=self.accelerator.device)
 
     def _check_folder(self) -> None:
-        """Refuses to start where there are checkpoints, and to continue those of other networks."""
+        """Refuses to start where there are checkpoints, to continue those of other networks, to follow links, and to write over what is not
+        of a run."""
+        own_folder(self.folder)
+        if not (self.folder / "checkpoints").is_dir():  # which a run makes first
+            for name in ("config.yaml", "metrics.jsonl", "samples", "stage1", "classes.json", "thresholds.json", "codebook"):
+                if (self.folder / name).exists():
+                    raise UserError(f"{self.folder} is not a run folder, but holds {name}, which a run would write over; choose another "
+                                    "train.output_dir")
         if self.wanted is None and self._checkpoints():
             raise UserError(f"{self.folder} already holds checkpoints; continue it with --resume auto, or choose another "
                             "train.output_dir")
@@ -609,8 +616,8 @@ class Run:
             self.accelerator.print(f"continuing {self.folder} from step {step}")
         self.agreed = step
         if self.is_main:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.folder / "samples").mkdir(exist_ok=True)
             for unfinished in (self.folder / "checkpoints").glob(".step_*"):  # when the run was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
             for later in self._checkpoints():  # damaged, or of a future that this run does not continue
@@ -849,6 +856,19 @@ def run_config(folder: str | Path) -> dict:
     return config
 
 
+def own_folder(run: Path, part: str = "") -> Path:
+    """A run folder, or a folder in it, to write to. UserError if links lead from it to other places: who hands on a run folder
+    must not choose which files of its new owner are written over. (The run folder may itself be a link.)"""
+    inside = [run / part] if part else []
+    inside += [Path(where, name) for where, folders, files in os.walk(run / part) for name in folders + files]
+    for path in inside:
+        target = os.path.realpath(path)
+        if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(run)):
+            raise UserError(f"{path} is a link to {target}, outside of the run folder, and would be written to; put the real thing in "
+                            "its place (or, if that is too large, move the whole run folder: that may be a link)")
+    return run / part
+
+
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
     given = {"data": dict(config["data"])}
@@ -951,6 +971,8 @@ def _damage(path: Path) -> str | None:
         manifest = json.loads((path / "checkpoint.json").read_text())
         files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
         f"{manifest['step']:08d}"  # raises unless it is a number
+        if any(Path(name).name != name for name, _, _ in files):
+            raise ValueError("a path")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
     for name, size, digest in files:
@@ -1011,8 +1033,10 @@ def _step(line: str) -> float:
 def write_file(path: Path, data: str | bytes) -> None:
     """Writes a file whole or not at all: what was there before stays until the new one is complete."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open(temporary, "xb") as file:  # never through a link
+            file.write(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from dataset import EXTENSIONS, make_file, to_uint8
-from experiment import STAGE2, UserError, build, load_run, run_main
+from experiment import STAGE2, UserError, build, load_run, own_folder, run_main
 from gpt import Blocks, check_sampling
 from train_stage2 import sampling_arguments
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = dict(config["sample"]) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
     settings["cfg_scale"] = settings["cfg_scale"] if args.cfg is None else args.cfg
     settings = sampling_arguments(type(model), settings)
-    out = Path(args.out or Path(args.run) / f"samples/seed_{args.seed}").expanduser()
+    out = Path(args.out).expanduser() if args.out else own_folder(Path(args.run), "samples") / f"seed_{args.seed}"
     single = out.suffix not in (".png", ".npz")
     if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
         raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")

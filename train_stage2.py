@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import CodeBatches, CodeCache, Files, ImageDataset, TrainBatches, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
-                        make_model, mapping, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
+                        make_model, mapping, own_folder, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
 from gpt import check_sampling, parameter_groups
 from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
@@ -280,7 +280,8 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     names = hashlib.sha256("\n".join(names).encode())
     key = hashlib.sha256(json.dumps([weights.hexdigest(), names.hexdigest(), data, views]).encode()).hexdigest()[:16]
     split = "train" if dataset.train else "val"
-    folder = Path(settings["cache_dir"] or Path(settings["stage1"] or run.folder) / "codes").expanduser()
+    folder = Path(settings["cache_dir"]).expanduser() if settings["cache_dir"] else own_folder(Path(
+        settings["stage1"] or run.folder).expanduser(), "codes")
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, stage1.quantizer.codebook_size)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from dataset import ImageDataset, eval_loader, to_uint8
 from evaluate import compare, spent
-from experiment import STAGE1, UserError, load_run, run_config, run_dataset, run_main
+from experiment import STAGE1, UserError, load_run, own_folder, run_config, run_dataset, run_main
 from losses import load_lpips
 from sample import check, chosen_labels, generators, load_models
 from train_stage2 import sampling_arguments
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(getattr(args, key, 1) for key in ("n", "images", "dpi")) < 1 or not 0 <= getattr(args, "seed", 0) < 2**32:
         raise UserError("-n, --images and --dpi must be at least 1, and --seed between 0 and 2^32 - 1")
     first = args.run[0] if isinstance(args.run, list) else args.run
-    args.out = Path(args.out or Path(first) / "figures" / (args.command + args.suffix)).expanduser()
+    args.out = Path(args.out).expanduser() if args.out else own_folder(Path(first), "figures") / (args.command + args.suffix)
     if args.out.suffix != args.suffix:
         raise UserError(f"--out must end in {args.suffix}; it is {args.out}")
     args.draw(args)

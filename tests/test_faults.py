@@ -22,9 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 
+import evaluate
 import experiment
+import sample
 import train_stage1
 import train_stage2
+import visualize
 from dataset import CodeCache, DataError, ImageDataset, make_dataset
 from experiment import UserError
 
@@ -286,11 +289,85 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("manifest", [
     "[]", '{"step": "../../x", "files": {}}', '{"step": 3, "files": []}', '{"step": 3, "files": {"a": 1}}', "[" * 100_000,
-    '{"step": null, "files": {}}',
+    '{"step": null, "files": {}}', '{"step": 3, "files": {"../run/config.yaml": [1, "x"]}}', '{"step": 3, "files": {"/etc/passwd": [1, "x"]}}',
 ])
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     (tmp_path / "checkpoint.json").write_text(manifest)
     assert experiment._damage(tmp_path) == "checkpoint.json is missing or unreadable"
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder with a file, which must stay as it is."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "step_00000006.npz").write_text("precious")
+    yield folder
+    assert [p.name for p in folder.iterdir()] == ["step_00000006.npz"] and (folder / "step_00000006.npz").read_text() == "precious"
+
+
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target, target_is_directory=target.is_dir())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/.step_00000003", "samples", "tensorboard", "codebook", "metrics.jsonl",
+                                  "thresholds.json", ".config.yaml.tmp"])
+def test_training_follows_no_link_out_of_its_run_folder(train, tmp_path, outside, name):
+    """Which an archive with a run folder may hold."""
+    link(tmp_path / "run" / name, outside if "json" not in name and "yaml" not in name else outside / "step_00000006.npz")
+    with pytest.raises(UserError, match=f"{name} is a link to .*outside, outside of the run|{name} is a link to .*npz, outside of the run"):
+        train("train.codebook_stats_every=3", "train.log_with=tensorboard", config=write_tiny(tmp_path, model=TINY_MODELS["dqvae_entropy"]))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "stage1/mine.txt", "samples/me.png"])
+def test_training_writes_over_nothing_that_is_not_of_a_run(train2, tmp_path, name):
+    file = tmp_path / "run2" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match=f"is not a run folder, but holds {name.split('/')[0]}, which a run would write over"):
+            train2(write_tiny2(tmp_path, "gpt"), resume=resume)
+    assert file.read_text() == "precious" and len(list((tmp_path / "run2").iterdir())) == 1
+
+
+def test_a_run_folder_may_be_a_link_and_hold_links_to_itself(train, tmp_path):
+    (tmp_path / "large").mkdir()
+    link(tmp_path / "run", tmp_path / "large")
+    link(tmp_path / "run/newest", tmp_path / "large/checkpoints/step_00000006")
+    train()
+    train(resume="auto")
+    assert (tmp_path / "large/newest/model.safetensors").is_file()
+
+
+def test_what_writes_to_a_run_that_it_reads_follows_no_link(train2, tmp_path, outside):
+    """Nor goes where the run's config says: that is where somebody else kept things."""
+    config = write_tiny2(tmp_path, "gpt")
+    stage1, run = tmp_path / "stage1_vqgan", tmp_path / "run2"
+    train2(config, "train.max_train_steps=1")
+    for folder in (stage1, run, run / "stage1"):
+        given = yaml.safe_load((folder / "config.yaml").read_text())
+        given["train"] |= {"output_dir": str(outside), "calibration_file": str(outside / "x.json")}
+        given |= {"codes": {"stage1": str(outside), "cache_dir": str(outside), "cache": True}} if folder == run else {}
+        (folder / "config.yaml").write_text(yaml.safe_dump(given))
+    shutil.rmtree(stage1 / "codes")
+    calls = {
+        "samples": lambda: sample.main(["--run", str(run), "-n", "2"]),
+        "figures": lambda: visualize.main(["sequence", "--run", str(run)]),
+        ".metrics.json.tmp": lambda: evaluate.main(["--run", str(run), "-n", "2", "--images", "2", "--without", "inception", "lpips"]),
+        "codes": lambda: train2(config, "train.max_train_steps=1", f"train.output_dir={tmp_path}/other"),
+    }
+    for name, call in calls.items():
+        path = (stage1 if name == "codes" else run) / name
+        shutil.rmtree(path, ignore_errors=True)
+        link(path, outside / "step_00000006.npz" if name.endswith("tmp") else outside)
+        if not name.endswith("tmp"):  # that one is replaced
+            with pytest.raises(UserError, match=f"{name} is a link to .*outside, outside of the run folder"):
+                call()
+            path.unlink()
+        call()
+        assert not path.is_symlink()
+    assert json.loads((run / "metrics.json").read_text())["images"] == 2
 
 
 @pytest.mark.parametrize("text, told", [
