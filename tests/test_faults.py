@@ -155,6 +155,66 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(train, train2, tmp_path, monke
     assert all(image[2] == f"shapes image {image[1]}" for f in found for image in f["images"])
 
 
+@pytest.fixture
+def fp16(monkeypatch):
+    """fp16 on the CPU: autocast and torch's own scaler, which accelerate makes for GPUs alone; fp16(2.0**30) begins with that scale."""
+    def make(scale):
+        class Half(experiment.Accelerator):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.state._mixed_precision, self.native_amp = "fp16", True
+                self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+        monkeypatch.setattr(experiment, "Accelerator", Half)
+    return make
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_overflows_under_fp16_is_skipped_but_does_not_count(train, train2, tmp_path, fp16, stage):
+    """Nothing changes until the scale has come down, codebook and statistics included; then training begins."""
+    fp16(2.0**30)
+    words = ["train.max_train_steps=16", "train.checkpointing_steps=1", "train.checkpoints_total_limit=99", "train.validation_steps=99",
+             "train.max_bad_steps=0"]
+    if stage == 1:
+        config, run = write_tiny(tmp_path, model=TINY_MODELS["mqvae"], discriminator="ch: 8\n  num_layers: 1"), tmp_path / "run"
+        train(*words, "loss.disc_start=0", "loss.gan_start=0", config=config)
+    else:
+        config, run = write_tiny2(tmp_path, "gpt"), tmp_path / "run2"
+        train2(config, *words)
+    lines = [line for line in metrics(run) if "loss" in line or "bad_steps" in line]
+    assert all(line["bad_steps"] == 0 for line in lines) and len(lines) == 16
+    before, changed = weights(run, 1), []
+    for step in range(2, 17):
+        after = weights(run, step)
+        changed.append({k.split(".")[0] for k in before if not torch.equal(before[k], after[k])})
+        before = after
+    assert changed[:3] == [set()] * 3 and changed[-1] >= {k.split(".")[0] for k in after} - {"custom_checkpoint_0"}  # LeCam is off
+    assert [("grad_norm" in line) for line in lines[1:]] == [("model" in names) for names in changed]
+    assert 0 < max(line.get("grad_norm", 0) for line in lines) < 50  # without the scale
+    assert all(v.isfinite().all() for v in after.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_bad_loss_under_fp16_counts_once_the_scale_is_not_the_reason(train, train2, tmp_path, monkeypatch, fp16, stage):
+    fp16(4.0)
+    poison(monkeypatch, train_stage1 if stage == 1 else train_stage2, "loss", set(range(2, 99)))
+    with pytest.raises(UserError, match=f"not finite in the 3 steps up to {6 if stage == 2 else 5}, more in a row"):
+        words = ["train.max_train_steps=20", "train.max_bad_steps=2", "loss.disc_start=0"][:2 + (stage == 1)]
+        train(*words) if stage == 1 else train2(write_tiny2(tmp_path, "gpt"), *words)
+
+
+def test_fp16_resumes_exactly(train, tmp_path, fp16):
+    """Its scale included, which is coming down."""
+    for words in ([f"train.output_dir={tmp_path}/whole"], ["train.max_train_steps=7"], []):
+        fp16(2.0**30)
+        more = ["train.max_train_steps=14", "train.checkpointing_steps=7", "train.lr_scheduler=constant"]
+        train(*more, *words, resume=None if words else "auto")
+    one, other = weights(tmp_path / "whole", 14), weights(tmp_path / "run", 14)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    scales = [torch.load(tmp_path / f"{run}/checkpoints/step_00000014/scaler.pt", weights_only=True) for run in ("whole", "run")]
+    assert scales[0] == scales[1] and scales[0]["scale"] < 2.0**30
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills and signals (train_stage1's are in test_train_stage1.py)
 
