@@ -536,7 +536,7 @@ class Run:
         temporary = final.with_name(f".{final.name}")
 
         def finish() -> None:
-            _write_manifest(temporary, step)
+            _write_manifest(temporary, step, bad_row=int(self.bad_row))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             _sync(final.parent)
@@ -612,7 +612,8 @@ class Run:
                 raise UserError(f"{path} holds more than tensors and numbers, and was not loaded, because that could run code from "
                                 "it; use a checkpoint that you trust") from error
             self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
-            step = json.loads((path / "checkpoint.json").read_text())["step"]
+            manifest = json.loads((path / "checkpoint.json").read_text())
+            step, self.bad_row = manifest["step"], self.bad_row + manifest.get("bad_row", 0)
             self.accelerator.print(f"continuing {self.folder} from step {step}")
         self.agreed = step
         if self.is_main:
@@ -950,9 +951,9 @@ def _newest_whole(checkpoints: list[Path], say: Callable[[str], None]) -> Path |
     return None
 
 
-def _write_manifest(checkpoint: Path, step: int) -> None:
+def _write_manifest(checkpoint: Path, step: int, **more: int) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, **more, "files": files}, indent=1))
     for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before it takes the place of another
         _sync(path)
 
@@ -970,7 +971,7 @@ def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
         files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
-        f"{manifest['step']:08d}"  # raises unless it is a number
+        f"{manifest['step']:08d} {manifest.get('bad_row', 0):d}"  # raises unless they are whole numbers
         if any(Path(name).name != name for name, _, _ in files):
             raise ValueError("a path")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -155,6 +155,21 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(train, train2, tmp_path, monke
     assert all(image[2] == f"shapes image {image[1]}" for f in found for image in f["images"])
 
 
+def test_bad_steps_in_a_row_are_counted_across_a_resume(train, tmp_path, monkeypatch):
+    """A job that is restarted more often than max_bad_steps must not skip for ever."""
+    words = ["train.max_bad_steps=2", "train.checkpointing_steps=1", "train.max_train_steps=9", "loss.disc_weight=0"]
+    poison(monkeypatch, train_stage1, "loss", {2, 3})
+    train(*words, "train.max_train_steps=4")
+    assert json.loads((tmp_path / "run/checkpoints/step_00000004/checkpoint.json").read_text())["bad_row"] == 2
+    monkeypatch.undo()
+    poison(monkeypatch, train_stage1, "loss", {0})
+    with pytest.raises(UserError, match="in the 3 steps up to 5"):
+        train(*words, resume="auto")
+    assert [found["step"] for found in json.loads((tmp_path / "run/bad_steps.json").read_text())] == [3, 4, 5]
+    monkeypatch.undo()
+    train(*words, resume="auto")
+
+
 @pytest.fixture
 def fp16(monkeypatch):
     """fp16 on the CPU: autocast and torch's own scaler, which accelerate makes for GPUs alone; fp16(2.0**30) begins with that scale."""
@@ -349,7 +364,7 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("manifest", [
     "[]", '{"step": "../../x", "files": {}}', '{"step": 3, "files": []}', '{"step": 3, "files": {"a": 1}}', "[" * 100_000,
-    '{"step": null, "files": {}}', '{"step": 3, "files": {"../run/config.yaml": [1, "x"]}}', '{"step": 3, "files": {"/etc/passwd": [1, "x"]}}',
+    '{"step": null, "files": {}}', '{"step": 3, "bad_row": [], "files": {}}', '{"step": 3, "files": {"../run/config.yaml": [1, "x"]}}', '{"step": 3, "files": {"/etc/passwd": [1, "x"]}}',
 ])
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     (tmp_path / "checkpoint.json").write_text(manifest)

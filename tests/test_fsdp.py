@@ -26,6 +26,7 @@ from accelerate.utils import DistributedType
 from experiment import Run, run_main
 
 init, save, AdamW = AcceleratorState.__init__, Run.save, torch.optim.AdamW
+begin, backward, count = Run.begin_step, Run.backward, [0]
 
 def state(self, mixed_precision=None, *args, fsdp_plugin=None, **kwargs):
     init(self, mixed_precision, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -42,8 +43,18 @@ def note(self, step):
     (self.folder / f"shares_{{self.accelerator.process_index}}.json").write_text(json.dumps(shares | {{"blocks": blocks}}))
     save(self, step)
 
+def counted(self):
+    begin(self)
+    count[0] += 1
+
+def spoiled(self, loss):  # in the fourth step of a run that is called so, on one of the processes
+    bad = count[0] == 4 and self.folder.name.startswith("spoiled") and self.accelerator.process_index == 1
+    backward(self, loss * torch.nan if bad else loss)
+
+Run.begin_step, Run.backward = counted, spoiled
 AcceleratorState.__init__, Run.save, Run.close = state, note, lambda run: run.accelerator.wait_for_everyone()
 for fused, arguments in json.load(open(sys.argv[1])):
+    count[0] = 0
     torch.optim.AdamW = lambda *a, fused=fused, **k: AdamW(*a, **k | {{"fused": fused}})
     GradientState._reset_state()
     AcceleratorState._reset_state(True)
@@ -95,6 +106,8 @@ def folder(tmp_path_factory):
                           folders[name] / "plain/checkpoints/step_00000003"])]
     noisy = ["--config", config, *NOISY, "train.mixed_precision=bf16"]
     parts = [*noisy, f"train.output_dir={folders[name]}/parts"]
+    runs += [(fused, ["--config", config, *SAME, "train.train_batch_size=2", "train.checkpointing_steps=1",
+                      "train.checkpoints_total_limit=9", f"train.output_dir={folders[name]}/spoiled_{fused}"]) for fused in (True, False)]
     runs += [(False, [*noisy, f"train.output_dir={folders[name]}/whole"]), (False, [*parts, "train.max_minutes=0"]),
              (False, [*parts, "--resume", "auto"])]
     folders["said"] = launch(folders[name], runs)
@@ -147,6 +160,16 @@ def test_resume_is_exact(folder, train2, tmp_path):
            f"train.output_dir={tmp_path}")
     plain = torch.tensor([line["content"] for line in metrics(tmp_path) if "content" in line])
     torch.testing.assert_close(losses, plain, atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_step_of_one_process_changes_nothing(folder, fused):
+    run = folder["dq_transformer"] / f"spoiled_{fused}"
+    before, after, last = (weights(run, step) for step in (3, 4, 6))
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"ema"} and all(v.isfinite().all() for v in last.values())
+    assert {"model", "optimizer"} <= {k.split(".")[0] for k in last if not torch.equal(after[k], last[k])}
+    assert [line["bad_steps"] for line in metrics(run) if "loss" in line] == [0, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("stage, kind, options, sentence", [
