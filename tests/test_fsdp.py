@@ -55,7 +55,7 @@ Run.begin_step, Run.backward = counted, spoiled
 AcceleratorState.__init__, Run.save, Run.close = state, note, lambda run: run.accelerator.wait_for_everyone()
 for fused, arguments in json.load(open(sys.argv[1])):
     count[0] = 0
-    torch.optim.AdamW = lambda *a, fused=fused, **k: AdamW(*a, **k | {{"fused": fused}})
+    torch.optim.AdamW = lambda *a, chosen=fused, **k: AdamW(*a, **k | {{"fused": chosen}})
     GradientState._reset_state()
     AcceleratorState._reset_state(True)
     run_main(lambda: train_stage2.main(arguments))
