@@ -20,9 +20,11 @@ before. That is what makes a resumed run equal to an uninterrupted one.
 
 from __future__ import annotations
 
+import atexit
 import colorsys
 import fcntl
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -380,6 +382,15 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@atexit.register
+def end_workers() -> None:
+    """After an error Python sends its workers one SIGTERM and waits for them, which would be for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,7 +26,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 import zipfile
 import zlib
@@ -93,10 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             lost = dict.fromkeys(LABELS[k][0] for r in results.values() for k, s in r["missing"].items() if s == sentence)
             if lost:
                 print(f"without {', '.join(lost)}: {sentence}")
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        sys.stdout.flush()
-        os._exit(0)  # see Run.close
+    state.wait_for_everyone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

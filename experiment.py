@@ -21,12 +21,14 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 import types
 import typing
 import warnings
@@ -52,7 +54,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from dataset import DataError, ImageDataset, make_dataset
+from dataset import DataError, ImageDataset, end_workers, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT
@@ -806,17 +808,12 @@ class Run:
             raise UserError(f"stopped by {self._signal} {what}")
 
     def close(self) -> None:
-        """Ends the run; with several processes, ends this process too."""
+        """Ends the run."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # accelerator.end_training() would take apart the process group: see run_main
+            tracker.finish()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.accelerator.num_processes > 1:
-            # Taking apart a process group can wait for a thread that waits for Python's lock, which is held meanwhile.
-            # Everything is written: leave without taking anything apart.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
 
 
 def peak_memory() -> float:
@@ -900,22 +897,41 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: di
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a script; what the user can put right ends it with one sentence instead of a traceback."""
+    """Runs a script; what the user can put right ends it with one sentence instead of a traceback. Ends this process, if it is one
+    of several."""
     _start_cpu_processes()
     threading.excepthook = _thread_ended
+    status = 0
     try:
         main()
-    except (UserError, DataError) as error:
-        sys.exit(f"error: {error}")
-    except SafetensorError as error:
-        sys.exit(f"error: {error}; what was saved before is whole")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        sys.exit(f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole (training continues from "
-                 "it by --resume auto)")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, status = _sentence(error), 1
+        if not torch.distributed.is_initialized():
+            if sentence is None:
+                raise
+            sys.exit(sentence)
+        print(sentence or traceback.format_exc(), file=sys.stderr)
+    if torch.distributed.is_initialized():
+        # Taking apart a process group can wait for a thread that waits for Python's lock, which is held meanwhile.
+        # Everything is written: leave without taking anything apart.
+        end_workers()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user instead of a traceback, which is for the errors that nobody thought of."""
+    if isinstance(error, (UserError, DataError)):
+        return f"error: {error}"
+    if isinstance(error, SafetensorError):
+        return f"error: {error}; what was saved before is whole"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return (f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole (training continues from "
+                "it by --resume auto)")
+    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer", str(error)):
+        return "error: another process has ended; what it said is above, or on its machine (training continues by --resume auto)"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
 def _thread_ended(failure: threading.ExceptHookArgs) -> None:

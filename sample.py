@@ -12,8 +12,6 @@ whatever process: on the CPU it is the same image.
 import argparse
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -103,10 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if state.is_main_process:
             together.unlink(missing_ok=True)
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        sys.stdout.flush()
-        os._exit(0)  # see Run.close
+    state.wait_for_everyone()
 
 
 def check(model: torch.nn.Module, settings: dict, labels: torch.Tensor | None) -> None:

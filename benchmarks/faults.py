@@ -232,7 +232,7 @@ def stops(labs: list[Lab], seconds: float) -> None:
     def broken(lab: Lab, run: Path) -> None:
         for _ in range(3):
             number = lab.rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-            pid = lab.start(run)
+            pid = lab.start(run, f"train.dataloader_num_workers={lab.rng.randint(0, 1)}")
             opened = time.monotonic() + 60  # before Run is made, a signal ends the process as it would any other
             while "encoding" not in (text := tail_all(run)) and "parameters" not in text and time.monotonic() < opened:
                 time.sleep(0.002)
@@ -392,7 +392,8 @@ def processes(labs: list[Lab], seconds: float) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def begin(lab: Lab, run: Path):
-        words = [*launch, Path(lab.loop.__file__), *lab.words(run, "train.max_train_steps=40", "train.checkpointing_steps=4")]
+        words = [*launch, Path(lab.loop.__file__), *lab.words(run, "train.max_train_steps=40", "train.checkpointing_steps=4",
+                                                                "train.dataloader_num_workers=1")]
         with open(f"{run}.log", "ab") as log:
             return subprocess.Popen([str(w) for w in words], stdout=log, stderr=log, env=env, cwd=ROOT)
 

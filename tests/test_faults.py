@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,7 +366,8 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("manifest", [
     "[]", '{"step": "../../x", "files": {}}', '{"step": 3, "files": []}', '{"step": 3, "files": {"a": 1}}', "[" * 100_000,
-    '{"step": null, "files": {}}', '{"step": 3, "bad_row": [], "files": {}}', '{"step": 3, "files": {"../run/config.yaml": [1, "x"]}}', '{"step": 3, "files": {"/etc/passwd": [1, "x"]}}',
+    '{"step": null, "files": {}}', '{"step": 3, "bad_row": [], "files": {}}',
+    '{"step": 3, "files": {"../run/config.yaml": [1, "x"]}}', '{"step": 3, "files": {"/etc/passwd": [1, "x"]}}',
 ])
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     (tmp_path / "checkpoint.json").write_text(manifest)
@@ -547,8 +550,8 @@ def test_long_and_small_images_are_read(tmp_path, size):
 # Several processes
 
 
-def two(tmp_path, code, *words):
-    """Two processes that run train_stage1.py with this code before; their output."""
+def broken_script(tmp_path, code):
+    """train_stage1.py with this code before; its command."""
     (tmp_path / "broken.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -557,8 +560,13 @@ Run, rank = experiment.Run, int(os.environ["RANK"])
 {code}
 experiment.run_main(train_stage1.main)
 """)
-    return command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "broken.py", "--config",
-                   write_tiny(tmp_path), *words, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False, timeout=100)
+    return [tmp_path / "broken.py", "--config", write_tiny(tmp_path)]
+
+
+def two(tmp_path, code):
+    """Two processes of torch's launcher that run it; their output."""
+    return command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *broken_script(tmp_path, code),
+                   env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False, timeout=100)
 
 
 def test_processes_agree_on_bad_steps_and_disagreement_is_not_saved(tmp_path):
@@ -588,6 +596,30 @@ Run.end_step = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank a
     assert "Signal 9 (SIGKILL)" in output and not experiment._damage(tmp_path / "run/checkpoints/step_00000003")
     train("train.train_batch_size=8", resume="auto")
     assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("moment", ["end_step", "close"])
+def test_a_process_ends_by_itself_when_another_dies(tmp_path, moment):
+    """As on another machine, where no launcher ends it."""
+    words = broken_script(tmp_path, f"""
+original = Run.{moment}
+Run.{moment} = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if not rank else original(*args)
+""")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": str(port)}
+    both = [subprocess.Popen([sys.executable, *words, "train.dataloader_num_workers=1"], cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in "01"]
+    try:
+        assert both[0].wait(60) == -signal.SIGKILL
+        error = both[1].communicate(timeout=60)[1]
+        assert both[1].returncode == 1 and "error: another process has ended" in error and "Traceback" not in error
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(words[0]) in (p.info["cmdline"] or [])]
+        assert not psutil.wait_procs(left, timeout=30)[1]  # not even workers of their loaders
+    finally:
+        [p.kill() for p in both]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
