@@ -472,9 +472,13 @@ VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.te
 FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=100, **FUZZ)
-@given(st.lists(st.one_of(st.text(max_size=30), st.builds("{}={}".format, st.one_of(st.sampled_from(KEYS), st.text(max_size=9)),
-                                                          st.one_of(VALUES, st.text(max_size=12)))), min_size=1, max_size=3))
+YAML = st.text(alphabet="[]{}:&*!|>'\"-,#%@ \n\tax01.", max_size=8)
+WORDS = st.one_of(st.builds("{}{}={}".format, st.sampled_from(KEYS), st.sampled_from(["", "", ".", ".x"]), st.one_of(VALUES, YAML)),
+                  st.builds("{}={}".format, st.text(max_size=9), VALUES), st.text(max_size=30))
+
+
+@settings(max_examples=200, **FUZZ)
+@given(st.lists(WORDS, min_size=1, max_size=2))
 def test_any_words_are_a_config_or_one_sentence(words):
     for path, sections in (("vqgan", train_stage1.SECTIONS), ("gpt", train_stage2.SECTIONS)):
         try:
