@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -41,7 +42,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torchvision
-import yaml
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -474,7 +474,7 @@ def imagenet(root: Path, train: bool) -> Source:
     # Folders may be named by synset (n01440764) or by class index (0), which the .yml file translates.
     synsets, words = {}, {}
     if (root / "imagenet_idx_to_synset.yml").is_file():
-        synsets = {str(k): v for k, v in yaml.safe_load((root / "imagenet_idx_to_synset.yml").read_text()).items()}
+        synsets = dict(re.findall(r"(\d+): *(n\d+)", (root / "imagenet_idx_to_synset.yml").read_text()))
     if (root / "synset_human.txt").is_file():
         words = dict(line.split(maxsplit=1) for line in (root / "synset_human.txt").read_text().splitlines() if " " in line)
     names = [words.get(synsets.get(c, c), synsets.get(c, c)) for c in classes]
