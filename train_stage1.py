@@ -173,7 +173,7 @@ def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.
         raise UserError(f"data.image_size and model.image_size must be the same for this model; they are {size} and {model.image_size}")
     if discriminator is not None:
         try:
-            copy.deepcopy(discriminator)(torch.zeros(2, 3, size, size))
+            copy.deepcopy(discriminator).to("meta")(torch.zeros(2, 3, size, size, device="meta"))  # shapes only
         except (RuntimeError, ValueError):
             raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; choose fewer") from None
 

@@ -32,6 +32,7 @@ import train_stage2
 import visualize
 from dataset import CodeCache, DataError, ImageDataset, make_dataset
 from experiment import UserError
+from losses import PatchGAN
 
 def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence():
     out = command(sys.executable, "-c", """
@@ -47,6 +48,25 @@ def main():
 experiment.run_main(main)
 """)
     assert out.splitlines() == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize("main", [lambda: torch.empty(2**60), lambda: [0] * 2**60,
+                                  lambda: raise_(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."))])
+def test_too_little_memory_is_one_sentence(main):
+    with pytest.raises(SystemExit, match="error: out of memory .*; halve train.train_batch_size.*saved before is whole") as stop:
+        experiment.run_main(main)
+    assert "\n" not in stop.value.code
+
+
+def test_the_size_of_images_is_checked_without_memory():
+    model, discriminator = SimpleNamespace(factor=1), PatchGAN()
+    train_stage1.check_image_size(2**20, model, discriminator)
+    with pytest.raises(UserError, match="too small for discriminator.num_layers"):
+        train_stage1.check_image_size(8, model, discriminator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
