@@ -930,9 +930,9 @@ def _sentence(error: BaseException) -> str | None:
         return (f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole (training continues from "
                 "it by --resume auto)")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("(can't allocate|not enough) memory", str(error)):
-        return (f"error: out of memory ({str(error).strip().splitlines()[0] if str(error).strip() else 'of the CPU'}); halve "
-                "train.train_batch_size and double train.gradient_accumulation_steps, or choose a smaller model or image_size; what was saved "
-                "before is whole")
+        why = str(error).partition("\n")[0] or "of the CPU"
+        return (f"error: out of memory ({why}); halve train.train_batch_size and double train.gradient_accumulation_steps, or choose a "
+                "smaller model or image_size; what was saved before is whole")
     if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer", str(error)):
         return "error: another process has ended; what it said is above, or on its machine (training continues by --resume auto)"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None

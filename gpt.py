@@ -170,8 +170,8 @@ class Blocks(nn.Module):
 
     def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float):
         super().__init__()
-        if min(n_layer, n_head, n_embd) < 1 or n_embd % n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, and there must be a layer; n_layer, n_head and n_embd are "
+        if min(n_layer, n_head, n_embd) < 1 or n_layer > 1000 or n_embd % n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, and there must be 1 to 1000 layers; n_layer, n_head and n_embd are "
                              f"{n_layer}, {n_head} and {n_embd}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); it is {dropout}")

@@ -154,8 +154,8 @@ class PatchGAN(nn.Sequential):
     """
 
     def __init__(self, ch: int = 64, num_layers: int = 3, norm: Literal["batch", "group"] = "batch"):
-        if ch < 1 or num_layers < 1:
-            raise ValueError(f"a discriminator needs at least 1 channel and 1 layer; it is given {ch} and {num_layers}")
+        if ch < 1 or not 1 <= num_layers <= 20:
+            raise ValueError(f"a discriminator needs at least 1 channel, and 1 to 20 layers; it is given {ch} and {num_layers}")
         channels = [ch * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):

@@ -165,6 +165,8 @@ class DeMask(nn.Module):
         self.token = nn.Parameter(torch.empty(dim).uniform_(-1 / dim, 1 / dim))
         self.post_quant = nn.Conv2d(dim, channels, 1)
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        if not 0 <= layers <= 1000:
+            raise ValueError(f"demask_layers must be between 0 and 1000; it is {layers}")
         self.blocks = nn.ModuleList(ResBlock(channels, channels) for _ in range(layers))
         self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
         self.last_block = ResBlock(channels, channels)

@@ -275,7 +275,7 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     # A folder may move; the names in it must be the same.
     data, root = {k: v for k, v in run.config["data"].items() if k != "root"}, run.config["data"]["root"]
     names = [dataset.source.name(i) for i in indices]
-    if root and isinstance(dataset.source.load.__self__, Files):
+    if root and isinstance(getattr(dataset.source.load, "__self__", None), Files):
         names = [os.path.relpath(name, Path(root).expanduser()) for name in names]
     names = hashlib.sha256("\n".join(names).encode())
     key = hashlib.sha256(json.dumps([weights.hexdigest(), names.hexdigest(), data, views]).encode()).hexdigest()[:16]

@@ -128,8 +128,9 @@ class VQVAE(VQModel):
     """
 
     def __init__(self, ch: int = 256, num_res_blocks: int = 2, quantizer: VectorQuantizer | None = None):
-        if ch < 2:
-            raise ValueError(f"ch must be at least 2, because half of it is used as well; it is {ch}")
+        if ch < 2 or not 0 <= num_res_blocks <= 1000:
+            raise ValueError("ch must be at least 2, because half of it is used as well, and num_res_blocks between 0 and 1000; they are "
+                             f"{ch} and {num_res_blocks}")
         leaky = nn.LeakyReLU(0.01)
         encoder = nn.Sequential(
             nn.Conv2d(3, ch // 2, 4, 2, 1), leaky, nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky, nn.Conv2d(ch, ch, 3, 1, 1),
@@ -394,8 +395,8 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
         super().__init__()
-        if num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks must be at least 1; it is {num_res_blocks}")
+        if not 1 <= num_res_blocks <= 1000:
+            raise ValueError(f"num_res_blocks must be between 1 and 1000; it is {num_res_blocks}")
         self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks))
         self.attns = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(num_res_blocks))
 

@@ -509,19 +509,37 @@ def test_any_words_are_a_config_or_one_sentence(words):
             assert repr(experiment.parse_yaml(yaml.safe_dump(config, sort_keys=False))) == repr(config)  # what is saved can be read
 
 
+KEYS2 = sorted({k for name in train_stage2.STAGE2 for k in everything(train_stage2.SECTIONS, name)})
 ENDLESS = ("train.max_", "train.num_train_epochs", "train.compile", "train.output_dir", "train.gradient_accumulation", "train.dataloader",
-           "loss.perceptual_weight", "train.log_with")
+           "loss.perceptual_weight", "train.log_with", "codes.cache_dir", "codes.cache_views")
 
 
-@settings(max_examples=60, **FUZZ)
+def changes(keys):
+    return st.dictionaries(st.sampled_from([k for k in keys if not k.startswith(ENDLESS)]), VALUES, min_size=1, max_size=2)
+
+
+@settings(max_examples=150, **FUZZ)
 @example({"model.quantizer.entropy_weight": "1"})  # what random settings have found
 @example({"model.z_channels": "0"})
 @example({"train.gradient_accumulation_steps": str(10**20)})
-@given(st.dictionaries(st.sampled_from([k for k in KEYS if not k.startswith(ENDLESS)]), VALUES, min_size=1, max_size=2))
+@given(changes(KEYS))
 def test_any_settings_are_a_run_or_one_sentence(train, tmp_path, changes):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     try:
         train("train.max_train_steps=1", *(f"{k}={v}" for k, v in changes.items()))
+    except (UserError, DataError) as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=150, **FUZZ)
+@example({"data.root": "nowhere"})
+@given(changes(KEYS2))
+def test_any_settings_of_stage_2_are_a_run_or_one_sentence(train2, tmp_path, changes):
+    shutil.rmtree(tmp_path / "run2", ignore_errors=True)
+    config = tmp_path / "tiny2.yaml"
+    try:
+        train2(config if config.is_file() else write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=1",
+               *(f"{k}={v}" for k, v in changes.items()))
     except (UserError, DataError) as error:
         assert "\n" not in str(error)
 

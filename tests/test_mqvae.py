@@ -110,6 +110,8 @@ def test_bad_ratios_are_one_sentence(ratio):
         small(image_size=31)
     with pytest.raises(ValueError, match="images must be"):
         small()(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="demask_layers must be between 0 and 1000"):
+        MQVAE(demask_layers=10**9)
     with pytest.raises(ValueError, match="l2-normalised"):
         small(quantizer=VectorQuantizer(64, 8, l2_norm=True))
 
