@@ -905,6 +905,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
+        end_workers()  # now: torch would give each of them five seconds
         sentence, status = _sentence(error), 1
         if not torch.distributed.is_initialized():
             if sentence is None:
