@@ -242,7 +242,9 @@ def stops(labs: list[Lab], seconds: float) -> None:
                 status = wait(pid)
                 said = tail_all(run)
                 count[number.name] += 1
-                if status not in (0, 1) or "Traceback" in said or (f"stopped by {number.name}" not in said and "12 steps" not in said):
+                over = "on validation images" in said or "bits per validation image" in said  # the last line of a run
+                obeyed = f"stopped by {number.name}" in said or "12 steps" in said
+                if "Traceback" in said or not (status in (0, 1) and obeyed or status == -number and over):
                     lose(f"{run} ended with {status} after {number.name}: {tail(run)}")
             Path(f"{run}.log").unlink()
             whole(run)
