@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -238,7 +239,8 @@ class CodeCache:
         """Makes the files, unless they are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
             for name, (kind, shape) in self.shapes.items():
                 size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
                 path = self.folder / f"{name}.bin"

@@ -85,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
             wanted = ("fid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid")
             results[folder] |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in results[folder]}}
             about = {"run": folder, "model": names[folder], "which": args.which, "split": args.split, "data": args.overrides}
-            write_file(Path(folder) / "metrics.json", json.dumps(about | results[folder], indent=1) + "\n")
+            try:
+                write_file(Path(folder) / "metrics.json", json.dumps(about | results[folder], indent=1) + "\n")
+            except OSError as error:  # somebody else's run, a full disk: what follows is the result all the same
+                print(f"{folder}/metrics.json could not be written ({error.strerror})")
     if state.is_main_process:
         print(table(results, names, args.markdown))
         for sentence in why.values():

@@ -37,7 +37,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 import psutil
 import torch
@@ -429,12 +429,14 @@ class Run:
     def _check_folder(self) -> None:
         """Refuses to start where there are checkpoints, to continue those of other networks, to follow links, and to write over what is not
         of a run."""
-        own_folder(self.folder)
-        if not (self.folder / "checkpoints").is_dir():  # which a run makes first
-            for name in ("config.yaml", "metrics.jsonl", "samples", "stage1", "classes.json", "thresholds.json", "codebook"):
+        own_folder(self.folder, "checkpoints", "checkpoints/.step_*", "samples", "tensorboard", "tensorboard/*", "codebook", "stage1")
+        try:
+            run_config(self.folder)
+        except UserError:  # config.yaml is the first file of a run
+            for name in ("config.yaml", "metrics.jsonl", "stage1", "classes.json", "thresholds.json", "codebook"):
                 if (self.folder / name).exists():
                     raise UserError(f"{self.folder} is not a run folder, but holds {name}, which a run would write over; choose another "
-                                    "train.output_dir")
+                                    "train.output_dir") from None
         if self.wanted is None and self._checkpoints():
             raise UserError(f"{self.folder} already holds checkpoints; continue it with --resume auto, or choose another "
                             "train.output_dir")
@@ -565,7 +567,8 @@ class Run:
         if failures:
             if self.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            states = [state.values() for optimizer in self.accelerator._optimizers for state in optimizer.state.values()]
+            optimizers = self.accelerator._optimizers + ([self.optimizer] if self.optimizer is not None else [])
+            states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
             tensors = [v for part in (*(m.state_dict().values() for m in self.modules.values()), *states) for v in part]
             raise UserError(f"the checkpoint of step {step} could not be written ({failures[0]}): "
                             f"{_space(self.folder, sum(v.nbytes for v in tensors if isinstance(v, Tensor)))}; the one before is whole, "
@@ -634,9 +637,12 @@ class Run:
             lines = log.read_text().splitlines() if log.is_file() and step else []
             write_file(log, "".join(line + "\n" for line in lines if _step(line) <= step))
             if step and (self.folder / "checkpoints/best.safetensors").is_file():
-                with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
-                    if int(best.metadata()["step"]) <= step:
-                        self.best = float(best.metadata()["score"])
+                try:
+                    with safe_open(self.folder / "checkpoints/best.safetensors", "pt") as best:
+                        if int(best.metadata()["step"]) <= step:
+                            self.best = float(best.metadata()["score"])
+                except (SafetensorError, KeyError, TypeError, ValueError):
+                    self.accelerator.print(f"{self.folder}/checkpoints/best.safetensors is damaged; the next validation replaces it")
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in _flat(self.config).items()}
         self.accelerator.init_trackers("minVQ", flat, {"tensorboard": {"purge_step": step + 1}})
         return step
@@ -685,6 +691,8 @@ class Run:
             bad = torch.stack(list(self.bad.values())).any()
             self.bad_steps, self.bad_row = self.bad_steps + bad, (self.bad_row + 1) * bad
             self.too_many = torch.where((self.too_many == 0) & (self.bad_row > self.train["max_bad_steps"]), step, self.too_many)
+        if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < 1:
+            self.accelerator.scaler.update(1.0)  # or bad losses would shrink it to nothing, and gradients with it
 
     def stop_if_bad(self, dataset: ImageDataset, batches: Callable[[int], Iterable[list[tuple[int, int]]]]) -> None:
         """After `means`: ends the run if too many steps in a row were skipped, and leaves their images in bad_steps.json.
@@ -839,7 +847,10 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     if not path.is_file():
         raise UserError(f"{folder} has no {path.name} yet")
     model = make_model(config)
-    model.load_state_dict(load_file(path))
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold the weights of the model in {folder}/config.yaml") from error
     return model.eval(), config
 
 
@@ -854,17 +865,15 @@ def run_config(folder: str | Path) -> dict:
     return config
 
 
-def own_folder(run: Path, part: str = "") -> Path:
-    """A run folder, or a folder in it, to write to. UserError if links lead from it to other places: who hands on a run folder
-    must not choose which files of its new owner are written over. (The run folder may itself be a link.)"""
-    inside = [run / part] if part else []
-    inside += [Path(where, name) for where, folders, files in os.walk(run / part) for name in folders + files]
-    for path in inside:
+def own_folder(run: Path, *parts: str) -> Path:
+    """A run folder, before its `parts` (glob patterns) are written to. UserError if one is a link that leads out of the folder: who
+    hands on a run folder must not choose which files of its new owner are written over. (The run folder may itself be a link.)"""
+    for path in (path for part in parts for path in run.glob(part)):
         target = os.path.realpath(path)
         if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(run)):
-            raise UserError(f"{path} is a link to {target}, outside of the run folder, and would be written to; put the real thing in "
-                            "its place (or, if that is too large, move the whole run folder: that may be a link)")
-    return run / part
+            raise UserError(f"{path} is a link to {target}, outside of the run folder, and would be written to; remove it (instead, the "
+                            "whole run folder may be a link, and train.output_dir, codes.cache_dir and --out can name other places)")
+    return run
 
 
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
@@ -903,7 +912,8 @@ def run_main(main: Callable[[], None]) -> None:
     threading.excepthook = _thread_ended
     status = 0
     try:
-        main()
+        with redirect_stdout(_Unfailing(sys.stdout)), redirect_stderr(_Unfailing(sys.stderr)):
+            main()
     except (Exception, KeyboardInterrupt) as error:
         end_workers()  # now: torch would give each of them five seconds
         sentence, status = _sentence(error), 1
@@ -911,14 +921,33 @@ def run_main(main: Callable[[], None]) -> None:
             if sentence is None:
                 raise
             sys.exit(sentence)
-        print(sentence or traceback.format_exc(), file=sys.stderr)
+        print(sentence or traceback.format_exc(), file=_Unfailing(sys.stderr))
     if torch.distributed.is_initialized():
         # Taking apart a process group can wait for a thread that waits for Python's lock, which is held meanwhile.
         # Everything is written: leave without taking anything apart.
         end_workers()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _Unfailing(sys.stdout).flush()
+        _Unfailing(sys.stderr).flush()
         os._exit(status)
+
+
+class _Unfailing:
+    """A stream that may be a file on a full disk, which must not end a training."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def _sentence(error: BaseException) -> str | None:
@@ -932,9 +961,9 @@ def _sentence(error: BaseException) -> str | None:
                 "it by --resume auto)")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("(can't allocate|not enough) memory", str(error)):
         why = str(error).partition("\n")[0] or "of the CPU"
-        return (f"error: out of memory ({why}); halve train.train_batch_size and double train.gradient_accumulation_steps, or choose a "
+        return (f"error: out of memory ({why}); halve the batch size (in training double train.gradient_accumulation_steps), or choose a "
                 "smaller model or image_size; what was saved before is whole")
-    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer", str(error)):
+    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|remote process exited", str(error)):
         return "error: another process has ended; what it said is above, or on its machine (training continues by --resume auto)"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
@@ -993,8 +1022,10 @@ def _damage(path: Path) -> str | None:
         manifest = json.loads((path / "checkpoint.json").read_text())
         files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
         f"{manifest['step']:08d} {manifest.get('bad_row', 0):d}"  # raises unless they are whole numbers
-        if any(Path(name).name != name for name, _, _ in files):
-            raise ValueError("a path")
+        if not 0 <= manifest["step"] < 2**62 > manifest.get("bad_row", 0) >= 0 or any(Path(name).name != name for name, _, _ in files):
+            raise ValueError("no step, or a path")
+        if not any(name in ("model.safetensors", "ema.safetensors") for name, _, _ in files):
+            raise ValueError("no weights")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
     for name, size, digest in files:
@@ -1059,6 +1090,8 @@ def write_file(path: Path, data: str | bytes) -> None:
     try:
         with open(temporary, "xb") as file:  # never through a link
             file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

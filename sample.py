@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = dict(config["sample"]) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
     settings["cfg_scale"] = settings["cfg_scale"] if args.cfg is None else args.cfg
     settings = sampling_arguments(type(model), settings)
-    out = Path(args.out).expanduser() if args.out else own_folder(Path(args.run), "samples") / f"seed_{args.seed}"
+    out = Path(args.out).expanduser() if args.out else own_seed(Path(args.run), args.seed)
     single = out.suffix not in (".png", ".npz")
     if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
         raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
@@ -102,6 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             together.unlink(missing_ok=True)
     state.wait_for_everyone()
+
+
+def own_seed(run: Path, seed: int) -> Path:
+    """Where the images of a seed go by default."""
+    return own_folder(run, "samples", f"samples/seed_{seed}", f"samples/seed_{seed}/*") / f"samples/seed_{seed}"
 
 
 def check(model: torch.nn.Module, settings: dict, labels: torch.Tensor | None) -> None:

@@ -205,7 +205,7 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
     if found and run.is_main:
-        (run.folder / "thresholds.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_file(run.folder / "thresholds.json", json.dumps(found, indent=1) + "\n")
 
 
 def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int], None]:

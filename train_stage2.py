@@ -25,7 +25,8 @@ from tqdm import tqdm
 from dataset import CodeBatches, CodeCache, Files, ImageDataset, TrainBatches, code_loader, make_dataset, to_float, train_loader
 from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
-                        make_model, mapping, own_folder, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema)
+                        make_model, mapping, own_folder, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema,
+                        write_file)
 from gpt import check_sampling, parameter_groups
 from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
-        (run.folder / "classes.json").write_text(json.dumps(train_set.classes) + "\n")
+        write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     if train_codes is not None:
         lengths = torch.cat([raw_model.lengths(train_codes[i:i + 4096][0]) for i in range(0, len(train_codes), 4096)])
         batches = code_loader(train_codes, lengths, batch_size, train["seed"], step * accumulate, rank, world, device)
@@ -225,7 +226,8 @@ def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
     if not folder or not (Path(str(folder)).expanduser() / "config.yaml").is_file():
         raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {folder!r}"
                         + (", which has no config.yaml" if folder else ""))
-    if Path(str(folder)).expanduser().resolve() == own.resolve():
+    theirs = Path(str(folder)).expanduser().resolve()
+    if own.resolve() in (theirs, *theirs.parents):
         raise UserError(f"codes.stage1={folder} is where this run would put its copy of the stage-1 model; choose another train.output_dir")
     return Path(str(folder)).expanduser(), False
 
@@ -280,8 +282,8 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     names = hashlib.sha256("\n".join(names).encode())
     key = hashlib.sha256(json.dumps([weights.hexdigest(), names.hexdigest(), data, views]).encode()).hexdigest()[:16]
     split = "train" if dataset.train else "val"
-    folder = Path(settings["cache_dir"]).expanduser() if settings["cache_dir"] else own_folder(Path(
-        settings["stage1"] or run.folder).expanduser(), "codes")
+    theirs = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*")
+    folder = Path(settings["cache_dir"]).expanduser() if settings["cache_dir"] else theirs / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, stage1.quantizer.codebook_size)
@@ -303,6 +305,9 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
         accelerator.wait_for_everyone()
         if cache.missing():
             raise UserError(f"{cache.folder} is still not complete, although all was encoded; remove the folder and start again")
+    for i in range(0, len(cache), 4096):
+        if cache[i:i + 4096][0]["indices"].max() >= stage1.quantizer.codebook_size:
+            raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; remove the folder and start again")
     return cache
 
 

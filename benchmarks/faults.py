@@ -410,6 +410,7 @@ def processes(labs: list[Lab], seconds: float) -> None:
         everyone = launcher.children(recursive=True)
         commands = {p: " ".join(p.cmdline()) for p in everyone if p.is_running()}
         workers = [p for p, words in commands.items() if lab.loop.__name__ in words and "torch.distributed" not in words]
+        workers = [p for p in workers if p.ppid() not in {w.pid for w in workers}]  # and not those of their loaders
         if workers:
             lab.rng.choice(workers).kill()
         died = time.monotonic()
