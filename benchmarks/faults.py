@@ -84,7 +84,7 @@ class Lab:
         status = 70
         try:
             torch.set_num_threads(1)
-            log = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(log_of(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             before()
@@ -150,7 +150,7 @@ def wait(pid: int, seconds: float = 600) -> int | None:
 
 
 def tail(run: Path) -> str:
-    lines = Path(f"{run}.log").read_text().strip().splitlines()
+    lines = tail_all(run).strip().splitlines()
     return lines[-1][-300:] if lines else ""
 
 
@@ -256,7 +256,12 @@ def stops(labs: list[Lab], seconds: float) -> None:
 
 
 def tail_all(run: Path) -> str:
-    return Path(f"{run}.log").read_text() if Path(f"{run}.log").is_file() else ""
+    return log_of(run).read_text() if log_of(run).is_file() else ""
+
+
+def log_of(run: Path) -> Path:
+    """Beside the run; for one on the small disk, beside that."""
+    return (run.parent if run.parent.name == "small" else run).with_suffix(".log")
 
 
 def disk(labs: list[Lab], seconds: float) -> None:
@@ -283,9 +288,11 @@ def disk(labs: list[Lab], seconds: float) -> None:
         size, run = lab.rng.randint(1, full), place / "run"
         mount(size)
         for _ in range(6):
+            log_of(run).unlink(missing_ok=True)
             status = wait(lab.start(run, "train.log_with=tensorboard"))
             said = tail_all(run)
-            if status not in (0, 1) or "Traceback" in said:
+            told = "could not be written" in said or "No space left on device" in said
+            if status not in (0, 1) or "Traceback" in said or (status == 1 and not told):
                 lose(f"on a full disk {run} ended with {status}: {tail(run)}")
             if status == 0 and "could not be written" not in said:
                 break
