@@ -658,11 +658,20 @@ class Run:
 
     def begin_step(self) -> None:
         self.bad = {}
+        self.scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
         self.kept = {name: [v.detach().clone() for v in moving] for name, moving in self.moving.items()}
 
     def backward(self, loss: Tensor) -> None:
         """A loss that is not finite makes the gradients so, on all processes."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
+    def follow_scale(self, module: nn.Module) -> None:
+        """Before the last backward of a module whose gradients accumulate: another optimizer's step may have changed fp16's scale."""
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+        if scale != self.scale:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale / self.scale)
 
     def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips the gradients of this optimizer's module; their norm from before. If it is not finite, which all processes see

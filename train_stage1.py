@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
                 # Discriminator, on the same reconstruction
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
+                    run.follow_scale(discriminator)
                     run.backward(d_loss)
                     if accelerator.sync_gradients:
                         d_parts["d_grad_norm"] = run.clip(discriminator, d_optimizer)

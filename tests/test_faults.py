@@ -1,6 +1,7 @@
 """Nothing is lost: what the README promises about faults, broken on purpose. benchmarks/faults.py does it for longer."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -208,6 +209,9 @@ def test_bad_steps_in_a_row_are_counted_across_a_resume(train, tmp_path, monkeyp
     train(*words, resume="auto")
 
 
+SCALER = torch.amp.GradScaler
+
+
 @pytest.fixture
 def fp16(monkeypatch):
     """fp16 on the CPU: autocast and torch's own scaler, which accelerate makes for GPUs alone; fp16(2.0**30) begins with that scale."""
@@ -266,6 +270,17 @@ def test_bad_losses_do_not_shrink_the_scale_to_nothing(train, tmp_path, fp16):
     assert state["scale"] == 1
     before, after = weights(tmp_path / "run", 9), weights(tmp_path / "run", 10)
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("model."))
+
+
+def test_a_change_of_scale_between_two_optimizers_changes_no_gradient(train, tmp_path, monkeypatch, fp16):
+    """The generator's step may change it before the discriminator's gradients are complete."""
+    fp16(1024.0)
+    for growth in (1, 999):
+        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(SCALER, growth_interval=growth))
+        train(f"train.output_dir={tmp_path}/{growth}", "train.gradient_accumulation_steps=3", "loss.disc_start=0", "loss.gan_start=9",
+              "train.max_train_steps=3")
+    norms = [[line["d_grad_norm"] for line in metrics(tmp_path / run) if "d_grad_norm" in line] for run in ("1", "999")]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and len(norms[0]) == 3
 
 
 def test_fp16_resumes_exactly(train, tmp_path, fp16):
