@@ -734,6 +734,21 @@ Run.end_step = end_step
     assert [line["bad_steps"] for line in metrics(tmp_path / "run") if "loss" in line] == [0, 1, 0, 0, 0, 0]
 
 
+def test_a_full_disk_of_one_process_ends_both(tmp_path):
+    output = two(tmp_path, """
+save, calls = experiment.save_file, []
+def full(*args):
+    calls.append(0)
+    if len(calls) > 2:  # model and discriminator of the second checkpoint
+        raise OSError(28, "No space left on device")
+    save(*args)
+experiment.save_file = full
+""")
+    assert output.count("error: the checkpoint of step 6 could not be written ([Errno 28] No space left on device): it needs about") == 2
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["best.safetensors", "step_00000003"]
+    assert not experiment._damage(tmp_path / "run/checkpoints/step_00000003")
+
+
 def test_when_one_process_dies_the_others_end(train, tmp_path):
     output = two(tmp_path, """
 end = Run.end_step
