@@ -635,7 +635,7 @@ def test_any_settings_are_a_run_or_one_sentence(train, tmp_path, changes):
         assert "\n" not in str(error)
 
 
-@settings(max_examples=150, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 @example({"data.root": "nowhere"})
 @given(changes(KEYS2))
 def test_any_settings_of_stage_2_are_a_run_or_one_sentence(train2, tmp_path, changes):
