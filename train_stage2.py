@@ -282,8 +282,10 @@ def encoded(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int
     names = hashlib.sha256("\n".join(names).encode())
     key = hashlib.sha256(json.dumps([weights.hexdigest(), names.hexdigest(), data, views]).encode()).hexdigest()[:16]
     split = "train" if dataset.train else "val"
-    theirs = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*")
-    folder = Path(settings["cache_dir"]).expanduser() if settings["cache_dir"] else theirs / "codes"
+    if settings["cache_dir"]:
+        folder = Path(settings["cache_dir"]).expanduser()
+    else:
+        folder = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, stage1.quantizer.codebook_size)

@@ -93,8 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     if min(getattr(args, key, 1) for key in ("n", "images", "dpi")) < 1 or not 0 <= getattr(args, "seed", 0) < 2**32:
         raise UserError("-n, --images and --dpi must be at least 1, and --seed between 0 and 2^32 - 1")
     first = args.run[0] if isinstance(args.run, list) else args.run
-    own = own_folder(Path(first), "figures", "figures/*") / "figures" / (args.command + args.suffix)
-    args.out = Path(args.out).expanduser() if args.out else own
+    if not args.out:
+        args.out = own_folder(Path(first), "figures", "figures/*") / "figures" / (args.command + args.suffix)
+    args.out = Path(args.out).expanduser()
     if args.out.suffix != args.suffix:
         raise UserError(f"--out must end in {args.suffix}; it is {args.out}")
     args.draw(args)

@@ -557,7 +557,7 @@ def test_what_writes_to_a_run_that_it_reads_follows_no_link(train2, tmp_path, ou
         "samples": lambda: sample.main(["--run", str(run), "-n", "2"]),
         "figures": lambda: visualize.main(["sequence", "--run", str(run)]),
         ".metrics.json.tmp": lambda: evaluate.main(["--run", str(run), "-n", "2", "--images", "2", "--without", "inception", "lpips"]),
-        "codes": lambda: train2(config, "train.max_train_steps=1", f"train.output_dir={tmp_path}/other"),
+        "codes": lambda *more: train2(config, "train.max_train_steps=1", f"train.output_dir={tmp_path}/other", *more),
     }
     for name, call in calls.items():
         path = (stage1 if name == "codes" else run) / name
@@ -566,6 +566,11 @@ def test_what_writes_to_a_run_that_it_reads_follows_no_link(train2, tmp_path, ou
         if not name.endswith("tmp"):  # that one is replaced
             with pytest.raises(UserError, match=f"{name} is a link to .*outside, outside of the run folder"):
                 call()
+            if name == "figures":  # the places that the sentence names are not refused
+                visualize.main(["sequence", "--run", str(run), "--out", str(tmp_path / "a.png")])
+            if name == "codes":
+                call(f"codes.cache_dir={tmp_path}/caches")
+                shutil.rmtree(tmp_path / "other")
             path.unlink()
         call()
         assert not path.is_symlink()
