@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     model, criterion = model.to(device, memory_format=memory_format), criterion.to(memory_format=memory_format)
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
     raw_model, raw_discriminator = model, discriminator
+    raw_model.quantizer.accumulation_steps = accumulate
     if train["compile"]:
         compile_parts(model)
 

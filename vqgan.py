@@ -161,7 +161,9 @@ class VectorQuantizer(nn.Module):
     queue_size         how many of the last codes are kept to measure how many different ones are in use
 
     Distances, losses and EMA are float32 whatever autocast says. Several processes hold the same codebook: EMA sums are
-    all-reduced, and restarted codes are drawn from the vectors of all processes.
+    all-reduced, and restarted codes are drawn from the vectors of all processes. With gradient accumulation set
+    `quantizer.accumulation_steps = k`: the codebook is then updated at every k-th forward pass in training mode, once from the vectors
+    of all k, as if they had been one batch.
     """
 
     CHUNK = 2**25  # distances computed at a time, as floats (128 MB)
@@ -185,6 +187,7 @@ class VectorQuantizer(nn.Module):
             # must start at 1, or codes that are not chosen at once would be divided by nothing and flung far away.
             self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
             self.register_buffer("ema_sum", codebook.clone())
+        self.accumulation_steps, self._gathered = 1, []  # [(vectors (N, D), codes (N,), weights (N, 1))] since the last EMA update
         self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # the last codes; -1 = none yet
 
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
@@ -202,8 +205,7 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self._record(indices)
                 if self.ema_decay is not None:
-                    self._ema_update(z.detach().flatten(0, -2), indices.flatten(),
-                                     None if ema_weight is None else ema_weight.flatten())
+                    self._gather(z.detach(), indices, torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight)
             z_q = z_q.detach() + (z - z.detach())  # straight-through: exactly z_q, with the gradient of z
         return z_q, indices, losses, {"usage": self.usage(), "perplexity": self.perplexity(indices)}
 
@@ -242,19 +244,25 @@ class VectorQuantizer(nn.Module):
             losses["entropy"] = self.entropy_weight * (each + (mean_p * mean_p.clamp(min=1e-5).log()).sum())
         return losses
 
+    def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
+        """Keeps the vectors of a forward pass, and updates the codebook from all of them at the last of `accumulation_steps`."""
+        self._gathered.append((z.flatten(0, -2), indices.flatten(), weight.to(z).reshape(-1, 1)))
+        if len(self._gathered) >= self.accumulation_steps:
+            self._ema_update(*map(torch.cat, zip(*self._gathered)))
+            self._gathered = []
+
     @torch.no_grad()
-    def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor | None) -> None:
-        """One step of the moving averages, from vectors (N, D) and the codes (N,) that they chose."""
-        ones = torch.ones_like(z[:, :1]) if weight is None else weight.to(z).unsqueeze(1)
+    def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
+        """One step of the moving averages, from vectors (N, D), the codes (N,) that they chose, and weights (N, 1)."""
         stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors, and in the last column how many
-        stats.index_add_(0, indices, torch.cat([z * ones, ones], dim=1))
+        stats.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
         if _world() > 1:
             dist.all_reduce(stats)
         ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * stats[:, :-1]
         ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * stats[:, -1]
         if self.restart:
             dead = ema_count < 1
-            ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z, ones), ema_sum)
+            ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z, weight), ema_sum)
             ema_count = ema_count.masked_fill(dead, 1.0)
         total = ema_count.sum()
         smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, copy_test
+from conftest import ROOT, command, copy_test
 
 from vqgan import VQGAN, VQVAE, VectorQuantizer
 
@@ -122,6 +122,56 @@ def test_dead_codes_restart_as_current_vectors():
     few(z[:3])  # fewer vectors than codes: each is used several times, with noise
     assert torch.cdist(few.codebook.data, z[:3]).min(1).values.max() < 0.02
     assert few.codebook.data.unique(dim=0).shape[0] == 16
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_micro_batches_equal_one_batch(weighted):
+    """Gradient accumulation: the codebook moves once per step, from the vectors of all micro-batches; restarts included."""
+    whole, parts = (VectorQuantizer(16, 4, ema_decay=0.9, queue_size=50) for _ in range(2))
+    parts.load_state_dict(whole.state_dict())
+    parts.accumulation_steps = 4
+    for step in range(3):
+        z, weight = torch.randn(40, 4), torch.randint(2, (40,)) if weighted else None
+        torch.manual_seed(step)
+        whole(z, ema_weight=weight)
+        torch.manual_seed(step)
+        for i in range(4):
+            before = parts.codebook.clone()
+            parts(z[i * 10:i * 10 + 10], ema_weight=None if weight is None else weight[i * 10:i * 10 + 10])
+            assert i == 3 or torch.equal(parts.codebook, before)
+        assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
+    assert (whole.ema_count == 1).any()  # some codes did restart
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_micro_batches_of_two_processes_equal_one_batch(tmp_path, restart):
+    (tmp_path / "ema.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from vqgan import VectorQuantizer
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(0)
+quantizer, z = VectorQuantizer(16, 4, ema_decay=0.6, restart={restart}), torch.randn(2, 3, 10, 4)
+quantizer.accumulation_steps = 3
+for part in z[rank]:
+    quantizer(part)
+torch.save([quantizer.codebook.data, quantizer.ema_count], f"{tmp_path}/{{rank}}.pt")
+torch.distributed.destroy_process_group()
+""")
+    command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "ema.py",
+            env={"OMP_NUM_THREADS": "1"})
+    torch.manual_seed(0)
+    quantizer, z = VectorQuantizer(16, 4, ema_decay=0.6, restart=restart), torch.randn(2, 3, 10, 4).flatten(0, 2)
+    quantizer(z)
+    for rank in range(2):
+        codebook, count = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(count, quantizer.ema_count)
+        new = quantizer.ema_count == 1 if restart else torch.zeros(16, dtype=torch.bool)
+        torch.testing.assert_close(codebook[~new], quantizer.codebook.data[~new])
+        if restart:
+            assert new.any() and torch.cdist(codebook[new], z, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-4
 
 
 def test_overflow_does_not_enter_the_codebook():
