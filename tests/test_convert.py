@@ -262,6 +262,26 @@ def test_other_sizes(kind, config):
             assert model(codes, labels)["loss"].isfinite()
 
 
+@pytest.mark.parametrize("kind, config", OTHERS[4:6])
+def test_a_codebook_keeps_its_moving_averages(kind, config):
+    """So a step on two images moves the codes little."""
+    state, K = reference(kind, config), 50
+    dim = state["quantize.codebook.weight"].shape[1]
+    count, total = 100 + torch.arange(K).float(), 100 * torch.randn(K, dim)
+    model = from_reference(kind, state | {"quantize.codebook.cluster_size_ema": count, "quantize.codebook.embed_ema": total}, config)
+    quantizer = model.quantizer
+    assert torch.equal(quantizer.ema_count, count) and torch.equal(quantizer.ema_sum, total)
+    before = (total / count.unsqueeze(1)).clone()
+    with torch.no_grad():
+        quantizer.codebook.copy_(before)
+        quantizer.ema_decay = 0.99
+        model.train()(torch.rand(2, 3, 64, 64) * 2 - 1)
+    moved = (quantizer.codebook - before).norm(dim=1) / before.norm(dim=1)
+    assert 0 < moved.max() and (moved > 0.2).float().mean() < 0.1
+    with pytest.raises(ValueError, match="cluster_size_ema .3,. cannot become quantizer.ema_count"):
+        from_reference(kind, state | {"quantize.codebook.cluster_size_ema": torch.ones(3)}, config)
+
+
 def test_a_class_of_taming_is_the_code_of_its_number():
     kind, config = OTHERS[10]
     state = reference(kind, config)
@@ -402,7 +422,7 @@ def test_the_other_yaml_files():
     assert convert.KINDS["vqvae_simplecnn"](read_config("vqvae_simplecnn", simple))[0] == convert.KINDS["vqvae_simplecnn"](OTHERS[3][1])[0]
 
 
-def test_thresholds_of_the_entropy_router(tmp_path):
+def test_thresholds_of_the_entropy_router(tmp_path, capsys):
     router = {"target": "RouterDual.DualGrainFixedEntropyRouter", "params": {"json_path": "nowhere.json", "fine_grain_ratito": 0.4}}
     given = {"model": {"params": {"encoderconfig": {"params": {**NET, "router_config": router}}, "decoderconfig": {"params": DQ["decoder"]},
                                   "vqconfig": {"params": {"codebook_size": 50, "codebook_dim": 40, "commitment_beta": 0.5}}}}}
@@ -410,6 +430,7 @@ def test_thresholds_of_the_entropy_router(tmp_path):
         read_config("dqvae", given)
     (tmp_path / "t.json").write_text(json.dumps({"60": 1.25, "40": 0.5}))
     config = read_config("dqvae", given, tmp_path / "t.json")
+    assert "60 % instead of 50 %" in capsys.readouterr().out
     model = from_reference("dqvae", reference("dqvae", DQ | {"kind": "dual_entropy"}), config)
     assert model.thresholds.tolist() == [1.25] and model.ratios == [0.4]
 
