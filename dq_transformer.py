@@ -19,6 +19,7 @@ the others. Needs torch and gpt.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class DQTransformer(CodeTransformer):
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = nn.Linear(n_embd, codebook_size, bias=False)
         self.init_weights()
+        self.mean_counts: Tensor | None = None  # (G,), see survey
 
     def _tabulate(self, order: str) -> None:
         """Constants: of each slot (M,), and of each granularity's cells (G, F) with F = the number of cells of the finest."""
@@ -162,16 +164,30 @@ class DQTransformer(CodeTransformer):
 
     # Training
 
+    @torch.no_grad()
+    def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+        """As CodeTransformer.survey; and keeps the mean number of codes of each granularity, for the loss. Where images of similar
+        length share a batch, dividing by the batch's own number of tokens would give a code of a short image more weight."""
+        counts = torch.cat([self._counts(codes["grain"].flatten(1)) for codes in batches])   # (rows, G)
+        self.mean_counts = counts.double().mean(0).float().to(self.index_emb.device)
+        return counts.sum(1) + 2 * self.grains - 1
+
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes and labels (B,) to {"loss", "content", "position"}, mean cross-entropies in nats: of all codes, and of each
-        granularity's positions and end, averaged over the granularities. The loss is their sum."""
+        granularity's positions and end, averaged over the granularities. The loss is their sum.
+
+        The means are over the batch's tokens. In training after `survey`, sums are divided by the number of tokens that a batch of
+        this size has on average.
+        """
         content, position, counts = self._nats(codes, labels)
-        number = torch.cat([counts.sum().view(1), (counts + 1).sum(0)]).float()              # (1 + G,)
-        if self.training and dist.is_available() and dist.is_initialized():
+        number = counts.float().sum(0)                                                       # (G,)
+        if self.training and self.mean_counts is not None:
+            number = len(counts) * self.mean_counts
+        elif self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.AVG if number.is_cuda else dist.ReduceOp.SUM)  # the mean of the processes' losses
             number = number if number.is_cuda else number / dist.get_world_size()            # is then the mean over all their tokens
-        content = sum(nats.sum() for nats in content) / number[0]
-        position = sum(nats.sum() / n for nats, n in zip(position, number[1:])) / self.grains
+        content = sum(nats.sum() for nats in content) / number.sum()
+        position = sum(nats.sum() / n for nats, n in zip(position, number + len(counts))) / self.grains  # one end per row
         return {"loss": content + position, "content": content.detach(), "position": position.detach()}
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, list[Tensor]]:
@@ -248,10 +264,10 @@ class DQTransformer(CodeTransformer):
         check_sampling(temperature_pos, top_k_pos, top_p_pos)
         if fine_positions not in ("filled", "sampled"):
             raise ValueError(f"fine_positions must be filled or sampled; it is {fine_positions!r}")
-        starts, guided = self._sampling_starts(n, labels, cfg_scale)
+        starts, guide = self._sampling_starts(n, labels, cfg_scale)
         numbers = uniforms(n, 2 * self.length, generator, starts.device)
         caches = [Cache(blocks, len(starts), self.length) for blocks in (self.position_blocks, self.content_blocks)]
-        F_, G, K, copies = self.cells[-1], self.grains, self.codebook_size, 2 if guided else 1
+        F_, G, K, copies = self.cells[-1], self.grains, self.codebook_size, guide.copies
         cells, offsets, side = (torch.tensor(v, device=starts.device) for v in (self.cells, self.offsets, range(F_)))
 
         # What is known of each row: granularity, kind of the last token (0 start, 1 code, 2 end), rank of its last cell, cells
@@ -276,7 +292,7 @@ class DQTransformer(CodeTransformer):
             if fine_positions == "sampled":
                 possible = torch.where((g == G - 1).unsqueeze(1), owed, possible)
             end = F.one_hot(g, G).bool() & ~owed.any(1, keepdim=True)                        # (n, G)
-            logits = self._guide(self.position_head(self.position_norm(h)), cfg_scale, guided)
+            logits = guide(self.position_head(self.position_norm(h)))
             logits = logits.masked_fill(~torch.cat([possible, end], dim=1), -math.inf)
             column = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[rows, 2 * t])  # (n,)
 
@@ -298,7 +314,7 @@ class DQTransformer(CodeTransformer):
 
             # Its content
             z = self.content_blocks.step(h + self.position_emb(place), *caches[1].at(t))
-            logits = self._guide(self.content_head(self.content_norm(z)), cfg_scale, guided)
+            logits = guide(self.content_head(self.content_norm(z)))
             code = draw(filter_logits(logits, temperature, top_k, top_p), numbers[rows, 2 * t + 1])
             where = (g * F_ + cell).unsqueeze(1)
             contents = torch.where(coded.unsqueeze(1), contents.scatter(1, where, code.unsqueeze(1)), contents)
@@ -318,4 +334,5 @@ class DQTransformer(CodeTransformer):
                     starts, content, place = (v[active] for v in (starts, content, place))
                     for cache in caches:
                         cache.keep(active)
+        guide.check()
         return self._codes(done_grain, done_contents.view(n, G, F_))

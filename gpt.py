@@ -16,6 +16,7 @@ With num_classes = 0 there are no labels. This file needs torch and nothing else
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
@@ -48,32 +49,31 @@ class CodeTransformer(nn.Module):
             raise ValueError("labels were given, but this model is unconditional (num_classes=0)")
         if labels.shape != (n,):
             raise ValueError(f"labels must be one for each of the {n} images, ({n},); they are {tuple(labels.shape)}")
-        if labels.device.type == "cpu" and n and not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise ValueError(f"labels must be classes from 0 to {self.num_classes - 1}; they are {sorted(set(labels.tolist()))}")
+        valid, sentence = ((labels >= 0) & (labels < self.num_classes)).all(), f"labels must be classes from 0 to {self.num_classes - 1}"
+        if labels.is_cuda:
+            torch._assert_async(valid, sentence)  # fails on the device: no step waits for it
+        elif not valid:
+            raise ValueError(f"{sentence}; they are {sorted(set(labels.tolist()))}")
         labels = labels.to(device)
         if self.training and self.label_dropout > 0:
             labels = torch.where(torch.rand(n, device=device) < self.label_dropout, self.num_classes, labels)
         return labels
 
-    def _sampling_starts(self, n: int, labels: Tensor | list[int] | None, cfg_scale: float) -> tuple[Tensor, bool]:
-        """Start rows (n,), or (2n,) with the null class in the second half if there is guidance; and whether there is."""
+    def _sampling_starts(self, n: int, labels: Tensor | list[int] | None, cfg_scale: float) -> tuple[Tensor, Guidance]:
+        """Start rows (n,), or (2n,) with the null class in the second half if there is guidance."""
         if self.training:
             raise ValueError("the model is in training mode; call eval() before sample()")
         device = next(self.parameters()).device
         starts = self._starts(n, None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu(), device)
         if cfg_scale == 1.0:
-            return starts, False
+            return starts, Guidance(1.0, 1)
         if labels is None:
             raise ValueError(f"cfg_scale={cfg_scale} needs labels: it strengthens what they say")
-        return torch.cat([starts, self._starts(n, None, device)]), True
+        return torch.cat([starts, self._starts(n, None, device)]), Guidance(cfg_scale, 2)
 
-    @staticmethod
-    def _guide(logits: Tensor, cfg_scale: float, guided: bool) -> Tensor:
-        """(2n, V) logits, conditional and not, to (n, V) guided ones; without guidance, as they are."""
-        if not guided:
-            return logits
-        conditional, null = logits.chunk(2)
-        return null + cfg_scale * (conditional - null)
+    def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
+        """Reads all training codes once, before training: the number of tokens of each row (rows,)."""
+        return torch.cat([self.lengths(codes) for codes in batches])
 
     def init_weights(self) -> None:
         """minGPT's: N(0, 0.02) for linear layers and embeddings, zero biases."""
@@ -139,16 +139,17 @@ class GPT(CodeTransformer):
         generator      one, or one per row. A row depends on its own random numbers only, not on the rows beside it
         """
         check_sampling(temperature, top_k, top_p)
-        starts, guided = self._sampling_starts(n, labels, cfg_scale)
+        starts, guide = self._sampling_starts(n, labels, cfg_scale)
         numbers = uniforms(n, self.length, generator, starts.device)                         # (n, T)
         cache = Cache(self.blocks, len(starts), self.length)
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
         x = self.start_emb(starts)                                                           # (n or 2n, C)
         for t in range(self.length):
             x = self.blocks.step(x + self.index_emb[t], *cache.at(t))
-            logits = self._guide(self.head(self.norm(x)), cfg_scale, guided)                 # (n, K)
+            logits = guide(self.head(self.norm(x)))                                          # (n, K)
             indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, t])
-            x = self.code_emb(indices[:, t].repeat(2 if guided else 1))
+            x = self.code_emb(indices[:, t].repeat(guide.copies))
+        guide.check()
         return {"indices": indices.view(n, self.grid, self.grid)}
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
@@ -258,6 +259,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+class Guidance:
+    """Classifier-free guidance in one call of `sample`: null + scale * (conditional - null). Remembers whether all logits were
+    finite; asked once at the end, because the answer waits for the GPU."""
+
+    def __init__(self, scale: float, copies: int):
+        self.scale, self.copies, self.finite = scale, copies, True  # copies of each row: conditional and null, or one
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(copies * n, V) to (n, V)."""
+        if self.copies == 2:
+            conditional, null = logits.chunk(2)
+            logits = null + self.scale * (conditional - null)
+        self.finite = logits.isfinite().all() & self.finite
+        return logits
+
+    def check(self) -> None:
+        if not self.finite:
+            raise ValueError("the model's logits are not finite, so nothing can be sampled: its weights are damaged, or fp16 overflowed")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

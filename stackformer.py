@@ -93,7 +93,7 @@ class Stackformer(CodeTransformer):
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
         check_sampling(temperature_pos, top_k_pos, top_p_pos)
-        starts, guided = self._sampling_starts(n, labels, cfg_scale)
+        starts, guide = self._sampling_starts(n, labels, cfg_scale)
         numbers = uniforms(n, 2 * self.length, generator, starts.device)
         code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
         indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
@@ -101,16 +101,17 @@ class Stackformer(CodeTransformer):
         x = self._first(starts)                                                              # (n or 2n, C)
         for t in range(self.length):
             h = self.code_blocks.step(x + self.index_emb[t], *code_cache.at(t))
-            logits = self._guide(self.code_head(self.code_norm(h)), cfg_scale, guided)       # (n, K)
+            logits = guide(self.code_head(self.code_norm(h)))                                # (n, K)
             indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, 2 * t])
-            code = self.code_emb(indices[:, t].repeat(2 if guided else 1))
+            code = self.code_emb(indices[:, t].repeat(guide.copies))
 
             p = self.position_blocks.step(h + code, *position_cache.at(t))
-            logits = self._guide(self.position_head(self.position_norm(p)), cfg_scale, guided)  # (n, h * w)
+            logits = guide(self.position_head(self.position_norm(p)))                        # (n, h * w)
             logits = logits.masked_fill((cells <= last) | (cells > self.cells - self.length + t), -math.inf)
             positions[:, t] = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, 2 * t + 1])
             last = positions[:, t:t + 1]
-            x = code + self.position_emb(positions[:, t].repeat(2 if guided else 1))
+            x = code + self.position_emb(positions[:, t].repeat(guide.copies))
+        guide.check()
         return {"indices": indices, "positions": positions}
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:

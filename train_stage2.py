@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
         write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     if train_codes is not None:
-        lengths = torch.cat([raw_model.lengths(train_codes[i:i + 4096][0]) for i in range(0, len(train_codes), 4096)])
+        lengths = raw_model.survey(train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
         batches = code_loader(train_codes, lengths, batch_size, train["seed"], step * accumulate, rank, world, device)
 
         def order(start):

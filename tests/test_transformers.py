@@ -10,7 +10,7 @@ from conftest import command_in_copy
 import dq_transformer
 import gpt
 import stackformer
-from dataset import make_dataset
+from dataset import CodeBatches, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT, draw, filter_logits, parameter_groups
@@ -290,11 +290,61 @@ def test_guidance():
     model = make("gpt", CLASSES)
     logits = []
     for scale in (0.0, 1.0, 2.0):
-        starts, guided = model._sampling_starts(3, torch.tensor([0, 1, 2]), scale)
-        x = model.start_emb(starts)
-        logits.append(model._guide(x, scale, guided))
+        starts, guide = model._sampling_starts(3, torch.tensor([0, 1, 2]), scale)
+        logits.append(guide(model.start_emb(starts)))
     assert torch.equal(logits[0], model.start_emb.weight[CLASSES].expand(3, -1)) and torch.equal(logits[1], model.start_emb.weight[:3])
     torch.testing.assert_close(logits[2], 2 * logits[1] - logits[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual"])
+def test_logits_that_are_not_finite_are_an_error(name, value):
+    model = make(name, CLASSES)
+    head = {"gpt": "head", "stackformer": "code_head", "dual": "content_head"}[name]
+    with torch.no_grad():
+        getattr(model, head).weight[3, 0] = value
+    for scale in (1.0, 2.0):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            model.sample(2, torch.tensor([0, 1]), cfg_scale=scale)
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])  # CLASSES is the row of the null class
+def test_labels_outside_the_classes_are_an_error(label, monkeypatch):
+    model = make("gpt", CLASSES)
+    codes, labels = random_codes(model, 2), torch.tensor([0, label])
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 4"):
+        model(codes, labels)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))  # there an assertion on the device, which nothing waits for
+    with pytest.raises(RuntimeError, match="labels must be classes from 0 to 4"):
+        model._starts(2, labels, torch.device("cpu"))
+    assert model._starts(2, torch.tensor([0, CLASSES - 1]), torch.device("cpu")).tolist() == [0, CLASSES - 1]
+
+
+@pytest.mark.parametrize("name", ["dual", "triple"])
+def test_batches_of_similar_length_give_the_gradients_of_random_ones(name, monkeypatch):
+    """Summed over the batches of an epoch, whose last pool is not full; in several processes and with accumulation as well, whose
+    gradients are means over parts of a batch."""
+    model = make(name, dropout=0.0).double().train()
+    codes = random_codes(model, 20)
+    lengths = model.survey([rows(codes, slice(0, 12)), rows(codes, slice(12, 20))])
+    assert torch.equal(lengths, model.lengths(codes))
+    monkeypatch.setattr(CodeBatches, "POOL", 3)  # of 5 batches
+    epoch = iter(CodeBatches(lengths, 1, 4))
+    similar = [next(epoch) for _ in range(5)]
+    assert sorted(sum(similar, [])) == list(range(20))
+
+    def gradients(batches):
+        model.zero_grad()
+        for batch in batches:
+            (model(rows(codes, batch))["loss"] / len(batches)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    random = torch.randperm(20, generator=torch.Generator().manual_seed(1)).view(5, 4).tolist()
+    want = gradients([list(range(20))])
+    for batches in (similar, random, [half for batch in similar for half in (batch[::2], batch[1::2])]):
+        torch.testing.assert_close(gradients(batches), want, rtol=1e-4, atol=1e-7)
+    model.mean_counts = None  # each batch divided by its own counts: another objective
+    assert (gradients(similar) - want).norm() > 1e-2 * want.norm()
 
 
 def test_filters():
