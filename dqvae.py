@@ -2,10 +2,7 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss.
-                    Its gradient compares the granularities: that of sum_g gate_g * feature_g, in which the gate is one-hot. In
-                    the release only the chosen feature is multiplied by its gate, which tells the router nothing of the others:
-                    on `shapes` it then made the smooth regions fine
+    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss
     DQVAE.entropy   ... or from the entropy of its pixels, by thresholds that are computed once from the training images
 
 A region is a cell of the coarsest grid; with factors [16, 8] a coarse region has 1 code and a fine one 2 x 2. Interface as in
@@ -44,16 +41,20 @@ class DQVAE(nn.Module):
     router             "feature" or "entropy"
     budget_weight      gamma of the budget loss that keeps the feature router to the ratios
     ema_weighted       a code that is repeated over 4 (16) cells counts once in the codebook's moving averages, as in the
-                       losses; False: 4 (16) times, as in the reference
+                       losses; False: 4 (16) times, as in the release
+    release_training   train with the release's gradients, and ema_weighted=False; an attribute as well
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
+
+    `_train_ours` and `_train_as_released` say how the feature router learns. `model.noise`, an attribute, is how randomly our training
+    draws granularities: 1 at first, to be lowered to 0 during training (train_stage1.py does).
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
                  router: Literal["feature", "entropy"] = "feature", budget_weight: float = 10.0, ema_weighted: bool = True,
                  ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
                  attn_resolutions: list[int] = (16, 32), z_channels: int = 256, decoder_ch_mult: list[int] = (1, 1, 2, 2),
-                 decoder_attn_resolutions: list[int] = (32,), quantizer: VectorQuantizer | None = None):
+                 decoder_attn_resolutions: list[int] = (32,), quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
         grains = self.grains = len(factors)
         if router not in ("feature", "entropy"):
@@ -72,7 +73,7 @@ class DQVAE(nn.Module):
             raise ValueError(f"decoder_ch_mult must have {int(math.log2(factors[-1])) + 1} levels to go from factor {factors[-1]} to 1; "
                              f"it has {len(decoder_ch_mult)}")
         self.image_size, self.factors, self.ratios, self.budget_weight = image_size, list(factors), list(ratios), budget_weight
-        self.ema_weighted = ema_weighted
+        self.ema_weighted, self.release_training, self.noise = ema_weighted, release_training, 1.0
         self.factor = factors[0]
         self._calibrated = False
         self.down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
@@ -89,14 +90,15 @@ class DQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, S, S) to an `Output`; its losses are `codebook`, `commitment` and, with a feature router, `budget`."""
-        z, decided, grain = self._route(images)
+        z, gate, grain = self._route(images)
         cells = self.to_finest(grain)                                                       # (B, h, w)
         weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells counts once
-        z_q, indices, losses, info = self.quantizer(z, weight, self.first_cells(cells) if self.ema_weighted else None)
+        once = self.first_cells(cells) if self.ema_weighted and not self.release_training else None
+        z_q, indices, losses, info = self.quantizer(z, weight, once)
         codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
         recon = self._decode(z_q if self.training else self.quantizer.lookup(codes["indices"]))
         if self.router is not None:
-            losses["budget"] = self._budget(decided)
+            losses["budget"] = self._budget(gate)
         for g in range(1, self.grains):
             info[f"ratio_{g}"] = (grain == g).float().mean()
         info |= {"codes": self._count(grain).float().mean(), "bits": self.bits(codes).mean()}
@@ -173,30 +175,56 @@ class DQVAE(nn.Module):
         self.thresholds.copy_(torch.tensor(thresholds))
 
     def _route(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images to the vectors to quantize (B, h, w, D), the decisions (B, G, h', w') of a feature router, and the grain (B, h', w')."""
+        """Images to the vectors to quantize (B, h, w, D), a feature router's gate (B, G, h', w') for the budget, and the grain (B, h', w')."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         features = self.down(images)[-1:-self.grains - 1:-1]
         features = [neck(x) for neck, x in zip(self.necks, features)]                        # (B, z, S/f, S/f), coarsest first
-        gate = decided = None
-        if self.router is not None:
-            gate, decided = self.router(features)                                            # (B, G, h', w')
-            grain = gate.argmax(1)
+        logits = None if self.router is None else self.router(features)                      # (B, G, h', w')
+        features = [F.interpolate(x, features[-1].shape[-2:]) for x in features]             # each (B, z, h, w)
+        if logits is not None and self.training:
+            z, gate, grain = (self._train_as_released if self.release_training else self._train_ours)(logits, features)
         else:
-            if not self._calibrated and self.thresholds.isnan().any():
-                raise ValueError("the entropy router has no thresholds yet; call calibrate or set_thresholds first")
-            self._calibrated = True  # asked once, because the answer waits for the GPU
-            grain = (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)           # (B, h', w')
-        size = features[-1].shape[-2:]
-        cells = self.to_finest(grain).unsqueeze(1)                                          # (B, 1, h, w)
-        features = [F.interpolate(x, size) for x in features]                                # each (B, z, h, w)
-        z = features[0]
+            grain = self._grain_of_entropy(images) if logits is None else logits.argmax(1)   # (B, h', w')
+            gate = None if logits is None else one_hot(grain, self.grains)
+            z = self._select(features, grain)
+        return self.pre_quant(z).permute(0, 2, 3, 1), gate, grain
+
+    # Training of the feature router: from its logits (B, G, h', w') and the features of each granularity (B, z, h, w) to the features to
+    # quantize (B, z, h, w), the gate (B, G, h', w') that the budget loss counts, and the grain (B, h', w').
+
+    def _train_as_released(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Granularities are drawn; the drawn one's feature is multiplied by its gate. The budget is of what was drawn."""
+        gate = F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
+        grain = gate.argmax(1)
+        chosen = gate.gather(1, grain.unsqueeze(1))                                          # (B, 1, h', w'): 1
+        return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
+
+    def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Granularities are drawn, by noise that fades. The gradient compares them: it is that of sum_g gate_g * feature_g. The budget
+        is of the decisions that evaluation makes; with one for what is drawn, they were 49 % fine where 60 % was asked."""
+        drawn = logits - self.noise * torch.empty_like(logits).exponential_().log()
+        gates = []
+        for x in (drawn, logits):
+            soft = x.softmax(1)
+            gates.append(one_hot(x.argmax(1), self.grains) + soft - soft.detach())  # straight-through
+        grain = drawn.argmax(1)
+        slope = F.interpolate(gates[0] - gates[0].detach(), features[0].shape[-2:])          # (B, G, h, w): 0
+        z = self._select(features, grain) + sum(slope[:, g:g + 1] * feature for g, feature in enumerate(features))
+        return z, gates[1], grain
+
+    def _grain_of_entropy(self, images: Tensor) -> Tensor:
+        if not self._calibrated and self.thresholds.isnan().any():
+            raise ValueError("the entropy router has no thresholds yet; call calibrate or set_thresholds first")
+        self._calibrated = True  # asked once, because the answer waits for the GPU
+        return (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)
+
+    def _select(self, features: list[Tensor], grain: Tensor) -> Tensor:
+        """In each cell the feature of its granularity, (B, z, h, w)."""
+        cells, z = self.to_finest(grain).unsqueeze(1), features[0]                           # (B, 1, h, w)
         for g in range(1, self.grains):
             z = torch.where(cells == g, features[g], z)
-        if gate is not None and self.training:  # plus 0, which gives the router its gradient
-            slope = F.interpolate(gate - gate.detach(), size)                                # (B, G, h, w)
-            z = z + sum(slope[:, g:g + 1] * features[g] for g in range(self.grains))
-        return self.pre_quant(z).permute(0, 2, 3, 1), decided, grain
+        return z
 
     def _budget(self, gate: Tensor) -> Tensor:
         """The reference's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
@@ -235,12 +263,7 @@ class DQVAE(nn.Module):
 
 
 class FeatureRouter(nn.Module):
-    """Features of each granularity (B, C, h_g, w_g), coarsest first, to the one-hot gate and decisions (B, G, h', w').
-
-    The decision is the most likely granularity. The gate is the decision in evaluation, and in training drawn by
-    Gumbel-softmax (tau 1). Both have the gradient of a softmax. The budget loss is of the decisions, because the ratio that
-    counts is theirs: with a budget for what is drawn, as in the release, the decisions were 49 % fine where 60 % was asked.
-    """
+    """Features of each granularity (B, C, h_g, w_g), coarsest first, to logits (B, G, h', w'), float32."""
 
     def __init__(self, channels: int, grains: int):
         super().__init__()
@@ -248,19 +271,15 @@ class FeatureRouter(nn.Module):
         self.fc1 = nn.Linear(grains * channels, grains * channels)
         self.fc2 = nn.Linear(grains * channels, grains)
 
-    def logits(self, features: list[Tensor]) -> Tensor:
-        """(B, G, h', w')"""
+    def forward(self, features: list[Tensor]) -> Tensor:
         side = features[0].shape[-1]
         x = torch.cat([F.avg_pool2d(norm(x), x.shape[-1] // side) for norm, x in zip(self.norms, features)], dim=1)
         return self.fc2(F.silu(self.fc1(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2).float()
 
-    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        logits = self.logits(features)
-        decided = F.one_hot(logits.argmax(1), logits.shape[1]).permute(0, 3, 1, 2).to(logits)
-        if not self.training:
-            return decided, decided
-        soft = logits.softmax(1)
-        return F.gumbel_softmax(logits, tau=1, hard=True, dim=1), decided + soft - soft.detach()
+
+def one_hot(grain: Tensor, grains: int) -> Tensor:
+    """(B, h', w') to (B, G, h', w') float32."""
+    return F.one_hot(grain, grains).permute(0, 3, 1, 2).float()
 
 
 class PositionEmbedding(nn.Module):

@@ -5,12 +5,8 @@
     ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
     DeMask      fills the cells without a code from those that have one
 
-The N cells of highest score keep their features, which are quantized; their positions are part of the code. Training departs from
-the release in two things, because with its gradient the scores found edges and the smooth cells beside them rather than the detail:
-- A score's gradient comes from the feature that it multiplies, as in the release, and from the difference that a code instead of
-  none would make in its cell, kept or not, compared with the image's other cells.
-- Which cells are kept is drawn while training: Gumbel noise is added to the scores' logits. That difference is known to first order
-  only, from the side where the cell is, so each cell must at times be on the other.
+The N cells of highest score keep their features, which are quantized; their positions are part of the code. `_train_ours` and
+`_train_as_released` say how the scores learn, and in what our training departs from the release's.
 Interface as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
@@ -39,11 +35,15 @@ class MQVAE(nn.Module):
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
     topk_ratio         share of the cells that keep a code, between 0 and 1: N = int(topk_ratio * h * w)
     demask_layers      residual block and masked attention, so many times
+    release_training   train with the release's gradients; an attribute as well
+
+    `model.noise`, an attribute, is how randomly our training draws the cells to keep: 1 at first, to be lowered to 0 during training
+    (train_stage1.py does), because evaluation keeps those of the highest scores.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
                  attn_resolutions: list[int] = (32,), z_channels: int = 256, topk_ratio: float = 0.25,
-                 demask_layers: int = 8, quantizer: VectorQuantizer | None = None):
+                 demask_layers: int = 8, quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
         if not 0 < topk_ratio < 1:
             raise ValueError(f"topk_ratio is the share of cells that keep a code, between 0 and 1; it is {topk_ratio}")
@@ -56,7 +56,7 @@ class MQVAE(nn.Module):
         self.image_size, self.grid = image_size, image_size // self.factor
         if image_size % self.factor:
             raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
-        self.topk_ratio = topk_ratio
+        self.topk_ratio, self.release_training, self.noise = topk_ratio, release_training, 1.0
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
         self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
@@ -69,12 +69,8 @@ class MQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, H, W) to an `Output`; its losses are `codebook` and `commitment`."""
-        vectors, scores, positions = self._mask(images)
+        vectors, scores, positions, slope = self._mask(images)
         z_q, indices, losses, info = self.quantizer(self._kept(vectors, positions))
-        slope = None
-        if self.training:  # zeros, whose gradient tells each score what a code would change in its cell, against the others
-            relative = scores - scores.mean((1, 2), keepdim=True)
-            slope = (relative - relative.detach()).flatten(1).unsqueeze(-1) * (vectors - self.demask.token).detach()  # (B, hw, D)
         recon = self._decode(z_q, positions, slope)
         codes, n = {"indices": indices, "positions": positions}, positions.shape[1]
         kept = scores.flatten(1).gather(1, positions)
@@ -88,7 +84,7 @@ class MQVAE(nn.Module):
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) to codes {"indices": int64 (B, N), "positions": int64 (B, N)}, ascending in position, which
         counts the cells of the grid row by row."""
-        vectors, _, positions = self._mask(images)
+        vectors, _, positions, _ = self._mask(images)
         return {"indices": self.quantizer.nearest(self._kept(vectors, positions)), "positions": positions}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
@@ -114,20 +110,35 @@ class MQVAE(nn.Module):
         """The weight at which the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
-    def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to the vectors (B, hw, D) and scores (B, h, w) of all cells, and the positions (B, N) of those to keep."""
+    def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Images to the vectors (B, hw, D) and scores (B, h, w) of all cells, the positions (B, N) of those to keep, and `slope`."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         z = self.encoder(images)                                                             # (B, C, h, w)
         scores = self.score_net(z)                                                           # (B, h, w)
-        flat = scores.flatten(1)                                                             # (B, hw)
-        n, order = int(self.topk_ratio * flat.shape[1]), flat.detach()
+        z, flat = z.flatten(2).transpose(1, 2), scores.flatten(1)                            # (B, hw, C), (B, hw)
+        vectors = self.pre_quant(F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1))         # (B, hw, D)
+        order, slope = flat.detach(), None
         if self.training:
-            order = order.logit(1e-6) - torch.empty_like(order).exponential_().log()
-        positions = order.topk(n, dim=1).indices.sort(dim=1).values                           # (B, N)
-        z = z.flatten(2).transpose(1, 2)                                                     # (B, hw, C)
-        z = F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1)
-        return self.pre_quant(z), scores, positions                                          # (B, hw, D)
+            order, slope = (self._train_as_released if self.release_training else self._train_ours)(flat, vectors)
+        positions = order.topk(int(self.topk_ratio * flat.shape[1]), dim=1).indices.sort(dim=1).values  # (B, N)
+        return vectors, scores, positions, slope
+
+    # Training: from scores (B, hw) and vectors (B, hw, D) to the order (B, hw) whose highest cells are kept, and to `slope` (B, hw, D),
+    # which is 0 and is added to what the de-mask network reads.
+
+    def _train_as_released(self, scores: Tensor, vectors: Tensor) -> tuple[Tensor, None]:
+        """The highest scores are kept. A score's gradient is that of the kept feature which it multiplies."""
+        return scores.detach(), None
+
+    def _train_ours(self, scores: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept cells are drawn: Gumbel noise on the scores' logits, so that each cell is at times kept and at times not. A score also has
+        the gradient of what a code instead of the token would change in its cell (to first order, straight-through), less the mean of
+        this over the image."""
+        gumbel = -torch.empty_like(scores).exponential_().log()
+        relative = scores - scores.mean(1, keepdim=True)
+        slope = (relative - relative.detach()).unsqueeze(-1) * (vectors - self.demask.token).detach()
+        return scores.detach().logit(1e-6) + self.noise * gumbel, slope
 
     @staticmethod
     def _kept(vectors: Tensor, positions: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import experiment
 from dataset import DataError
-from experiment import UserError, load_run
+from experiment import STAGE1, UserError, load_run
 
 EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "loss.lecam_weight=0.01", "loss.disc_start=1", "loss.gan_start=3",
               "train.lr_scheduler=cosine", "train.lr_warmup_steps=2", "train.max_grad_norm=1.0"]
@@ -297,6 +297,22 @@ def test_resuming_another_model_is_refused(train, tmp_path, change, told):
         train(change, f"train.output_dir={tmp_path}/other", resume=f"{tmp_path}/run/checkpoints/step_00000006")
     with pytest.raises(UserError, match="checkpoint.json is missing"):
         train(f"train.output_dir={tmp_path}/other", resume=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("name", ["mqvae", "dqvae"])
+def test_noise_of_the_masks_fades(train, tmp_path, name, monkeypatch):
+    """To 0 at 80 % of the steps; a run that continues goes on where it was."""
+    config, seen, kind = write_tiny(tmp_path, model=TINY_MODELS[name]), [], STAGE1[name]
+    ours = kind._train_ours
+    monkeypatch.setattr(kind, "_train_ours", lambda self, *given: seen.append(self.noise) or ours(self, *given))
+    train("train.max_train_steps=10", config=config)
+    assert seen == pytest.approx([1 - i / 8 for i in range(8)] + [0, 0])
+    seen.clear()
+    train("train.max_train_steps=10", config=config, resume=f"{tmp_path}/run/checkpoints/step_00000009")
+    assert seen == [0]
+    seen.clear()
+    train("train.max_train_steps=10", "model.release_training=true", f"train.output_dir={tmp_path}/release", config=config)
+    assert not seen
 
 
 # Several processes
