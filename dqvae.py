@@ -175,7 +175,8 @@ class DQVAE(nn.Module):
         self.thresholds.copy_(torch.tensor(thresholds))
 
     def _route(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images to the vectors to quantize (B, h, w, D), a feature router's gate (B, G, h', w') for the budget, and the grain (B, h', w')."""
+        """Images to the vectors to quantize (B, h, w, D), the feature router's gate (B, G, h', w') for the budget loss, and the grain
+        (B, h', w')."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         features = self.down(images)[-1:-self.grains - 1:-1]

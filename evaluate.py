@@ -13,6 +13,10 @@ stage 1     psnr (dB), ssim, lpips (VGG)    means over images of torchmetrics' a
                                             can be compared between sets of different sizes
             codes, bits, bits_per_pixel     per image; codes of a DQ-VAE's coarse regions count once
             kept_ratio, ratio_1, ratio_2    share of cells with a code; of regions with granularity 1 (and 2, finer)
+            detail                          how often a cell with a code has more contrast (standard deviation of its pixels) than one
+                                            without, or a region than one of coarser granularity, in the same image; chance: 0.5
+            shared                          of an image's kept cells, or of its regions that are not coarsest, the share that another
+                                            image keeps too; chance: the share that is kept. 1 is a fixed pattern, which adapts to nothing
 stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with the 3 nearest
                                             neighbours of Inception features (Kynkaanniemi et al., NeurIPS 2019), as the ADM suite has them
             bits                            per validation image (the negative log-likelihood of its codes)
@@ -111,26 +115,33 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
     model = model.to(state.device)
     uses = torch.zeros(model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
-    each, features = [], []
+    each, features, places = [], [], []
     for images, _ in batches(args, state, dataset, folder):
         with state.autocast():
             codes = model.encode(images)
             reconstructions = to_uint8(model.decode(codes))
         values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
+        if (levels := detail_levels(model, codes)) is not None:
+            values["detail"] = on_detail(levels.flatten(1), contrast(images, images.shape[-1] // levels.shape[-1]))
+            places.append((levels > 0).flatten(1).sum(0, keepdim=True).double().cpu())
         each.append(torch.stack([v.double() for v in values.values()], 1).cpu())
         uses += torch.bincount(codes["indices"][spent(model, codes)], minlength=len(uses))
         if "inception" in networks:
             features.append(networks["inception"](reconstructions)[0].cpu())
     uses = state.reduce(uses, "sum").cpu()
     real = originals(args, state, dataset, networks, known, config) if features else None
-    each, features = collect(state, each), collect(state, features)
+    each, features, places = collect(state, each), collect(state, features), collect(state, places)
     if not state.is_main_process:
         return {}
     metrics = {"images": len(each)}
     for name, column in zip(values, each.T):
+        column = column[~column.isnan()] if name == "detail" else column
         metrics |= {name: column.mean().item(), f"{name}_std": column.std(correction=0).item()}
     if features is not None:
         metrics["rfid"] = frechet_distance(features, real[:, :FEATURES])
+    if places is not None and len(each) > 1:  # a place that p images keep: each of them shares it with p - 1 others
+        places = places.sum(0)
+        metrics["shared"] = ((places * (places - 1)).sum() / (places.sum() * (len(each) - 1))).item()
     metrics |= {"usage": usage(uses, uses.sum().item()), f"usage_{QUEUE}": usage(uses, QUEUE), "perplexity": perplexity(uses)}
     return metrics | {"bits_per_pixel": metrics["bits"] / dataset.image_size**2}
 
@@ -159,6 +170,29 @@ def code_counts(model: torch.nn.Module, codes: dict[str, Tensor]) -> dict[str, T
     if "grain" in codes:
         counts |= {f"ratio_{g}": (codes["grain"] == g).float().mean((1, 2)) for g in range(1, model.grains)}
     return counts
+
+
+def detail_levels(model: torch.nn.Module, codes: dict[str, Tensor]) -> Tensor | None:
+    """What a model that chooses spends on each cell (0 or 1) or region (its granularity), (B, h, w)."""
+    if "positions" in codes:
+        kept = torch.zeros(len(codes["positions"]), model.grid**2, device=codes["positions"].device)
+        return kept.scatter(1, codes["positions"], 1.0).unflatten(1, (model.grid, model.grid))
+    return codes["grain"].float() if "grain" in codes else None
+
+
+def contrast(images: Tensor, size: int) -> Tensor:
+    """The standard deviation of the pixels of each square of `size` x `size`, mean over the colours: (B, 3, H, W) to (B, squares)."""
+    images = images.double()
+    mean = torch.nn.functional.avg_pool2d(images, size)
+    return (torch.nn.functional.avg_pool2d(images.square(), size) - mean.square()).clamp(min=0).sqrt().mean(1).flatten(1)
+
+
+def on_detail(levels: Tensor, contrast: Tensor) -> Tensor:
+    """Of the pairs of places of an image whose levels (B, n) differ, the share in which the higher one has more contrast (B, n); (B,), NaN
+    for an image without such pairs."""
+    higher = levels.unsqueeze(2) > levels.unsqueeze(1)                                       # (B, n, n)
+    difference = contrast.unsqueeze(2) - contrast.unsqueeze(1)
+    return (higher * (0.5 + 0.5 * difference.sign())).sum((1, 2)) / higher.sum((1, 2))
 
 
 def usage(uses: Tensor, draws: int) -> float:
@@ -372,6 +406,7 @@ LABELS = {  # and the format; those with "+" come with their spread
     "usage": ("codes in use", ".1%"), f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
     "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
+    "detail": ("codes on detail", ".1%"), "shared": ("places shared", ".1%"),
     "samples": ("samples", "d"), "real_images": ("real images", "d"),
     "fid": ("FID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),

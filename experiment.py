@@ -961,7 +961,7 @@ class _Unfailing:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback, which is for the errors that nobody thought of."""
-    if isinstance(error, (UserError, DataError)):
+    if isinstance(error, (UserError, DataError, FloatingPointError)):
         return f"error: {error}"
     if isinstance(error, SafetensorError):
         return f"error: {error}; what was saved before is whole"

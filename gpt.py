@@ -3,6 +3,7 @@
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
     CodeTransformer         what all three have in common: class labels, guidance, cached sampling
     Blocks, Cache           pre-norm transformer blocks (minGPT's) and their keys and values while sampling
+    Guidance                classifier-free guidance while sampling
     filter_logits, draw     temperature, top-k, top-p; and one token per row from one random number per row
     parameter_groups        for AdamW: weight decay on the weights of linear layers only
 
@@ -278,7 +279,8 @@ class Guidance:
 
     def check(self) -> None:
         if not self.finite:
-            raise ValueError("the model's logits are not finite, so nothing can be sampled: its weights are damaged, or fp16 overflowed")
+            raise FloatingPointError("the model's logits are not finite, so nothing can be sampled: its weights are (use an earlier "
+                                     "checkpoint), or half precision overflowed (use float32)")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, also for the processes that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -48,7 +48,8 @@ RELEASES = {
                               "train.train_batch_size": 256, "train.max_train_steps": 500_000, "loss.reconstruction": "l2"},
     "stage2/stackformer_imagenet_v12p12_class": STACK | {"train.class_conditional": True},
     "stage2/stackformer_imagenet_v12p12_uncond": STACK | {"train.class_conditional": False, "model.label_dropout": 0.1},
-    "stage2/dq_transformer_imagenet_p6c18_class": DQT | {"codes.stage1": "runs/dqvae_imagenet_entropy_r50", "train.class_conditional": True},
+    "stage2/dq_transformer_imagenet_p6c18_class": DQT | {
+        "codes.stage1": "runs/dqvae_imagenet_entropy_r50", "train.class_conditional": True},
     "stage2/dq_transformer_imagenet_p6c18_uncond": DQT | {
         "codes.stage1": "runs/dqvae_imagenet_entropy_r50", "train.class_conditional": False, "model.label_dropout": 0.1},
     "stage2/dq_transformer_ffhq_p6c18": DQT | {"codes.stage1": "runs/dqvae_ffhq_entropy_r50", "model.label_dropout": 0.1},

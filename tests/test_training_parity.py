@@ -88,7 +88,8 @@ def test_stage1(name, monkeypatch):
     d, discriminator = about.get("discriminator"), None
     if d:
         discriminator = PatchGAN(d["ndf"], d["n_layers"])
-        missing, unknown = discriminator.load_state_dict({k.removeprefix("main."): v for k, v in filled(d["parameters"]).items()}, strict=False)
+        filled_in = {k.removeprefix("main."): v for k, v in filled(d["parameters"]).items()}
+        missing, unknown = discriminator.load_state_dict(filled_in, strict=False)
         assert not unknown and all(k.endswith("num_batches_tracked") for k in missing)
     criterion = Stage1Loss("l1", 0.0, "hinge", disc_weight=d["disc_weight"] if d else 0.0)
     loss, parts = criterion.generator(x, out, model.last_layer, discriminator, 0)
