@@ -46,8 +46,8 @@ class DQVAE(nn.Module):
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
 
-    `_train_ours` and `_train_as_released` say how the feature router learns. `model.noise`, an attribute, is how randomly our training
-    draws granularities: 1 at first, to be lowered to 0 during training (train_stage1.py does).
+    `_train_ours` and `_train_as_released` say how the feature router learns. `model.progress`, an attribute from 0 to 1, tells our
+    training how much of it is done; set it at every step, as train_stage1.py does.
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
@@ -73,7 +73,7 @@ class DQVAE(nn.Module):
             raise ValueError(f"decoder_ch_mult must have {int(math.log2(factors[-1])) + 1} levels to go from factor {factors[-1]} to 1; "
                              f"it has {len(decoder_ch_mult)}")
         self.image_size, self.factors, self.ratios, self.budget_weight = image_size, list(factors), list(ratios), budget_weight
-        self.ema_weighted, self.release_training, self.noise = ema_weighted, release_training, 1.0
+        self.ema_weighted, self.release_training, self.progress = ema_weighted, release_training, 1.0
         self.factor = factors[0]
         self._calibrated = False
         self.down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
@@ -202,9 +202,10 @@ class DQVAE(nn.Module):
         return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
 
     def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn, by noise that fades. The gradient compares them: it is that of sum_g gate_g * feature_g. The budget
-        is of the decisions that evaluation makes; with one for what is drawn, they were 49 % fine where 60 % was asked."""
-        drawn = logits - self.noise * torch.empty_like(logits).exponential_().log()
+        """Granularities are drawn, with noise that fades to 0 at 80 %. The gradient compares them: it is that of the sum over g of
+        gate_g * feature_g. The budget is of the decisions that evaluation makes; with one for what is drawn, they were 49 % fine where
+        60 % was asked."""
+        drawn = logits - max(0.0, 1 - self.progress / 0.8) * torch.empty_like(logits).exponential_().log()
         gates = []
         for x in (drawn, logits):
             soft = x.softmax(1)

@@ -5,8 +5,8 @@
     ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
     DeMask      fills the cells without a code from those that have one
 
-The N cells of highest score keep their features, which are quantized; their positions are part of the code. `_train_ours` and
-`_train_as_released` say how the scores learn, and in what our training departs from the release's.
+The N cells of highest score keep their features, which are quantized; their positions are part of the code. `_train_ours`
+and `_train_as_released` say how the scores learn.
 Interface as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
@@ -37,8 +37,7 @@ class MQVAE(nn.Module):
     demask_layers      residual block and masked attention, so many times
     release_training   train with the release's gradients; an attribute as well
 
-    `model.noise`, an attribute, is how randomly our training draws the cells to keep: 1 at first, to be lowered to 0 during training
-    (train_stage1.py does), because evaluation keeps those of the highest scores.
+    `model.progress`, an attribute from 0 to 1, tells our training how much of it is done; set it at every step, as train_stage1.py does.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
@@ -56,7 +55,7 @@ class MQVAE(nn.Module):
         self.image_size, self.grid = image_size, image_size // self.factor
         if image_size % self.factor:
             raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
-        self.topk_ratio, self.release_training, self.noise = topk_ratio, release_training, 1.0
+        self.topk_ratio, self.release_training, self.progress = topk_ratio, release_training, 1.0
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
         self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
@@ -118,27 +117,27 @@ class MQVAE(nn.Module):
         scores = self.score_net(z)                                                           # (B, h, w)
         z, flat = z.flatten(2).transpose(1, 2), scores.flatten(1)                            # (B, hw, C), (B, hw)
         vectors = self.pre_quant(F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1))         # (B, hw, D)
-        order, slope = flat.detach(), None
+        n, order, slope = int(self.topk_ratio * flat.shape[1]), flat.detach(), None
         if self.training:
-            order, slope = (self._train_as_released if self.release_training else self._train_ours)(flat, vectors)
-        positions = order.topk(int(self.topk_ratio * flat.shape[1]), dim=1).indices.sort(dim=1).values  # (B, N)
-        return vectors, scores, positions, slope
+            n, order, slope = (self._train_as_released if self.release_training else self._train_ours)(n, flat, vectors)
+        return vectors, scores, order.topk(n, dim=1).indices.sort(dim=1).values, slope
 
-    # Training: from scores (B, hw) and vectors (B, hw, D) to the order (B, hw) whose highest cells are kept, and to `slope` (B, hw, D),
-    # which is 0 and is added to what the de-mask network reads.
+    # Training: from N, scores (B, hw) and vectors (B, hw, D) to how many cells are kept, the order (B, hw) by which they are, and a slope
+    # (B, hw, D) that is added to what the de-mask network reads: 0, with a gradient for the scores.
 
-    def _train_as_released(self, scores: Tensor, vectors: Tensor) -> tuple[Tensor, None]:
-        """The highest scores are kept. A score's gradient is that of the kept feature which it multiplies."""
-        return scores.detach(), None
+    def _train_as_released(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, None]:
+        """The N highest scores. A score's gradient is that of the kept feature which it multiplies."""
+        return n, scores.detach(), None
 
-    def _train_ours(self, scores: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Kept cells are drawn: Gumbel noise on the scores' logits, so that each cell is at times kept and at times not. A score also has
-        the gradient of what a code instead of the token would change in its cell (to first order, straight-through), less the mean of
-        this over the image."""
+    def _train_ours(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor]:
+        """At first all cells, falling to N half-way: the network learns to code before it learns to leave out. In the order of logits
+        with Gumbel noise, which fades to 0 at 80 %: each cell is at times kept and at times not. A score also has the gradient of what
+        a code instead of the token would change in its cell (to first order), less the mean of this over the image."""
+        n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
         gumbel = -torch.empty_like(scores).exponential_().log()
+        order = scores.detach().logit(1e-6) + max(0.0, 1 - self.progress / 0.8) * gumbel
         relative = scores - scores.mean(1, keepdim=True)
-        slope = (relative - relative.detach()).unsqueeze(-1) * (vectors - self.demask.token).detach()
-        return scores.detach().logit(1e-6) + self.noise * gumbel, slope
+        return n, order, (relative - relative.detach()).unsqueeze(-1) * (vectors - self.demask.token).detach()
 
     @staticmethod
     def _kept(vectors: Tensor, positions: Tensor) -> Tensor:

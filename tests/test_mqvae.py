@@ -48,15 +48,24 @@ def test_the_highest_scores_are_kept():
 
 @torch.no_grad()
 def test_training_tries_other_cells():
-    """Which cells are kept is drawn in proportion to score / (1 - score), without replacement; in evaluation it is decided."""
+    """Cells are drawn in proportion to a power of score / (1 - score), which grows to infinity; in evaluation it is decided."""
     model, images = small(image_size=8, topk_ratio=1.5 / 16), torch.rand(1, 3, 8, 8).expand(400, -1, -1, -1)
     odds = torch.zeros(16).index_copy(0, torch.tensor([3, 9, 14]), torch.tensor([6.0, 3.0, 1.0]))
     model.score_net.forward = lambda z: (odds / (1 + odds)).view(1, 4, 4).expand(len(z), -1, -1)
     torch.manual_seed(0)
-    drawn = model.train()(images).codes["positions"].flatten().tolist()
-    for cell, share in ((3, 0.6), (9, 0.3), (14, 0.1)):
-        assert abs(drawn.count(cell) / 400 - share) < 0.07
+    for progress, power in ((0.5, 8 / 3), (0.8, math.inf)):
+        model.progress = progress
+        drawn = model.train()(images).codes["positions"].flatten().tolist()
+        for cell, x in ((3, 6.0), (9, 3.0), (14, 1.0)):
+            assert abs(drawn.count(cell) / 400 - (x / 6) ** power / sum((x / 6) ** power for x in (6, 3, 1))) < 0.05
     assert model.eval().encode(images)["positions"].unique().tolist() == [3]
+
+
+def test_training_keeps_all_cells_at_first():
+    model, images = small(), torch.rand(2, 3, 32, 32) * 2 - 1
+    for progress, n in ((0, 256), (0.25, 160), (0.5, 64), (1, 64)):
+        model.progress = progress
+        assert model.train()(images).codes["indices"].shape == (2, n) and model.eval().encode(images)["indices"].shape == (2, 64)
 
 
 def test_scores_learn_what_a_code_would_change():

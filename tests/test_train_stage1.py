@@ -300,16 +300,16 @@ def test_resuming_another_model_is_refused(train, tmp_path, change, told):
 
 
 @pytest.mark.parametrize("name", ["mqvae", "dqvae"])
-def test_noise_of_the_masks_fades(train, tmp_path, name, monkeypatch):
-    """To 0 at 80 % of the steps; a run that continues goes on where it was."""
+def test_models_know_how_far_their_training_is(train, tmp_path, name, monkeypatch):
+    """Also in a run that continues."""
     config, seen, kind = write_tiny(tmp_path, model=TINY_MODELS[name]), [], STAGE1[name]
     ours = kind._train_ours
-    monkeypatch.setattr(kind, "_train_ours", lambda self, *given: seen.append(self.noise) or ours(self, *given))
+    monkeypatch.setattr(kind, "_train_ours", lambda self, *given: seen.append(self.progress) or ours(self, *given))
     train("train.max_train_steps=10", config=config)
-    assert seen == pytest.approx([1 - i / 8 for i in range(8)] + [0, 0])
+    assert seen == [i / 10 for i in range(10)]
     seen.clear()
     train("train.max_train_steps=10", config=config, resume=f"{tmp_path}/run/checkpoints/step_00000009")
-    assert seen == [0]
+    assert seen == [0.9]
     seen.clear()
     train("train.max_train_steps=10", "model.release_training=true", f"train.output_dir={tmp_path}/release", config=config)
     assert not seen
