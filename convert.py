@@ -129,7 +129,7 @@ def _vqvae_simplecnn(config: dict) -> tuple[dict, list[Rule]]:
 def _mqvae(config: dict) -> tuple[dict, list[Rule]]:
     net, quantizer = config["encoder"], config["quantizer"]
     settings = {"name": "mqvae", "image_size": net["resolution"], **_net(net), "topk_ratio": config["masker"]["topk_ratio"],
-                "demask_layers": config["demasker"]["n_layer"],
+                "release_training": True, "demask_layers": config["demasker"]["n_layer"],
                 "quantizer": {"codebook_size": quantizer["codebook_size"], "dim": quantizer["codebook_dim"],
                               "beta": quantizer["commitment_beta"], "ema_decay": quantizer["decay"],
                               "restart": quantizer["restart_unused_codes"]}}
@@ -156,7 +156,8 @@ def _dqvae(config: dict) -> tuple[dict, list[Rule]]:
                 "factors": [2 ** (levels - 1 - g) for g in range(len(names))],
                 "ratios": [budget["target_median_ratio"], budget["target_fine_ratio"]] if len(names) == 3 else [budget["target_ratio"]],
                 "router": "entropy" if config["kind"].endswith("entropy") else "feature", "budget_weight": budget["gamma"],
-                "ema_weighted": False, "decoder_ch_mult": decoder["ch_mult"], "decoder_attn_resolutions": decoder["attn_resolutions"],
+                "ema_weighted": False, "release_training": True,
+                "decoder_ch_mult": decoder["ch_mult"], "decoder_attn_resolutions": decoder["attn_resolutions"],
                 "quantizer": {"codebook_size": config["codebook_size"], "dim": config["codebook_dim"], "beta": config["beta"],
                               "ema_decay": 0.99}}
     rules = [*_down("down"), *_decoder("decoder", len(decoder["ch_mult"])), *_QUANT_CONVS, *_EMA_CODEBOOK,
@@ -445,8 +446,8 @@ def _read_dqvae(params: dict, model: dict, thresholds: str | Path | None) -> dic
     except (OSError, ValueError, KeyError):
         raise UserError(f"the entropy router needs the release's JSON file of thresholds, and {path} is not one; name it by "
                         "--thresholds") from None
-    print(f"{path}: the release computed these thresholds with other bins than its router uses, so more regions become fine than asked "
-          "for (60 % instead of 50 % on 250 photographs of ImageNet)")
+    print(f"{path}: the release computes thresholds with other bins than its router uses, so more regions become fine than asked for "
+          "(60 % instead of 50 % on 250 photographs of ImageNet)")
     return config | {"budget": {"target_ratio": ratio, "gamma": 10.0},
                      "router": {"threshold": threshold, "patch_size": 2 ** (len(encoder["ch_mult"]) - 1)}}
 

@@ -167,28 +167,30 @@ class DQTransformer(CodeTransformer):
     @torch.no_grad()
     def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
         """As CodeTransformer.survey; and keeps the mean number of codes of each granularity, for the loss. Where images of similar
-        length share a batch, dividing by the batch's own number of tokens would give a code of a short image more weight."""
+        length share a batch, dividing by the batch's own number of tokens would give a code of a short image more weight. To be called
+        in every process; not saved with the weights."""
         counts = torch.cat([self._counts(codes["grain"].flatten(1)) for codes in batches])   # (rows, G)
         self.mean_counts = counts.double().mean(0).float().to(self.index_emb.device)
         return counts.sum(1) + 2 * self.grains - 1
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes and labels (B,) to {"loss", "content", "position"}, mean cross-entropies in nats: of all codes, and of each
-        granularity's positions and end, averaged over the granularities. The loss is their sum.
-
-        The means are over the batch's tokens. In training after `survey`, sums are divided by the number of tokens that a batch of
-        this size has on average.
+        granularity's positions and end, averaged over the granularities. The loss is their sum; in training after `survey`, with
+        sums divided by the number of tokens that a batch of this size has on average.
         """
         content, position, counts = self._nats(codes, labels)
+        content, position = sum(nats.sum() for nats in content), torch.stack([nats.sum() for nats in position])  # (), (G,)
         number = counts.float().sum(0)                                                       # (G,)
-        if self.training and self.mean_counts is not None:
-            number = len(counts) * self.mean_counts
-        elif self.training and dist.is_available() and dist.is_initialized():
+        if self.training and self.mean_counts is None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.AVG if number.is_cuda else dist.ReduceOp.SUM)  # the mean of the processes' losses
             number = number if number.is_cuda else number / dist.get_world_size()            # is then the mean over all their tokens
-        content = sum(nats.sum() for nats in content) / number.sum()
-        position = sum(nats.sum() / n for nats, n in zip(position, number + len(counts))) / self.grains  # one end per row
-        return {"loss": content + position, "content": content.detach(), "position": position.detach()}
+
+        def means(number: Tensor) -> tuple[Tensor, Tensor]:
+            return content / number.sum(), (position / (number + len(counts))).mean()  # each row has an end
+
+        found = means(number)
+        loss = sum(means(len(counts) * self.mean_counts) if self.training and self.mean_counts is not None else found)
+        return {"loss": loss, "content": found[0].detach(), "position": found[1].detach()}
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, list[Tensor]]:
         """Next-token logits under teacher forcing, lists with an entry per granularity, coarsest first: `content[g]`

@@ -46,8 +46,8 @@ class DQVAE(nn.Module):
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
 
-    `_train_ours` and `_train_as_released` say how the feature router learns. `model.progress`, an attribute from 0 to 1, tells our
-    training how much of it is done; set it at every step, as train_stage1.py does.
+    `_train_ours` and `_train_as_released` say how the feature router learns. Set the attribute `model.progress` at every training step
+    to the share of the steps that are done, as train_stage1.py does: our training begins with noise. Left at 1, it trains without.
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
@@ -203,17 +203,15 @@ class DQVAE(nn.Module):
 
     def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Granularities are drawn, with noise that fades to 0 at 80 %. The gradient compares them: it is that of the sum over g of
-        gate_g * feature_g. The budget is of the decisions that evaluation makes; with one for what is drawn, they were 49 % fine where
-        60 % was asked."""
-        drawn = logits - max(0.0, 1 - self.progress / 0.8) * torch.empty_like(logits).exponential_().log()
-        gates = []
-        for x in (drawn, logits):
-            soft = x.softmax(1)
-            gates.append(one_hot(x.argmax(1), self.grains) + soft - soft.detach())  # straight-through
-        grain = drawn.argmax(1)
-        slope = F.interpolate(gates[0] - gates[0].detach(), features[0].shape[-2:])          # (B, G, h, w): 0
+        gate_g * feature_g. The budget is of the decisions that evaluation makes; a budget on what is drawn left evaluation at 49 % fine
+        where 60 % was asked."""
+        drawn, noise = logits, 1 - self.progress / 0.8
+        if noise > 0:
+            drawn = logits - noise * torch.empty_like(logits).exponential_().log()
+        grain, soft, decided = drawn.argmax(1), drawn.softmax(1), logits.softmax(1)
+        slope = F.interpolate(soft - soft.detach(), features[0].shape[-2:])                  # (B, G, h, w): 0, straight-through
         z = self._select(features, grain) + sum(slope[:, g:g + 1] * feature for g, feature in enumerate(features))
-        return z, gates[1], grain
+        return z, one_hot(logits.argmax(1), self.grains) + decided - decided.detach(), grain
 
     def _grain_of_entropy(self, images: Tensor) -> Tensor:
         if not self._calibrated and self.thresholds.isnan().any():
@@ -229,11 +227,11 @@ class DQVAE(nn.Module):
         return z
 
     def _budget(self, gate: Tensor) -> Tensor:
-        """The reference's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
+        """The release's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
         shares = gate.mean((0, 2, 3))
         error = [(shares[g] - ratio).square() for g, ratio in enumerate(self.ratios, 1)]
         if self.grains == 2:
-            return 2 * self.budget_weight * error[0]  # the reference adds the same term twice
+            return 2 * self.budget_weight * error[0]  # the release adds the same term twice
         return error[0] + self.budget_weight * error[1]
 
     def _decode(self, z_q: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ stage 1     psnr (dB), ssim, lpips (VGG)    means over images of torchmetrics' a
             kept_ratio, ratio_1, ratio_2    share of cells with a code; of regions with granularity 1 (and 2, finer)
             detail                          how often a cell with a code has more contrast (standard deviation of its pixels) than one
                                             without, or a region than one of coarser granularity, in the same image; chance: 0.5
-            shared                          of an image's kept cells, or of its regions that are not coarsest, the share that another
-                                            image keeps too; chance: the share that is kept. 1 is a fixed pattern, which adapts to nothing
+            shared                          the share of an image's kept cells (or of its regions that are not coarsest) that another image
+                                            keeps too, mean over pairs; 1 is a fixed pattern, chance is the share that is kept
 stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with the 3 nearest
                                             neighbours of Inception features (Kynkaanniemi et al., NeurIPS 2019), as the ADM suite has them
             bits                            per validation image (the negative log-likelihood of its codes)
@@ -122,7 +122,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
             reconstructions = to_uint8(model.decode(codes))
         values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
         if (levels := detail_levels(model, codes)) is not None:
-            values["detail"] = on_detail(levels.flatten(1), contrast(images, images.shape[-1] // levels.shape[-1]))
+            contrasts = contrast(images, images.shape[-1] // levels.shape[-1])
+            values["detail"] = torch.stack([on_detail(x, c) for x, c in zip(levels.flatten(1), contrasts)])
             places.append((levels > 0).flatten(1).sum(0, keepdim=True).double().cpu())
         each.append(torch.stack([v.double() for v in values.values()], 1).cpu())
         uses += torch.bincount(codes["indices"][spent(model, codes)], minlength=len(uses))
@@ -135,11 +136,13 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         return {}
     metrics = {"images": len(each)}
     for name, column in zip(values, each.T):
-        column = column[~column.isnan()] if name == "detail" else column
+        column = column[~column.isnan()]  # an image whose regions are all equal has no "detail"
+        if not len(column):
+            continue
         metrics |= {name: column.mean().item(), f"{name}_std": column.std(correction=0).item()}
     if features is not None:
         metrics["rfid"] = frechet_distance(features, real[:, :FEATURES])
-    if places is not None and len(each) > 1:  # a place that p images keep: each of them shares it with p - 1 others
+    if places is not None and len(each) > 1 and places.sum() > 0:  # each of the p images that keep a place shares it with p - 1 others
         places = places.sum(0)
         metrics["shared"] = ((places * (places - 1)).sum() / (places.sum() * (len(each) - 1))).item()
     metrics |= {"usage": usage(uses, uses.sum().item()), f"usage_{QUEUE}": usage(uses, QUEUE), "perplexity": perplexity(uses)}
@@ -188,11 +191,10 @@ def contrast(images: Tensor, size: int) -> Tensor:
 
 
 def on_detail(levels: Tensor, contrast: Tensor) -> Tensor:
-    """Of the pairs of places of an image whose levels (B, n) differ, the share in which the higher one has more contrast (B, n); (B,), NaN
-    for an image without such pairs."""
-    higher = levels.unsqueeze(2) > levels.unsqueeze(1)                                       # (B, n, n)
-    difference = contrast.unsqueeze(2) - contrast.unsqueeze(1)
-    return (higher * (0.5 + 0.5 * difference.sign())).sum((1, 2)) / higher.sum((1, 2))
+    """Of the pairs of an image's places whose levels (n,) differ, the share in which the higher one has more contrast (n,); NaN if there
+    are no such pairs."""
+    higher = levels.unsqueeze(1) > levels                                                    # (n, n)
+    return 0.5 + 0.5 * (contrast.unsqueeze(1) - contrast).sign()[higher].mean()
 
 
 def usage(uses: Tensor, draws: int) -> float:

@@ -445,7 +445,7 @@ class Run:
             return
         before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), self.config))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            if before.get(key, now.get(key) if key.startswith("model.") else None) != now.get(key):  # older runs lack newer settings
                 raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
                                 f"use its own config ({source}/config.yaml) or another train.output_dir")
 

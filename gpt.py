@@ -279,8 +279,8 @@ class Guidance:
 
     def check(self) -> None:
         if not self.finite:
-            raise FloatingPointError("the model's logits are not finite, so nothing can be sampled: its weights are (use an earlier "
-                                     "checkpoint), or half precision overflowed (use float32)")
+            raise FloatingPointError("the model's logits are not finite, so nothing can be sampled: either its weights are not (use an "
+                                     "earlier checkpoint), or half precision overflowed (use float32)")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -37,7 +37,8 @@ class MQVAE(nn.Module):
     demask_layers      residual block and masked attention, so many times
     release_training   train with the release's gradients; an attribute as well
 
-    `model.progress`, an attribute from 0 to 1, tells our training how much of it is done; set it at every step, as train_stage1.py does.
+    Set the attribute `model.progress` at every training step to the share of the steps that are done, as train_stage1.py does: our
+    training begins with more than N cells and with noise. Left at 1, it trains as at the end.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
@@ -134,8 +135,9 @@ class MQVAE(nn.Module):
         with Gumbel noise, which fades to 0 at 80 %: each cell is at times kept and at times not. A score also has the gradient of what
         a code instead of the token would change in its cell (to first order), less the mean of this over the image."""
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
-        gumbel = -torch.empty_like(scores).exponential_().log()
-        order = scores.detach().logit(1e-6) + max(0.0, 1 - self.progress / 0.8) * gumbel
+        order, noise = scores.detach(), 1 - self.progress / 0.8
+        if noise > 0:
+            order = order.logit() - noise * torch.empty_like(order).exponential_().log()
         relative = scores - scores.mean(1, keepdim=True)
         return n, order, (relative - relative.detach()).unsqueeze(-1) * (vectors - self.demask.token).detach()
 

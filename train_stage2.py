@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -367,11 +368,14 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     if mine:
         generators = [torch.Generator().manual_seed(train["seed"] + i) for i in mine]
         labels = torch.tensor([wanted[i % columns] for i in mine]) if wanted else None
-        with accelerator.autocast():
-            codes = model.sample(len(mine), labels, generator=generators, **sampling_arguments(type(model), settings))
-        pictures = stage1.decode(codes)
-        cells = [*stage1.maps(codes, pictures).values(), pictures]
-        drawn = {i: [cell[j].float().cpu() for cell in cells] for j, i in enumerate(mine)}
+        try:
+            with accelerator.autocast():
+                codes = model.sample(len(mine), labels, generator=generators, **sampling_arguments(type(model), settings))
+            pictures = stage1.decode(codes)
+            cells = [*stage1.maps(codes, pictures).values(), pictures]
+            drawn = {i: [cell[j].float().cpu() for cell in cells] for j, i in enumerate(mine)}
+        except FloatingPointError as error:
+            warnings.warn(f"the picture of step {step} is without samples: {error}", stacklevel=2)
     drawn = {i: cells for part in gather(drawn) for i, cells in part.items()}
     model.train(was_training)
 
@@ -381,7 +385,8 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     originals = torch.stack([image(val_codes.dataset, i) for i in chosen]).to(device)
     codes = stage1.encode(originals)
     shown = zip(*[originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)])
-    picture = [[*cells, *(cell for r in range(settings["rows"]) for cell in drawn[r * columns + c])] for c, cells in enumerate(shown)]
+    sampled = settings["rows"] if len(drawn) == columns * settings["rows"] else 0
+    picture = [[*cells, *(cell for r in range(sampled) for cell in drawn[r * columns + c])] for c, cells in enumerate(shown)]
     return means["bits"], run.picture(step, "samples", picture)
 
 

@@ -161,9 +161,9 @@ class VectorQuantizer(nn.Module):
     queue_size         how many of the last codes are kept to measure how many different ones are in use
 
     Distances, losses and EMA are float32 whatever autocast says. Several processes hold the same codebook: EMA sums are
-    all-reduced, and restarted codes are drawn from the vectors of all processes. With gradient accumulation set
-    `quantizer.accumulation_steps = k`: the codebook is then updated at every k-th forward pass in training mode, once from the vectors
-    of all k, as if they had been one batch.
+    all-reduced, and restarted codes are drawn from the vectors of all processes. With gradient accumulation, set
+    `quantizer.accumulation_steps` to the number of forward passes in a step, the same in every step: the codebook is then updated at
+    the last of them from the vectors of all (which are kept so long), as if they had been one batch.
     """
 
     CHUNK = 2**25  # distances computed at a time, as floats (128 MB)

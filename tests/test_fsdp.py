@@ -152,10 +152,10 @@ def test_resume_is_exact(folder, train2, tmp_path):
     whole, parts = folder["dq_transformer"] / "whole", folder["dq_transformer"] / "parts"
     equal(weights(whole, 12), weights(parts, 12))
     assert metrics(whole) == metrics(parts)
-    # bf16: the weights stay float32, and so does the loss: the mean of two from 2 to 8 in bf16 would be a multiple of 1/128
+    # bf16: the weights stay float32, and so does the loss: the mean of two from 2 to 4 in bf16 would be a multiple of 1/128
     assert {v.dtype for k, v in weights(whole, 12).items() if k.startswith("model.")} == {torch.float32}
     losses = torch.tensor([line["content"] for line in metrics(whole) if "content" in line])
-    assert len(losses) == 12 and losses.min() > 2 and losses.max() < 8 and not torch.equal(losses, (losses * 128).round() / 128)
+    assert len(losses) == 12 and losses.min() > 2 and losses.max() < 4 and not torch.equal(losses, (losses * 128).round() / 128)
     train2(folder["dq_transformer"] / "tiny2.yaml", *NOISY, "train.mixed_precision=bf16", "model.dropout=0", "train.train_batch_size=4",
            f"train.output_dir={tmp_path}")
     plain = torch.tensor([line["content"] for line in metrics(tmp_path) if "content" in line])
