@@ -57,7 +57,7 @@ from tqdm import tqdm
 from dataset import DataError, ImageDataset, end_workers, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
-from gpt import GPT
+from gpt import GPT, NotFinite
 from mqvae import MQVAE
 from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE
@@ -961,7 +961,7 @@ class _Unfailing:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback, which is for the errors that nobody thought of."""
-    if isinstance(error, (UserError, DataError, FloatingPointError)):
+    if isinstance(error, (UserError, DataError, NotFinite)):
         return f"error: {error}"
     if isinstance(error, SafetensorError):
         return f"error: {error}; what was saved before is whole"

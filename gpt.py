@@ -3,7 +3,7 @@
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
     CodeTransformer         what all three have in common: class labels, guidance, cached sampling
     Blocks, Cache           pre-norm transformer blocks (minGPT's) and their keys and values while sampling
-    Guidance                classifier-free guidance while sampling
+    Guidance, NotFinite     classifier-free guidance while sampling, and its error where logits are NaN or infinite
     filter_logits, draw     temperature, top-k, top-p; and one token per row from one random number per row
     parameter_groups        for AdamW: weight decay on the weights of linear layers only
 
@@ -262,6 +262,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # Sampling
 
 
+class NotFinite(ValueError):
+    """Logits are NaN or infinite."""
+
+
 class Guidance:
     """Classifier-free guidance in one call of `sample`: null + scale * (conditional - null). Remembers whether all logits were
     finite; asked once at the end, because the answer waits for the GPU."""
@@ -279,8 +283,8 @@ class Guidance:
 
     def check(self) -> None:
         if not self.finite:
-            raise FloatingPointError("the model's logits are not finite, so nothing can be sampled: either its weights are not (use an "
-                                     "earlier checkpoint), or half precision overflowed (use float32)")
+            raise NotFinite("the model's logits are not finite, so nothing can be sampled: either its weights are not (use an earlier "
+                            "checkpoint), or half precision overflowed (use float32)")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -28,7 +28,7 @@ from dqvae import DQVAE
 from experiment import (STAGE2, Run, TrainSettings, UserError, build, compile_parts, gather, learning_rate_at, load_config, load_run,
                         make_model, mapping, own_folder, peak_memory, read_yaml, run_main, save_run, training_arguments, update_ema,
                         write_file)
-from gpt import check_sampling, parameter_groups
+from gpt import NotFinite, check_sampling, parameter_groups
 from mqvae import MQVAE
 from vqgan import VQGAN, VQVAE
 
@@ -374,7 +374,7 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
             pictures = stage1.decode(codes)
             cells = [*stage1.maps(codes, pictures).values(), pictures]
             drawn = {i: [cell[j].float().cpu() for cell in cells] for j, i in enumerate(mine)}
-        except FloatingPointError as error:
+        except NotFinite as error:
             warnings.warn(f"the picture of step {step} is without samples: {error}", stacklevel=2)
     drawn = {i: cells for part in gather(drawn) for i, cells in part.items()}
     model.train(was_training)

@@ -13,7 +13,7 @@ import stackformer
 from dataset import CodeBatches, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
-from gpt import GPT, draw, filter_logits, parameter_groups
+from gpt import GPT, NotFinite, draw, filter_logits, parameter_groups
 from mqvae import MQVAE
 from stackformer import Stackformer
 from vqgan import VQGAN, VectorQuantizer
@@ -304,7 +304,7 @@ def test_logits_that_are_not_finite_are_an_error(name, value):
     with torch.no_grad():
         getattr(model, head).weight[3, 0] = value
     for scale in (1.0, 2.0):
-        with pytest.raises(FloatingPointError, match="logits are not finite"):
+        with pytest.raises(NotFinite, match="logits are not finite"):
             model.sample(2, torch.tensor([0, 1]), cfg_scale=scale)
 
 
