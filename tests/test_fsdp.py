@@ -13,6 +13,8 @@ from conftest import ROOT, command, metrics, weights, write_tiny2
 import sample
 from experiment import UserError, load_run
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # one worker, so that the runs of `folder` are made once
+
 # accelerate shards on accelerators only. Here AcceleratorState says FSDP on the CPU too; what accelerate and torch do then, with the
 # options of `accelerate launch`, is their own: shards, collectives (gloo), optimizer. Several runs share a start of two processes,
 # so a run does not end them; and each notes how many of the numbers this process holds when it saves. `fused` is what CUDA has.
