@@ -42,12 +42,10 @@ class DQVAE(nn.Module):
     budget_weight      gamma of the budget loss that keeps the feature router to the ratios
     ema_weighted       a code that is repeated over 4 (16) cells counts once in the codebook's moving averages, as in the
                        losses; False: 4 (16) times, as in the release
-    release_training   train with the release's gradients, and ema_weighted=False; an attribute as well
+    release_training   train with the release's gradients (see `_train_as_released` and `_train_ours`), and ema_weighted=False; an
+                       attribute as well
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
-
-    `_train_ours` and `_train_as_released` say how the feature router learns. Set the attribute `model.progress` at every training step
-    to the share of the steps that are done, as train_stage1.py does: our training begins with noise. Left at 1, it trains without.
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
@@ -73,7 +71,7 @@ class DQVAE(nn.Module):
             raise ValueError(f"decoder_ch_mult must have {int(math.log2(factors[-1])) + 1} levels to go from factor {factors[-1]} to 1; "
                              f"it has {len(decoder_ch_mult)}")
         self.image_size, self.factors, self.ratios, self.budget_weight = image_size, list(factors), list(ratios), budget_weight
-        self.ema_weighted, self.release_training, self.progress = ema_weighted, release_training, 1.0
+        self.ema_weighted, self.release_training = ema_weighted, release_training
         self.factor = factors[0]
         self._calibrated = False
         self.down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
@@ -202,16 +200,13 @@ class DQVAE(nn.Module):
         return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
 
     def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn, with noise that fades to 0 at 80 %. The gradient compares them: it is that of the sum over g of
-        gate_g * feature_g. The budget is of the decisions that evaluation makes; a budget on what is drawn left evaluation at 49 % fine
-        where 60 % was asked."""
-        drawn, noise = logits, 1 - self.progress / 0.8
-        if noise > 0:
-            drawn = logits - noise * torch.empty_like(logits).exponential_().log()
-        grain, soft, decided = drawn.argmax(1), drawn.softmax(1), logits.softmax(1)
-        slope = F.interpolate(soft - soft.detach(), features[0].shape[-2:])                  # (B, G, h, w): 0, straight-through
+        """Granularities are drawn. The gradient compares them: it is that of the sum over g of gate_g * feature_g. The budget is of the
+        decisions that evaluation makes; a budget on what is drawn left evaluation at 49 % fine where 60 % was asked."""
+        gate, soft = F.gumbel_softmax(logits, tau=1, hard=True, dim=1), logits.softmax(1)
+        grain = gate.argmax(1)
+        slope = F.interpolate(gate - gate.detach(), features[0].shape[-2:])                  # (B, G, h, w): 0, straight-through
         z = self._select(features, grain) + sum(slope[:, g:g + 1] * feature for g, feature in enumerate(features))
-        return z, one_hot(logits.argmax(1), self.grains) + decided - decided.detach(), grain
+        return z, one_hot(logits.argmax(1), self.grains) + soft - soft.detach(), grain
 
     def _grain_of_entropy(self, images: Tensor) -> Tensor:
         if not self._calibrated and self.thresholds.isnan().any():

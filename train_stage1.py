@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
         for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator is not None else []):
             group["lr"] = lr
-        raw_model.progress = step / max_steps  # for models that choose which cells or regions get codes
+        raw_model.progress = step / max_steps  # for MQ-VAE, whose training has a schedule
         run.begin_step()
 
         for _ in range(accumulate):
