@@ -136,7 +136,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         return {}
     metrics = {"images": len(each)}
     for name, column in zip(values, each.T):
-        column = column[~column.isnan()]  # an image whose regions are all equal has no "detail"
+        if name == "detail":
+            column = column[~column.isnan()]  # an image whose regions are all equal has none
         if not len(column):
             continue
         metrics |= {name: column.mean().item(), f"{name}_std": column.std(correction=0).item()}

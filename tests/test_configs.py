@@ -1,4 +1,4 @@
-"""The configs that name a paper or a release: every setting that differs from it is marked as ours."""
+"""The configs that name a paper or a release: of the settings listed here, those that differ from it are marked as ours."""
 
 import pytest
 from conftest import ROOT
