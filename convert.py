@@ -26,7 +26,9 @@ from torch import Tensor
 
 import train_stage1
 import train_stage2
-from experiment import MODELS, UserError, check_config, load_run, parse_yaml, read_yaml, run_main, save_run
+from config import UserError, check_config, parse_yaml, read_yaml
+from experiment import MODELS, load_run, save_run
+from launch import run_main
 from vqgan import VectorQuantizer
 
 # (the whole name in the release, ours) and perhaps (..., what becomes of the tensor). Ours may end in #i of n, if n tensors of

@@ -2,7 +2,6 @@
 
     make_dataset(name, root, split, ...)    a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
     train_loader, eval_loader               batches over several workers and processes; uint8 until they are on the device
-    CodeCache, code_loader                  the codes of images for stage 2, encoded once, in memory-mapped files; their batches
 
     name        what `root` must hold
     imagenet    train/ and val/ with one folder per class; synset_human.txt and imagenet_idx_to_synset.yml if at hand
@@ -21,24 +20,19 @@ before. That is what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import atexit
-import colorsys
-import fcntl
 import math
 import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
-import time
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +40,8 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shapes import Shapes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 BACKGROUND = (255, 255, 255)  # behind transparent images
@@ -66,8 +62,9 @@ class DataError(Exception):
 
 def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "shapes"] = "folder",
                  root: str | None = None, split: Literal["train", "val"] = "train", image_size: int = 256,
-                 random_crop: bool = True, random_flip: bool = True, min_scale: float = 1.0, val_fraction: float = 0.05,
-                 seed: int = 0, train_size: int = 50_000, val_size: int = 1_000, max_objects: int = 3,
+                 random_crop: bool = True, random_flip: bool = True, min_scale: Annotated[float, (1e-6, 1)] = 1.0,
+                 val_fraction: Annotated[float, (0, 0.999)] = 0.05, seed: Annotated[int, (0, 2**63 - 1)] = 0, train_size: int = 50_000,
+                 val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3,
                  uint8: bool = False) -> ImageDataset:
     """The images and labels of one split.
 
@@ -84,13 +81,8 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
     DataError, in one sentence, if the data is not there or not laid out as the top of this file says.
     """
     train = split == "train"
-    if not 1 <= max_objects <= 3:
-        raise DataError(f"data.max_objects must be between 1 and 3; it is {max_objects}")
-    if min(image_size, train_size, val_size) < 1 or not 0 < min_scale <= 1 or not 0 <= val_fraction < 1:
-        raise DataError("data.image_size, train_size and val_size must be at least 1, min_scale in (0, 1], val_fraction in [0, 1); "
-                        f"they are {image_size}, {train_size}, {val_size}, {min_scale}, {val_fraction}")
     if name == "shapes":
-        source = shapes(train, image_size, seed, train_size if train else val_size, max_objects)
+        source = Shapes(train, image_size, seed, train_size if train else val_size, max_objects)
     else:
         if root is None:
             raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
@@ -191,13 +183,10 @@ def train_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, num_work
 
     batch_size is per process; process `rank` of `world` gets its share of every batch. The first batch is number `start`.
     """
-    if len(dataset) < batch_size * world:
-        raise DataError(f"{len(dataset)} training images are fewer than one batch of {batch_size} x {world} processes; "
-                        "choose a smaller train.train_batch_size")
     dataset.uint8 = True
     loader = DataLoader(dataset, batch_sampler=TrainBatches(len(dataset), batch_size, seed, start, rank, world),
-                        **_workers(num_workers, device))
-    return _on_device(loader, device)
+                        **worker_settings(num_workers, device))
+    return on_device(loader, device)
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None, num_workers: int = 4, rank: int = 0,
@@ -210,149 +199,8 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(count)][rank::world]
     loader = DataLoader(dataset, batch_sampler=[indices[i:i + batch_size] for i in range(0, len(indices), batch_size)],
-                        **_workers(num_workers, device))
-    return _on_device(loader, device)
-
-
-class CodeCache:
-    """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped files.
-
-    `encode` fills it, in several processes at once; what is `missing` after an interruption is done next. Then rows can be read:
-    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
-
-    folder         a folder inside it is named after `key`, in which everything must be that the codes depend on
-    indices        which images of the dataset
-    views          how many crops and flips of each
-    example        the codes of some image (1, ...), for their names and shapes
-    codebook_size  K; what is above 65,536 takes four bytes per code instead of two
-    """
-
-    def __init__(self, folder: Path, key: str, dataset: ImageDataset, indices: list[int], views: int, example: dict[str, Tensor],
-                 codebook_size: int):
-        self.folder, self.dataset, self.indices, self.views = folder / key, dataset, indices, views
-        self.rows = len(indices) * views
-        kind = "uint16" if codebook_size <= 2**16 else "int32"
-        # One array per tensor of codes, the labels, and whether a row is done.
-        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()} | {"labels": ("int32", ()), "done": ("uint8", ())}
-
-    def create(self) -> None:
-        """Makes the files, unless they are there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
-            for name, (kind, shape) in self.shapes.items():
-                size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
-                path = self.folder / f"{name}.bin"
-                if not path.is_file() or path.stat().st_size != size:
-                    (self.folder / "done.bin").unlink(missing_ok=True)  # the last to be made: nothing is done yet
-                    make_file(path, size)
-
-    def encode(self, rows: list[int], encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4,
-               device: torch.device | str = "cpu") -> Iterator[int]:
-        """Encodes these rows by `encode` (images (B, 3, S, S) to codes); yields the number of rows after each batch. What is
-        written is on the disk before it counts as done."""
-        batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-        n, synced = len(self.indices), time.monotonic()
-        keys = [[(row // n, self.indices[row % n]) for row in batch] for batch in batches]
-        self.dataset.uint8 = True
-        loader = DataLoader(self.dataset, batch_sampler=keys, **_workers(num_workers, device))
-        files = {name: open(self.folder / f"{name}.bin", "r+b", buffering=0) for name in self.shapes}  # noqa: SIM115
-        finished: list[int] = []
-
-        def sync() -> None:
-            for name, file in files.items():
-                if name != "done":
-                    os.fsync(file.fileno())
-            for row in finished:
-                os.pwrite(files["done"].fileno(), b"\1", row)
-            finished.clear()
-
-        try:
-            for i, (images, labels) in enumerate(_on_device(loader, device)):
-                arrays = {**encode(images), "labels": labels}
-                for name, tensor in arrays.items():
-                    kind, shape = self.shapes[name]
-                    array = tensor.cpu().numpy()
-                    if array.min() < 0 or array.max() > np.iinfo(kind).max:
-                        raise DataError(f"{name} from {array.min()} to {array.max()} do not fit the cache's {kind}")
-                    for row, value in zip(batches[i], array.astype(kind)):
-                        os.pwrite(files[name].fileno(), value.tobytes(), row * value.nbytes)
-                finished += batches[i]
-                if time.monotonic() - synced > 10:
-                    sync()
-                    synced = time.monotonic()
-                yield len(batches[i])
-        finally:
-            sync()
-            for file in files.values():
-                file.close()
-
-    def missing(self) -> list[int]:
-        """The rows that are not done."""
-        return np.flatnonzero(self._map("done") == 0).tolist()
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
-        arrays = {name: torch.from_numpy(self._map(name)[rows].astype(np.int64)) for name in self.shapes if name != "done"}
-        labels = arrays.pop("labels")
-        return arrays, labels
-
-    def _map(self, name: str) -> np.ndarray:
-        kind, shape = self.shapes[name]
-        return np.memmap(self.folder / f"{name}.bin", kind, "r", shape=(self.rows, *shape))
-
-
-def make_file(path: Path, size: int) -> None:
-    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory map is written."""
-    allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, _, size: os.truncate(descriptor, size))  # macOS has none
-    with open(path, "wb") as file:
-        try:
-            allocate(file.fileno(), 0, size)
-        except OSError as error:
-            path.unlink()
-            free = shutil.disk_usage(path.parent).free / 1e6
-            raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free") from error
-
-
-def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
-                device: torch.device | str = "cpu") -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Endless shuffled batches (codes, labels) on `device`, of images of similar length; see CodeBatches."""
-    cuda = torch.device(device).type == "cuda"
-    for rows in CodeBatches(lengths, cache.views, batch_size, seed, start, rank, world):
-        codes, labels = cache[rows]
-        codes = {k: (v.pin_memory() if cuda else v).to(device, non_blocking=True) for k, v in codes.items()}
-        yield codes, labels.to(device, non_blocking=True)
-
-
-class CodeBatches(Sampler):
-    """Endless lists of rows of a CodeCache. An epoch is a permutation of all images, each in the view whose turn it is; what
-    does not fill a batch is dropped. Among POOL batches at a time, images of similar length come together.
-
-    lengths (views * n,): of each row. The batch of all processes together does not depend on their number.
-    """
-
-    POOL = 64
-
-    def __init__(self, lengths: Tensor, views: int, batch_size: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1):
-        self.lengths, self.views, self.seed, self.start, self.rank, self.world = lengths, views, seed, start, rank, world
-        self.n, self.batch = len(lengths) // views, batch_size * world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.n // self.batch
-        epoch, first = divmod(self.start, per_epoch)
-        while True:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            rows = torch.randperm(self.n, generator=generator)[:per_epoch * self.batch] + self.n * (epoch % self.views)
-            batches = []
-            for pool in rows.split(self.POOL * self.batch):
-                pool = pool[self.lengths[pool].argsort(stable=True)].view(-1, self.batch)
-                batches.append(pool[torch.randperm(len(pool), generator=generator)])
-            for batch in torch.cat(batches)[first:]:
-                yield batch[self.rank::self.world].tolist()
-            epoch, first = epoch + 1, 0
+                        **worker_settings(num_workers, device))
+    return on_device(loader, device)
 
 
 class TrainBatches(Sampler):
@@ -372,7 +220,7 @@ class TrainBatches(Sampler):
             epoch, first_batch = epoch + 1, 0
 
 
-def _workers(num_workers: int, device: torch.device | str) -> dict:
+def worker_settings(num_workers: int, device: torch.device | str) -> dict:
     return dict(num_workers=num_workers, pin_memory=torch.device(device).type == "cuda",
                 prefetch_factor=4 if num_workers else None, worker_init_fn=_leave_signals_to_the_trainer,
                 generator=torch.Generator())  # or making a loader would draw from the models' random numbers
@@ -395,7 +243,7 @@ def end_workers() -> None:
             process.kill()
 
 
-def _on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in loader:
         yield to_float(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
@@ -404,14 +252,17 @@ def _on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple
 # Where images come from
 
 
-@dataclass
-class Source:
-    """`load(index)` is an RGB PIL image of any size (or a uint8 tensor of the right one); `name(index)` is for messages."""
+class Source(Protocol):
+    """The images of one split. To add a dataset, write a function that returns one, usually a `Files`."""
 
-    load: Callable[[int], Image.Image | Tensor]
-    name: Callable[[int], str]
-    labels: list[int]
-    classes: list[str]
+    labels: Sequence[int]
+    classes: list[str]  # the names of the labels
+
+    def load(self, index: int) -> Image.Image | Tensor:
+        """An RGB image of any size, or a uint8 tensor (3, S, S) of the right one."""
+
+    def name(self, index: int) -> str:
+        """For messages."""
 
 
 @dataclass
@@ -419,6 +270,8 @@ class Files:
     """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first."""
 
     paths: list[str]
+    labels: list[int]
+    classes: list[str]
     crop: tuple[int, int, int, int] | None = None
 
     def load(self, index: int) -> Image.Image:
@@ -427,6 +280,21 @@ class Files:
 
     def name(self, index: int) -> str:
         return self.paths[index]
+
+
+@dataclass
+class Arrays:
+    """Images (H, W, 3) uint8 in memory."""
+
+    arrays: np.ndarray
+    labels: list[int]
+    classes: list[str]
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.arrays[index])
+
+    def name(self, index: int) -> str:
+        return str(index)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -480,8 +348,7 @@ def imagenet(root: Path, train: bool) -> Source:
     if (root / "synset_human.txt").is_file():
         words = dict(line.split(maxsplit=1) for line in (root / "synset_human.txt").read_text().splitlines() if " " in line)
     names = [words.get(synsets.get(c, c), synsets.get(c, c)) for c in classes]
-    files = Files([str(p) for p in paths])
-    return Source(files.load, files.name, labels, names)
+    return Files([str(p) for p in paths], labels, names)
 
 
 def ffhq(root: Path, train: bool) -> Source:
@@ -499,8 +366,7 @@ def ffhq(root: Path, train: bool) -> Source:
         raise DataError(f"there is {lists[other]} but no {name} beside it; add it, or remove both to split at 60,000")
     else:
         paths = paths[:60_000] if train else paths[60_000:]
-    files = Files([str(p) for p in paths])
-    return Source(files.load, files.name, [0] * len(paths), ["face"])
+    return Files([str(p) for p in paths], [0] * len(paths), ["face"])
 
 
 def celeba(root: Path, train: bool) -> Source:
@@ -510,8 +376,7 @@ def celeba(root: Path, train: bool) -> Source:
             raise DataError(f"there is no {path}; data.root must be {LAYOUTS['celeba']}")
     rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
     names = [name for name, split in rows if split == ("0" if train else "1")]
-    files = Files([str(images / name) for name in names], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
-    return Source(files.load, files.name, [0] * len(names), ["face"])
+    return Files([str(images / name) for name in names], [0] * len(names), ["face"], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
 
 
 def cifar10(root: Path, train: bool) -> Source:
@@ -519,15 +384,7 @@ def cifar10(root: Path, train: bool) -> Source:
         data = torchvision.datasets.CIFAR10(str(root), train=train)
     except RuntimeError as error:
         raise DataError(f"{root} does not hold CIFAR-10 whole; data.root must be {LAYOUTS['cifar10']}") from error
-    return Source(_Arrays(data.data).load, str, data.targets, data.classes)
-
-
-@dataclass
-class _Arrays:
-    arrays: np.ndarray
-
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(self.arrays[index])
+    return Arrays(data.data, data.targets, data.classes)
 
 
 def folder(root: Path, train: bool, val_fraction: float) -> Source:
@@ -546,108 +403,4 @@ def folder(root: Path, train: bool, val_fraction: float) -> Source:
         limit = max(val_fraction, min(place) + 2**-32)  # at least one image for validation
         keep = [i for i, x in enumerate(place) if (x >= limit) == train]
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-    files = Files([str(p) for p in paths])
-    return Source(files.load, files.name, labels, classes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes: a dataset that needs nothing
-
-FORMS = ["disc", "square", "triangle", "cross", "ring"]
-TEXTURES = ["striped", "checked"]
-SHAPES_CLASSES = [f"{texture} {form}" for form in FORMS for texture in TEXTURES]
-
-
-def shapes(train: bool, image_size: int, seed: int, size: int, max_objects: int = 3) -> Source:
-    first = 0 if train else 2**31  # validation images are not among the training images, however many there are
-    return Source(partial(_load_shape, seed, first, image_size, max_objects), partial(_name_shape, first),
-                  _ShapeLabels(seed, first, size), SHAPES_CLASSES)
-
-
-def _load_shape(seed: int, first: int, image_size: int, max_objects: int, index: int) -> Tensor:
-    return draw_shapes(seed, first + index, image_size, max_objects)[0]
-
-
-def _name_shape(first: int, index: int) -> str:
-    return f"shapes image {first + index}"
-
-
-@dataclass
-class _ShapeLabels:
-    seed: int
-    first: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> int:
-        if index >= self.size:
-            raise IndexError(index)  # or going through them would not end
-        return random.Random(f"shapes {self.seed} {self.first + index}").randrange(len(SHAPES_CLASSES))
-
-
-def draw_shapes(seed: int, index: int, size: int, max_objects: int = 3) -> tuple[Tensor, int, Tensor]:
-    """Image number `index`: (uint8 (3, size, size), label, detail bool (size, size)).
-
-    One to `max_objects` objects of one form, one of six colours and one texture (period 7 to 11 pixels) over a smooth
-    gradient. `detail` is where the objects are: 15 % to 60 % of the image.
-    """
-    rng = random.Random(f"shapes {seed} {index}")
-    label = rng.randrange(len(SHAPES_CLASSES))
-    form, texture = FORMS[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
-    while True:
-        objects = _place(rng, max_objects)
-        inside = np.zeros((size, size), np.float32)  # how much of each pixel is covered, 0 to 1
-        for cx, cy, r in objects:
-            distance = _distance(form, x - cx, y - cy, r, angle=rng.uniform(-0.3, 0.3))
-            inside = np.maximum(inside, np.clip(0.5 - distance * size, 0, 1))
-        if 0.15 <= (inside > 0.5).mean() <= 0.60:
-            break
-    hue, angle = rng.random(), rng.uniform(0, 2 * math.pi)
-    slope = 0.5 + 0.7 * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
-    background = _mix(slope, _colour(hue, 0.3, rng.uniform(0.4, 0.6)), _colour(hue + rng.uniform(-0.2, 0.2), 0.2, 0.9))
-    angle, period = rng.uniform(0, math.pi), rng.uniform(7, 11)
-    waves = [np.sin(2 * math.pi * size / period * (x * math.cos(a) + y * math.sin(a))) for a in (angle, angle + math.pi / 2)]
-    wave = waves[0] if texture == "striped" else waves[0] * waves[1] * 1.5
-    hue = rng.randrange(6) / 6
-    paint = _mix(0.5 + 0.5 * np.tanh(3 * wave), _colour(hue, 0.9, 0.15), _colour(hue, 0.7, 1.0))
-    image = background + inside * (paint - background)
-    return torch.from_numpy((image * 255).round().clip(0, 255).astype(np.uint8)), label, torch.from_numpy(inside > 0.5)
-
-
-def _place(rng: random.Random, max_objects: int) -> list[tuple[float, float, float]]:
-    """Centres and radii, in image sides, of one to three objects that do not touch."""
-    count = rng.randint(1, max_objects)
-    low, high = {1: (0.25, 0.34), 2: (0.17, 0.21), 3: (0.14, 0.17)}[count]
-    while True:
-        placed = []
-        for _ in range(count):
-            r = rng.uniform(low, high)
-            placed.append((rng.uniform(1.2 * r, 1 - 1.2 * r), rng.uniform(1.2 * r, 1 - 1.2 * r), r))
-        if all(math.dist(a[:2], b[:2]) > 1.25 * (a[2] + b[2]) for i, a in enumerate(placed) for b in placed[:i]):
-            return placed
-
-
-def _distance(form: str, x: np.ndarray, y: np.ndarray, r: float, angle: float) -> np.ndarray:
-    """Distance to the outline, negative inside; every form has the area of a disc of radius r."""
-    x, y = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    if form == "disc":
-        return np.hypot(x, y) - r
-    if form == "square":
-        return np.maximum(abs(x), abs(y)) - 0.886 * r
-    if form == "triangle":
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.778 * r
-    if form == "cross":
-        long, short = 1.189 * r, 0.396 * r
-        return np.minimum(np.maximum(abs(x) - long, abs(y) - short), np.maximum(abs(x) - short, abs(y) - long))
-    return abs(np.hypot(x, y) - 0.845 * r) - 0.296 * r  # ring
-
-
-def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
-    return np.float32(colorsys.hsv_to_rgb(hue % 1, saturation, value)).reshape(3, 1, 1)
-
-
-def _mix(t: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a + (b - a) * np.clip(t, 0, 1)
+    return Files([str(p) for p in paths], labels, classes)

@@ -40,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -48,11 +49,13 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
+from checkpoint import write_file
+from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, UserError, check_config, gather, load_run, override, run_config, run_dataset, run_main, write_file
+from experiment import STAGE2, load_run, run_config, run_dataset
+from launch import run_main
 from losses import load_lpips
-from sample import check, chosen_labels, draw, load_models
-from train_stage2 import SampleSettings, sampling_arguments
+from sample import SampleSettings, check_settings, chosen_labels, draw, load_models, sampling_arguments
 
 QUEUE, FEATURES = 65536, 2048
 
@@ -249,7 +252,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
         if "inception" in networks:
             features.append(torch.cat(networks["inception"](images.to(state.device)), 1).cpu())
     real = originals(args, state, dataset, networks, known, config) if "inception" in networks else None
-    features, seconds = collect(state, features), max(gather(seconds))
+    features, seconds = collect(state, features), max(gather_object([seconds]))
     if not state.is_main_process:
         return {}
     metrics = {"images": len(bits), "bits": bits.mean().item(), "bits_std": bits.std(correction=0).item()}
@@ -267,7 +270,7 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
     override(given, [o for o in args.overrides if o.startswith("sample.")])
     settings = sampling_arguments(type(model), check_config(given, {"sample": SampleSettings}, "the command line")["sample"])
     labels = chosen_labels(None, classes, count) if model.num_classes else None
-    check(model, settings, labels)
+    check_settings(settings, model, labels)
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
         started = time.monotonic()
@@ -337,7 +340,7 @@ def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> t
                 networks[name] = load().to(state.device)
             except FileNotFoundError as error:
                 why[name] = str(error)
-        if missing := [s for s in gather(why.get(name)) if s]:  # here or on another machine
+        if missing := [s for s in gather_object([why.get(name)]) if s]:  # here or on another machine
             networks.pop(name, None)
             why[name] = missing[0]
     return networks, why

@@ -10,10 +10,12 @@ whatever process: on the CPU it is the same image.
 """
 
 import argparse
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,34 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dataset import EXTENSIONS, make_file, to_uint8
-from experiment import STAGE2, UserError, build, load_run, own_folder, run_main
+from checkpoint import make_file
+from config import UserError, build
+from dataset import EXTENSIONS, to_uint8
+from experiment import STAGE2, load_run, own_folder
 from gpt import Blocks, check_sampling
-from train_stage2 import sampling_arguments
+from launch import run_main
 
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float}
+
+
+@dataclass
+class SampleSettings:
+    """The section `sample`: of the pictures made while training, and the defaults of this script.
+
+    columns, rows                           of samples in a picture; a class-conditional model has a class per column
+    temperature, top_k, top_p, cfg_scale    as in GPT.sample
+    temperature_pos, top_k_pos, top_p_pos   of the positions, for models that have them (temperature: null = as temperature)
+    """
+
+    columns: int = 8
+    rows: int = 4
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 1.0
+    temperature_pos: float | None = None
+    top_k_pos: int | None = None
+    top_p_pos: float | None = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     single = out.suffix not in (".png", ".npz")
     if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
         raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
-    check(model, settings, labels)
+    check_settings(settings, model, labels)
     folder = out if single else out.parent
     folder.mkdir(parents=True, exist_ok=True)
     if single and state.is_main_process:
@@ -109,12 +133,21 @@ def own_seed(run: Path, seed: int) -> Path:
     return own_folder(run, "samples", f"samples/seed_{seed}", f"samples/seed_{seed}/*") / f"samples/seed_{seed}"
 
 
-def check(model: torch.nn.Module, settings: dict, labels: torch.Tensor | None) -> None:
-    """UserError, before anything is drawn, for settings that make no sense."""
+def sampling_arguments(kind: type, settings: dict) -> dict:
+    """What of the section `sample` this model's `sample` takes."""
+    known = inspect.signature(kind.sample).parameters
+    for key, value in settings.items():
+        if key.endswith("_pos") and value is not None and key not in known:
+            raise UserError(f"sample.{key} is for models that generate positions, which {kind.__name__} does not")
+    return {k: v for k, v in settings.items() if k in known}
+
+
+def check_settings(settings: dict, model: torch.nn.Module | None = None, labels: torch.Tensor | None = None) -> None:
+    """UserError, before anything is drawn, for settings that make no sense; with a model, also for guidance that it cannot have."""
     for suffix in ("", "_pos"):
         build(check_sampling, {"temperature": settings.get(f"temperature{suffix}") or 0.0, "top_k": settings.get(f"top_k{suffix}"),
                                "top_p": settings.get(f"top_p{suffix}")})
-    if settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
+    if model is not None and settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
         raise UserError(f"--cfg {settings['cfg_scale']:g} needs a class-conditional model that was trained with label_dropout")
 
 

@@ -8,7 +8,6 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 import copy
 import io
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import TrainBatches, eval_loader, make_dataset, train_loader
-from experiment import (STAGE1, Run, TrainSettings, UserError, build, compile_parts, learning_rate_at, load_config, peak_memory,
-                        run_main, training_arguments, update_ema, write_file)
+from checkpoint import write_file
+from config import TrainSettings, UserError, build, load_config, training_arguments
+from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
+from experiment import STAGE1, Run, compile_parts
+from launch import run_main
 from losses import PatchGAN, Stage1Loss
 
 
@@ -50,17 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides, SECTIONS)
     train, model_settings = config["train"], dict(config["model"])
     run = Run(config, args.resume)
-    accelerator, device = run.accelerator, run.accelerator.device
+    accelerator, device, accumulate = run.accelerator, run.accelerator.device, train["gradient_accumulation_steps"]
 
     # Data
-    rank, world, accumulate = accelerator.process_index, accelerator.num_processes, train["gradient_accumulation_steps"]
     train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
-    global_batch = train["train_batch_size"] * world * accumulate
-    steps_per_epoch = len(train_set) / global_batch
-    max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * steps_per_epoch)
-
-    if min(train["num_validation_images"] or len(val_set), len(val_set)) < world:
-        raise UserError(f"there are fewer validation images than processes ({world}); hold out more, or start fewer")
+    run.plan(train_set)
+    if min(train["num_validation_images"] or len(val_set), len(val_set)) < run.world:
+        raise UserError(f"there are fewer validation images than processes ({run.world}); hold out more, or start fewer")
 
     # Models
     model = build(STAGE1[model_settings.pop("name")], model_settings)
@@ -82,89 +79,50 @@ def main(argv: list[str] | None = None) -> None:
             eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
 
     model, optimizer = accelerator.prepare(model, adamw(model))
+    optimizers = [optimizer]
     if discriminator is not None:
         discriminator = discriminator.to(device, memory_format=memory_format)
         discriminator, d_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
+        optimizers.append(d_optimizer)
 
     # Resume
     run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
-    step = run.resume()
-    if step == 0 and hasattr(raw_model, "calibrate"):
+    start = run.resume()
+    if start == 0 and hasattr(raw_model, "calibrate"):
         calibrate(run, raw_model, train_set)
-    record_codebook = codebook_recorder(run, raw_model.quantizer, step)
+    record_codebook = codebook_recorder(run, raw_model.quantizer, start)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
-                           start=step * accumulate, rank=rank, world=world, device=device)
-    accelerator.print(f"{run.folder}: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f} M parameters, "
-                      f"{len(train_set)} images, {world} process(es), global batch {global_batch}, {max_steps} steps")
+                           start=start * accumulate, rank=accelerator.process_index, world=run.world, device=device)
+    order = partial(TrainBatches, len(train_set), train["train_batch_size"] * run.world, train["seed"])
 
     # Loop
-    progress, logged_at, logged_step, stop = run.progress(step, max_steps), time.monotonic(), step, None
-    if step >= max_steps:
-        accelerator.print(f"{run.folder} has had its {max_steps} steps")
-    while step < max_steps and stop is None:
-        lr = learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch)
-        for group in optimizer.param_groups + (d_optimizer.param_groups if discriminator is not None else []):
-            group["lr"] = lr
-        raw_model.progress = step / max_steps  # for MQ-VAE, whose training has a schedule
-        run.begin_step()
-
+    for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
+        raw_model.progress = step / run.max_steps  # for MQ-VAE, whose training has a schedule
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
                 # Generator
                 out = model(images)
                 with accelerator.autocast():
-                    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-                    loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, scale)
-                run.backward(loss)
+                    loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, run.guard.scale)
+                run.guard.backward(loss)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = run.clip(model, optimizer)
+                    parts["grad_norm"] = run.guard.clip(model, optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
 
                 # Discriminator, on the same reconstruction
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
-                    run.follow_scale(discriminator)
-                    run.backward(d_loss)
+                    run.guard.follow_scale(discriminator)
+                    run.guard.backward(d_loss)
                     if accelerator.sync_gradients:
-                        d_parts["d_grad_norm"] = run.clip(discriminator, d_optimizer)
+                        d_parts["d_grad_norm"] = run.guard.clip(discriminator, d_optimizer)
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts
-            run.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
-
-        step += 1
-        run.end_step(step)
-        if ema is not None:
-            update_ema(ema, raw_model, train["ema_decay"], step)
-        progress.update()
-        record_codebook(step)
-        stop = run.stop_reason(step)
-        last = step == max_steps or stop is not None
-
-        if step % train["logging_steps"] == 0 or last:
-            images_per_second = (step - logged_step) * global_batch / (time.monotonic() - logged_at)
-            values = run.means()
-            run.write(step, {"lr": lr, "images_per_second": images_per_second, "peak_memory_gib": peak_memory(),
-                             "epoch": step / steps_per_epoch} | values)
-            progress.set_postfix({"loss": f"{values['loss']:.3f}", "usage": f"{values['usage']:.0%}", "img/s": f"{images_per_second:.0f}"})
-            logged_at, logged_step = time.monotonic(), step
-            run.stop_if_bad(train_set, partial(TrainBatches, len(train_set), train["train_batch_size"] * world, train["seed"]))
-
-        if step % train["validation_steps"] == 0 and step < max_steps:
-            paused = time.monotonic()
-            report(run, ema or raw_model, val_set, step)
-            logged_at += time.monotonic() - paused
-        if step % train["checkpointing_steps"] == 0 or last:
-            run.save(step)
-
-    progress.close()
-    if stop is not None:
-        accelerator.print(f"stopped by {stop} at step {step} of {max_steps}, saved; --resume auto continues")
-    else:
-        psnr, grid = report(run, ema or raw_model, val_set, step)
-        accelerator.print(f"PSNR {psnr:.2f} dB on validation images. Originals above reconstructions: {grid}")
+            run.log.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
+        record_codebook(step + 1)
     run.close()
 
 
@@ -191,8 +149,6 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
         total = -(-min(run.train["calibration_images"], len(dataset)) // run.train["train_batch_size"])
         yield from (images for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main))
 
-    if run.train["calibration_images"] < 1:
-        raise UserError(f"train.calibration_images must be at least 1; it is {run.train['calibration_images']}")
     try:
         if path is None:
             found = model.calibrate(batches())
@@ -215,8 +171,6 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
     """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64 (K,) of the last codes (see
     VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
     every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
-    if every is not None and every < 1:
-        raise UserError(f"train.codebook_stats_every must be at least 1, or null for never; it is {every}")
     if every is None or not run.is_main:
         return lambda step: None
     folder.mkdir(exist_ok=True)
@@ -236,7 +190,7 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
                       "gradient_norms": quantizer.gradient_norms(*last["args"], codebook=last["codebook"])}
             file = io.BytesIO()
             np.savez(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
-            with run.spare(f"the codebook's record of step {step}"):
+            with run.log.spare(f"the codebook's record of step {step}"):
                 write_file(folder / f"step_{step:08d}.npz", file.getvalue())
 
     quantizer.register_forward_pre_hook(before)
@@ -245,9 +199,9 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
 
 
 @torch.no_grad()
-def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float, Path]:
-    """Mean PSNR (dB) over the validation images, logged; and the path of a picture of the first ones, the maps that the
-    model draws of them, and their reconstructions. The best weights so far are kept."""
+def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -> str:
+    """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some of the images, their maps and
+    reconstructions. Returns a sentence about it."""
     accelerator, was_training = run.accelerator, model.training
     run.average_batchnorm()
     model.eval()
@@ -271,9 +225,10 @@ def report(run: Run, model: torch.nn.Module, dataset, step: int) -> tuple[float,
     totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()))
     means = {f"val_{k}": v / totals["images"] for k, v in totals.items() if k != "images"}
     psnr = means["val_psnr"]
-    run.write(step, means)
+    run.log.write(step, means)
     run.save_best(step, psnr, model)
-    return psnr, run.picture(step, "reconstructions", rows)
+    grid = run.log.picture(step, "reconstructions", rows)
+    return f"PSNR {psnr:.2f} dB on validation images. Originals above reconstructions: {grid}"
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from config import UserError
 from dataset import ImageDataset, eval_loader, to_uint8
 from evaluate import compare, spent
-from experiment import STAGE1, UserError, load_run, own_folder, run_config, run_dataset, run_main
+from experiment import STAGE1, load_run, own_folder, run_config, run_dataset
+from launch import run_main
 from losses import load_lpips
-from sample import check, chosen_labels, generators, load_models
-from train_stage2 import sampling_arguments
+from sample import check_settings, chosen_labels, generators, load_models, sampling_arguments
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
@@ -359,7 +360,7 @@ def sequence(args: argparse.Namespace) -> None:
         raise UserError(f"--class was given, but the model of {args.run} is unconditional")
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
     settings = sampling_arguments(type(model), dict(config["sample"]))
-    check(model, settings, labels)
+    check_settings(settings, model, labels)
     settings.pop("fine_positions", None)  # filled, in the order in which `order` finds them again
     drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)), **settings)
     ranks, counts = code_ranks(model, drawn)

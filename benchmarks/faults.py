@@ -40,11 +40,15 @@ from accelerate.utils import load
 from conftest import TINY_MODELS, metrics, weights, write_tiny, write_tiny2
 from safetensors.torch import load_file
 
+import checkpoint
+import code_cache
 import dataset
 import experiment
+import launch
+import log
 import train_stage1
 import train_stage2
-from experiment import _damage, _keys, _signature
+from config import setting_names, signature
 
 LOSSES: list[str] = []
 SETTINGS = ["train.max_train_steps=12", "train.use_ema=true", "train.ema_decay=0.9", "train.checkpointing_steps=2",
@@ -53,9 +57,9 @@ STAGES = {1: (train_stage1, "mqvae", ["discriminator.norm=batch", "loss.lecam_we
           2: (train_stage2, "dq_transformer", ["model.dropout=0.1", "train.gradient_accumulation_steps=2"])}
 # Where a kill hurts most: when this is called.
 MOMENTS = {
-    "amid weights": (experiment, "save_file"), "amid optimizers": (torch, "save"), "before the manifest": (experiment, "_write_manifest"),
+    "amid weights": (checkpoint, "save_file"), "amid optimizers": (torch, "save"), "before the manifest": (checkpoint, "write_manifest"),
     "before a rename": (os, "replace"), "before fsync": (os, "fsync"), "while removing": (shutil, "rmtree"),
-    "amid a picture": (experiment, "save_image"), "amid a code cache": (os, "pwrite"), "making a cache": (dataset, "make_file"),
+    "amid a picture": (log, "save_image"), "amid a code cache": (os, "pwrite"), "making a cache": (code_cache, "make_file"),
 }
 
 
@@ -88,7 +92,7 @@ class Lab:
             os.dup2(log, 1)
             os.dup2(log, 2)
             before()
-            experiment.run_main(lambda: self.loop.main(self.words(run, *more)))
+            launch.run_main(lambda: self.loop.main(self.words(run, *more)))
             status = 0
         except SystemExit as stop:
             print(stop.code, flush=True)
@@ -163,8 +167,8 @@ def whole(run: Path) -> None:
     """Among the checkpoints that have their final name, all but the one that was being removed must be whole."""
     found = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     for path in found[:1]:
-        if damage := _damage(path):
-            lose(f"{path} is damaged: {damage}")
+        if what := checkpoint.damage(path):
+            lose(f"{path} is damaged: {what}")
 
 
 def rounds(labs: list[Lab], seconds: float, do) -> None:
@@ -457,14 +461,14 @@ def settings_of(lab: Lab) -> dict[str, list[str]]:
     name, found = STAGES[lab.stage][1], {}
 
     def kinds(target, where):
-        for key, (kind, _) in _signature(target).items():
+        for key, (kind, _) in signature(target).items():
             words = str(kind)
             of = next((k for k in (list, bool, float, int) if k.__name__ in words), str)
             found[f"{where}.{key}"] = VALUES[of] * 3 + ANY
 
     for section, target in lab.loop.SECTIONS.items():
         kinds(target[name] if isinstance(target, dict) else target, section)
-    for key in _keys(experiment.MODELS["vqgan"], "model") if lab.stage == 1 else []:
+    for key in setting_names(experiment.MODELS["vqgan"], "model") if lab.stage == 1 else []:
         if key.startswith("model.quantizer."):
             found[key] = VALUES[int] + VALUES[float] + VALUES[bool]
     found = {k: v + ["9" * 20] * (k.split(".")[0] in ("train", "sample")) for k, v in found.items()}  # of layers, that would take for ever

@@ -26,8 +26,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_stage2
-from dataset import CodeBatches, CodeCache, code_loader, make_dataset, train_loader
-from experiment import STAGE1, STAGE2, argument_parser, build, compile_parts, load_config, peak_memory, read_yaml, run_main
+from code_cache import CodeBatches, CodeCache, code_loader, image
+from dataset import make_dataset, train_loader
+from config import argument_parser, build, load_config, read_yaml
+from experiment import STAGE1, STAGE2, compile_parts, peak_memory
+from launch import run_main
 from gpt import parameter_groups
 from losses import PatchGAN, Stage1Loss
 from train_stage1 import SECTIONS
@@ -124,7 +127,7 @@ def stage2(args) -> None:
         optimizer.zero_grad()
 
     with tempfile.TemporaryDirectory() as folder:
-        example = autoencoder.encode(train_stage2.image(dataset, 0).unsqueeze(0).to(device))
+        example = autoencoder.encode(image(dataset, 0).unsqueeze(0).to(device))
         cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, autoencoder.quantizer.codebook_size)
         cache.create()
         start = time.perf_counter()

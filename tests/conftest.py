@@ -97,7 +97,8 @@ def save_stage1(folder, name, **data):
 
     import train_stage1
     from dataset import make_dataset
-    from experiment import STAGE1, build, load_config, save_run
+    from config import build, load_config
+    from experiment import STAGE1, save_run
 
     config = load_config(str(write_tiny(folder, model=TINY_MODELS[name])), [], train_stage1.SECTIONS)
     config["data"] |= data

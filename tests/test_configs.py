@@ -5,7 +5,7 @@ from conftest import ROOT
 
 import train_stage1
 import train_stage2
-from experiment import load_config
+from config import load_config
 
 MQ = {"model.release_training": True, "model.demask_layers": 8, "model.ch_mult": [1, 1, 2, 2], "model.attn_resolutions": [32],
       "model.quantizer.codebook_size": 1024, "model.quantizer.dim": 256, "loss.disc_weight": 0.75, "loss.disc_weight_max": 1.0,

@@ -20,7 +20,8 @@ import convert
 import evaluate
 import sample
 from convert import from_reference, read_config
-from experiment import UserError, load_run
+from config import UserError
+from experiment import load_run
 
 FIXTURES = ROOT / "tests/fixtures"
 

@@ -192,7 +192,7 @@ def test_bad_thresholds_and_images_are_one_sentence():
 
 def test_fine_regions_are_where_the_detail_is():
     """On the embedded dataset, whose detailed area is known."""
-    from dataset import draw_shapes
+    from shapes import draw_shapes
 
     data = make_dataset("shapes", image_size=32, train_size=64)
     images = torch.stack([data[i][0] for i in range(64)])

@@ -17,7 +17,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 import evaluate
 import sample
 from dataset import make_dataset, to_uint8
-from experiment import UserError, load_run
+from config import UserError
+from experiment import load_run
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ def in_two_processes(tmp_path, home, *words):
     """evaluate.py as `accelerate launch` runs it, with images as small as in `networks`."""
     (tmp_path / "driver.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import evaluate, experiment, torch_fidelity.feature_extractor_inceptionv3 as inception\n"
-        "inception.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nexperiment.run_main(evaluate.main)\n")
+        "import evaluate, launch, torch_fidelity.feature_extractor_inceptionv3 as inception\n"
+        "inception.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nlaunch.run_main(evaluate.main)\n")
     command(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", tmp_path / "driver.py", *words,
             env={"OMP_NUM_THREADS": "1", "TORCH_HOME": str(home)})
 
@@ -301,7 +302,7 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", run, "--samples", tmp_path / "broken"], "cannot read .*000000.png .*remove it from the samples"),
             (["--run", run, "--samples", tmp_path / "empty"], "there are no images in"),
             (["--run", run, "--samples", tmp_path / "nowhere"], "there are no images in"),
-            (["--run", run, "sample.top_k=0"], "top_k must be at least 1")):
+            (["--run", run, "sample.top_k=0"], "top_k must be between 1")):
         with pytest.raises((UserError, Exception), match=sentence) as raised:
             evaluate.main([str(w) for w in [*words, "--without", "lpips", "--num_workers", "0"]])
         assert type(raised.value).__name__ in ("UserError", "DataError")

@@ -6,7 +6,8 @@ import yaml
 from conftest import ROOT
 
 import train_stage2
-from experiment import UserError, build, learning_rate_at, load_config, load_run
+from config import UserError, build, load_config
+from experiment import learning_rate_at, load_run
 from train_stage1 import SECTIONS
 from vqgan import VQGAN
 
@@ -57,6 +58,18 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("model.ch_mult=2", "model.ch_mult must be list[int]; it is 2"),
     ("model.ch_mult=[1,x]", "model.ch_mult[1] must be int; it is 'x'"),
     ("model.quantizer=5", "model.quantizer must be a section"),
+    ("model.z_channels=0", "model.z_channels must be between 1 and 2147483648; it is 0"),
+    ("model.num_res_blocks=100000000000000000000", "model.num_res_blocks must be between 1 and"),
+    ("model.ch_mult=[1,0]", "model.ch_mult[1] must be between 1 and"),
+    ("model.quantizer.dim=-4", "model.quantizer.dim must be between 1 and"),
+    ("model.quantizer.ema_decay=1", "model.quantizer.ema_decay must be between 0 and"),
+    ("loss.disc_weight=-1", "loss.disc_weight must be between 0 and 1e+300; it is -1"),
+    ("discriminator.num_layers=0", "discriminator.num_layers must be between 1 and"),
+    ("data.max_objects=4", "data.max_objects must be between 1 and 3; it is 4"),
+    ("data.min_scale=0", "data.min_scale must be between 1e-06 and 1; it is 0"),
+    ("train.learning_rate=.inf", "train.learning_rate must be between 0 and 1e+300; it is inf"),
+    ("train.learning_rate=.nan", "it is nan"),
+    ("train.adam_beta1=1", "train.adam_beta1 must be between 0 and"),
     ("loss.gan=hing", "loss.gan must be one of hinge, vanilla, non_saturating; it is 'hing'"),
     ("train.seed", "'train.seed' is not of the form key.sub=value"),
     ("train.seed=[", "not valid YAML"),

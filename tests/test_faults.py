@@ -25,20 +25,25 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 
+import checkpoint
 import evaluate
 import experiment
+import launch
+import log
 import sample
 import train_stage1
 import train_stage2
 import visualize
-from dataset import CodeCache, DataError, ImageDataset, make_dataset
-from experiment import UserError
+from code_cache import CodeCache
+from config import UserError, load_config, parse_yaml, read_yaml, setting_names
+from dataset import DataError, ImageDataset, make_dataset
+from guard import Guard
 from losses import PatchGAN
 
 def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence():
     out = command(sys.executable, "-c", """
 import errno, threading
-import experiment
+import launch
 def log():
     raise OSError(errno.ENOSPC, "No space left on device")
 def main():
@@ -46,7 +51,7 @@ def main():
     thread.start()
     thread.join()
     print("went on")
-experiment.run_main(main)
+launch.run_main(main)
 """)
     assert out.splitlines() == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
 
@@ -57,12 +62,12 @@ def test_output_that_goes_to_a_full_disk_ends_no_training(tmp_path):
         ended = subprocess.run([sys.executable, "train_stage1.py", "--config", write_tiny(tmp_path)], cwd=ROOT, stdout=disk, stderr=disk,
                                timeout=100)
     assert ended.returncode in (0, 120)  # Python's, if it cannot flush
-    assert not experiment._damage(tmp_path / "run/checkpoints/step_00000006") and metrics(tmp_path / "run")[-1]["val_psnr"] > 0
+    assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000006") and metrics(tmp_path / "run")[-1]["val_psnr"] > 0
 
 
 def test_an_error_that_nobody_thought_of_ends_the_loaders_workers(tmp_path):
     """Python asks them by the one SIGTERM that they leave to the trainer, and waits."""
-    words = broken_script(tmp_path, "def backward(self, loss):\n    raise RuntimeError('boom')\nRun.backward = backward")
+    words = broken_script(tmp_path, "def backward(self, loss):\n    raise RuntimeError('boom')\nGuard.backward = backward")
     output = command(sys.executable, *words, "train.dataloader_num_workers=2", check=False, timeout=60)
     assert "Traceback" in output and "RuntimeError: boom" in output
 
@@ -75,7 +80,7 @@ def raise_(error):
                                   lambda: raise_(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee ..."))])
 def test_too_little_memory_is_one_sentence(main):
     with pytest.raises(SystemExit, match="error: out of memory .*; halve the batch size.*saved before is whole") as stop:
-        experiment.run_main(main)
+        launch.run_main(main)
     assert "\n" not in stop.value.code
 
 
@@ -92,7 +97,7 @@ def test_the_size_of_images_is_checked_without_memory():
 
 def poison(monkeypatch, loop, kind, steps):
     """Spoils these steps (from 0) of a train loop: its batches, its loss or gradient alone, or those of one of two optimizers."""
-    count, calls, backward = [0], [0], loop.Run.backward
+    count, calls, backward = [0], [0], Guard.backward
 
     def spoiled(self, loss):
         calls[0] += 1
@@ -104,7 +109,7 @@ def poison(monkeypatch, loop, kind, steps):
             loss.register_hook(lambda g: g * torch.nan)
         backward(self, loss)
 
-    def end_step(self, step, original=loop.Run.end_step):
+    def end_step(self, step, original=Guard.end):
         count[0] += 1
         original(self, step)
 
@@ -112,8 +117,8 @@ def poison(monkeypatch, loop, kind, steps):
         for images, labels in original(*args, **kwargs):
             yield (images * torch.nan if count[0] in steps and kind == "batch" else images), labels
 
-    monkeypatch.setattr(loop.Run, "backward", spoiled)
-    monkeypatch.setattr(loop.Run, "end_step", end_step)
+    monkeypatch.setattr(Guard, "backward", spoiled)
+    monkeypatch.setattr(Guard, "end", end_step)
     if loop is train_stage1:
         monkeypatch.setattr(loop, "train_loader", loader)
 
@@ -314,14 +319,14 @@ def test_what_a_kill_left_unfinished_is_removed(train, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_stage_2_after_the_step(train2, tmp_path, monkeypatch, capsys, number):
-    def tick(self, step, original=train_stage2.Run.end_step):
+    def tick(self, step, original=Guard.end):
         original(self, step)
         if step == 2:
             os.kill(os.getpid(), number)
 
     config = write_tiny2(tmp_path, "gpt")
     train2(config, f"train.output_dir={tmp_path}/whole")
-    monkeypatch.setattr(train_stage2.Run, "end_step", tick)
+    monkeypatch.setattr(Guard, "end", tick)
     train2(config)
     assert f"stopped by {signal.Signals(number).name} at step 2 of 6, saved; --resume auto continues" in capsys.readouterr().out
     train2(config, resume="auto")
@@ -345,8 +350,8 @@ def full_for_safetensors(*args, **kwargs):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("what, error", [("experiment.save_file", full_for_safetensors), ("torch.save", full_for_torch),
-                                         ("experiment._write_manifest", full)])
+@pytest.mark.parametrize("what, error", [("checkpoint.save_file", full_for_safetensors), ("torch.save", full_for_torch),
+                                         ("checkpoint.write_manifest", full)])
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(train, tmp_path, monkeypatch, what, error):
     one = ["train.checkpoints_total_limit=1"]
     train(*one, "train.max_train_steps=3", f"train.output_dir={tmp_path}/run")
@@ -383,7 +388,7 @@ def test_the_oldest_checkpoint_goes_after_the_newest_is_on_the_disk(train, tmp_p
 
 def test_pictures_logs_and_best_weights_that_do_not_fit_cost_no_training(train, tmp_path, monkeypatch):
     """A line that was cut short does not stay in the log, which goes on when there is room."""
-    write = experiment.write_file
+    write = checkpoint.write_file
 
     def small(path, data):
         return full() if path.suffix in (".png", ".safetensors") else write(path, data)
@@ -392,11 +397,12 @@ def test_pictures_logs_and_best_weights_that_do_not_fit_cost_no_training(train, 
         def write(self, line):
             return super().write(line[:10] if b'"step": 2,' in line else line)
 
-    monkeypatch.setattr(experiment, "write_file", small)
+    for module in (checkpoint, log):
+        monkeypatch.setattr(module, "write_file", small)
     def opened(path, mode="r", **kwargs):
         return Small(path, "a") if mode == "ab" else open(path, mode, **kwargs)
 
-    monkeypatch.setattr(experiment, "open", opened, raising=False)
+    monkeypatch.setattr(log, "open", opened, raising=False)
     with pytest.warns(UserWarning, match="could not be written.*training goes on") as told:
         train()
     assert {"the best weights", "metrics.jsonl", "the picture of step 3"} <= {str(w.message).split(" could")[0] for w in told}
@@ -463,10 +469,10 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
     """Even if its checksum is right."""
     monkeypatch.setenv("BOMB", str(tmp_path / "went off"))
     train("train.max_train_steps=3")
-    checkpoint = tmp_path / "run/checkpoints/step_00000003"
-    torch.save({"ema": Bomb(), "state": Bomb()}, checkpoint / name)
-    (checkpoint / "checkpoint.json").unlink()
-    experiment._write_manifest(checkpoint, 3)
+    folder = tmp_path / "run/checkpoints/step_00000003"
+    torch.save({"ema": Bomb(), "state": Bomb()}, folder / name)
+    (folder / "checkpoint.json").unlink()
+    checkpoint.write_manifest(folder, 3)
     with pytest.raises(UserError, match="more than tensors and numbers, and was not loaded"):
         train(resume="auto")
     assert not (tmp_path / "went off").exists()
@@ -481,7 +487,7 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
 ])
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     (tmp_path / "checkpoint.json").write_text(manifest)
-    assert experiment._damage(tmp_path) == "checkpoint.json is missing or unreadable"
+    assert checkpoint.damage(tmp_path) == "checkpoint.json is missing or unreadable"
 
 
 @pytest.fixture
@@ -586,13 +592,13 @@ def test_hostile_yaml_is_refused(tmp_path, text, told):
     path = tmp_path / "x.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=told) as error:
-        experiment.read_yaml(path)
+        read_yaml(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def everything(sections, name):
     """All keys that a config with this model may set."""
-    return [k for section, t in sections.items() for k in experiment._keys(t[name] if isinstance(t, dict) else t, section)]
+    return [k for section, t in sections.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
 
 
 KEYS = sorted({k for name in train_stage1.STAGE1 for k in everything(train_stage1.SECTIONS, name)})
@@ -611,11 +617,11 @@ WORDS = st.one_of(st.builds("{}{}={}".format, st.sampled_from(KEYS), st.sampled_
 def test_any_words_are_a_config_or_one_sentence(words):
     for path, sections in (("vqgan", train_stage1.SECTIONS), ("gpt", train_stage2.SECTIONS)):
         try:
-            config = experiment.load_config(str(ROOT / f"configs/quickstart/{path}.yaml"), words, sections)
+            found = load_config(str(ROOT / f"configs/quickstart/{path}.yaml"), words, sections)
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            assert repr(experiment.parse_yaml(yaml.safe_dump(config, sort_keys=False))) == repr(config)  # what is saved can be read
+            assert repr(parse_yaml(yaml.safe_dump(found, sort_keys=False))) == repr(found)  # what is saved can be read
 
 
 KEYS2 = sorted({k for name in train_stage2.STAGE2 for k in everything(train_stage2.SECTIONS, name)})
@@ -707,10 +713,10 @@ def broken_script(tmp_path, code):
     (tmp_path / "broken.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import os, signal, torch, experiment, train_stage1
-Run, rank = experiment.Run, int(os.environ.get("RANK", 0))
+import os, signal, torch, checkpoint, guard, launch, train_stage1
+Guard, rank = guard.Guard, int(os.environ.get("RANK", 0))
 {code}
-experiment.run_main(train_stage1.main)
+launch.run_main(train_stage1.main)
 """)
     return [tmp_path / "broken.py", "--config", write_tiny(tmp_path)]
 
@@ -725,14 +731,14 @@ def test_processes_agree_on_bad_steps_and_disagreement_is_not_saved(tmp_path):
     """A loss that is bad on one process alone is skipped by both (the checkpoint of step 3 says that they agree); a codebook that
     differs is told."""
     output = two(tmp_path, """
-backward, end, steps = Run.backward, Run.end_step, [0]
-Run.backward = lambda self, loss: backward(self, loss * (torch.nan if rank and steps[0] == 1 else 1.0))
+backward, end, steps = Guard.backward, Guard.end, [0]
+Guard.backward = lambda self, loss: backward(self, loss * (torch.nan if rank and steps[0] == 1 else 1.0))
 def end_step(self, step):
     end(self, step)
     steps[0] = step
     if rank and step == 5:
         self.modules["model"].quantizer.ema_sum[0, 0] += 1e-3
-Run.end_step = end_step
+Guard.end = end_step
 """)
     assert "the processes no longer hold the same model: model.quantizer.codebook" in output
     assert "became different between step 3 and step 6, which was not saved" in output
@@ -742,25 +748,25 @@ Run.end_step = end_step
 
 def test_a_full_disk_of_one_process_ends_both(tmp_path):
     output = two(tmp_path, """
-save, calls = experiment.save_file, []
+save, calls = checkpoint.save_file, []
 def full(*args):
     calls.append(0)
     if len(calls) > 2:  # model and discriminator of the second checkpoint
         raise OSError(28, "No space left on device")
     save(*args)
-experiment.save_file = full
+checkpoint.save_file = full
 """)
     assert output.count("error: the checkpoint of step 6 could not be written ([Errno 28] No space left on device): it needs about") == 2
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["best.safetensors", "step_00000003"]
-    assert not experiment._damage(tmp_path / "run/checkpoints/step_00000003")
+    assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000003")
 
 
 def test_when_one_process_dies_the_others_end(train, tmp_path):
     output = two(tmp_path, """
-end = Run.end_step
-Run.end_step = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank and step == 5 else end(self, step)
+end = Guard.end
+Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank and step == 5 else end(self, step)
 """)
-    assert "Signal 9 (SIGKILL)" in output and not experiment._damage(tmp_path / "run/checkpoints/step_00000003")
+    assert "Signal 9 (SIGKILL)" in output and not checkpoint.damage(tmp_path / "run/checkpoints/step_00000003")
     train("train.train_batch_size=8", resume="auto")
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
@@ -768,8 +774,8 @@ Run.end_step = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank a
 def test_a_process_ends_by_itself_when_another_dies(tmp_path):
     """As on another machine, where no launcher ends it."""
     words = broken_script(tmp_path, """
-end = Run.end_step
-Run.end_step = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if not rank else end(self, step)
+end = Guard.end
+Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if not rank else end(self, step)
 """)
     with socket.socket() as free:
         free.bind(("localhost", 0))

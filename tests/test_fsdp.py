@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import ROOT, command, metrics, weights, write_tiny2
 
 import sample
-from experiment import UserError, load_run
+from config import UserError
+from experiment import load_run
 
 pytestmark = pytest.mark.xdist_group("fsdp")  # one worker, so that the runs of `folder` are made once
 
@@ -25,10 +26,12 @@ sys.path.insert(0, {str(ROOT)!r})
 import accelerate, torch, train_stage2
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from experiment import Run, run_main
+from experiment import Run
+from guard import Guard
+from launch import run_main
 
 init, save, AdamW = AcceleratorState.__init__, Run.save, torch.optim.AdamW
-begin, backward, count = Run.begin_step, Run.backward, [0]
+begin, backward, count = Guard.begin, Guard.backward, [0]
 
 def state(self, mixed_precision=None, *args, fsdp_plugin=None, **kwargs):
     init(self, mixed_precision, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -53,7 +56,7 @@ def spoiled(self, loss):  # in the fourth step of a run that is called so, on on
     bad = count[0] == 4 and self.folder.name.startswith("spoiled") and self.accelerator.process_index == 1
     backward(self, loss * torch.nan if bad else loss)
 
-Run.begin_step, Run.backward = counted, spoiled
+Guard.begin, Guard.backward = counted, spoiled
 AcceleratorState.__init__, Run.save = state, note
 for fused, arguments in json.load(open(sys.argv[1])):
     count[0] = 0
@@ -175,9 +178,9 @@ def test_a_bad_step_of_one_process_changes_nothing(folder, fused):
 
 
 @pytest.mark.parametrize("stage, kind, options, sentence", [
-    (2, "FSDP", {"fsdp_version": 2}, "FSDP with train.mixed_precision=fp16 is not supported; use bf16"),
-    (2, "FSDP", {"fsdp_version": 1}, "accelerate was asked for version 1 of FSDP, which is not supported; add --fsdp_version 2"),
-    (2, "FSDP", {"fsdp_version": 2, "cpu_offload": True}, "FSDP with weights on the CPU is not supported"),
+    (2, "FSDP", {"fsdp_version": 2}, "FSDP, with train.mixed_precision=fp16, which is not supported; use bf16"),
+    (2, "FSDP", {"fsdp_version": 1}, "accelerate was asked for FSDP, version 1, which is not supported; add --fsdp_version 2"),
+    (2, "FSDP", {"fsdp_version": 2, "cpu_offload": True}, "FSDP, with weights on the CPU, which is not supported"),
     (2, "DEEPSPEED", {}, "accelerate was asked for DEEPSPEED, which is not supported; use --multi_gpu, or in stage 2 --use_fsdp"),
     (2, "MEGATRON_LM", {}, "accelerate was asked for MEGATRON_LM, which is not supported; use --multi_gpu"),
     (1, "FSDP", {"fsdp_version": 2}, "FSDP, but stage 1 needs the whole model in every process; use --multi_gpu"),

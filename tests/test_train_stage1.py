@@ -15,7 +15,8 @@ from PIL import Image
 
 import experiment
 from dataset import DataError
-from experiment import UserError, load_run
+from config import UserError
+from experiment import load_run
 from mqvae import MQVAE
 
 EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "loss.lecam_weight=0.01", "loss.disc_start=1", "loss.gan_start=3",
@@ -135,7 +136,7 @@ def test_two_processes_hold_the_same(tmp_path, name, precision):
     (tmp_path / "agree.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, experiment, train_stage1
+import torch, experiment, launch, train_stage1
 close = experiment.Run.close
 def agree(self):
     for name, module in self.modules.items():
@@ -149,7 +150,7 @@ def agree(self):
     print("agreed", flush=True)
     close(self)
 experiment.Run.close = agree
-experiment.run_main(train_stage1.main)
+launch.run_main(train_stage1.main)
 """)
     config = write_tiny(tmp_path, model=TINY_MODELS[name], discriminator="ch: 8\n  num_layers: 1")
     output = command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "agree.py",
@@ -355,11 +356,11 @@ def test_mistakes_end_with_one_sentence(tiny, tmp_path):
     """As the user sees them: the script prints one line and no traceback."""
     (tmp_path / "empty").mkdir()
     code = f"""
-import sys, warnings, experiment, train_stage1
+import sys, warnings, launch, train_stage1
 def say(*words):
     sys.argv[1:] = ["--config", {str(tiny)!r}, *words]
     try:
-        experiment.run_main(train_stage1.main)
+        launch.run_main(train_stage1.main)
     except SystemExit as stop:
         print(stop.code, flush=True)
 say("train.lr=3")
@@ -383,7 +384,7 @@ say("train.adam_beta2=1")
     lines = [line for line in output if line.startswith("error: ") or "Traceback" in line]
     for line, words in zip(lines, [
             "unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",
-            "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "more than 0", "divisible by 2",
+            "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "batch_size must be between 1", "divisible by 2",
             "too small for discriminator.num_layers", "train.adam_beta2 must be between"], strict=True):
         assert line.startswith("error: ") and words in line, line
 

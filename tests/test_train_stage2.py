@@ -14,8 +14,10 @@ from conftest import ROOT, TRANSFORMERS, command, metrics, save_stage1, weights,
 from PIL import Image
 
 import sample
-from dataset import CodeBatches, CodeCache, DataError, make_dataset
-from experiment import UserError, load_run, save_run
+from code_cache import CodeBatches, CodeCache
+from config import UserError
+from dataset import DataError, make_dataset
+from experiment import load_run, save_run
 from gpt import Blocks
 
 
@@ -231,13 +233,13 @@ def test_length_batches():
     (["codes.stage1=null"], "codes.stage1 must be the run folder"),
     (["model.codebook_size=64"], "model.codebook_size follows from the stage-1 run and the data; it is 32, not 64"),
     (["sample.top_k_pos=5"], "does not"),
-    (["sample.top_k=0"], "top_k must be at least 1"),
+    (["sample.top_k=0"], "top_k must be between 1"),
     (["sample.top_p=2"], "top_p must be above 0"),
     (["sample.cfg_scale=2", "train.class_conditional=false"], "cfg_scale other than 1 needs"),
     (["sample.cfg_scale=2", "model.label_dropout=0"], "cfg_scale other than 1 needs"),
     (["data.image_size=24"], None),  # any size that the factor divides suits a VQGAN
     (["data.image_size=25"], "was not made for images of data.image_size=25"),
-    (["codes.cache_views=0"], "must be at least 1"),
+    (["codes.cache_views=0"], "must be between 1"),
     (["codes.wich=best"], "nearest valid one is codes.which"),
     (["codes.which=best"], "has no best.safetensors"),
     (["model.n_head=3"], "multiple of n_head"),

@@ -10,7 +10,8 @@ from conftest import command_in_copy
 import dq_transformer
 import gpt
 import stackformer
-from dataset import CodeBatches, make_dataset
+from code_cache import CodeBatches
+from dataset import make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT, NotFinite, draw, filter_logits, parameter_groups

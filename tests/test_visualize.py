@@ -13,9 +13,10 @@ from PIL import Image, ImageSequence
 
 import visualize
 from dataset import DataError, make_dataset, to_uint8
-from experiment import STAGE2, UserError, build, load_run
+from config import UserError, build
+from experiment import STAGE2, load_run
 from sample import chosen_labels, draw, load_models
-from train_stage2 import sampling_arguments
+from sample import sampling_arguments
 
 
 @pytest.fixture

@@ -1,0 +1,304 @@
+"""From a YAML file and overrides to checked settings, and from settings to what they describe.
+
+    load_config         the config of a script: the file, key.sub=value overrides, defaults; or one sentence (UserError)
+    check_config        the same for settings that were read already
+    build               calls a class or function with its section of the config
+    TrainSettings       the section `train`, common to both stages
+
+A section is described by the signature of what takes its keys: their types, defaults and ranges. An int is from 1 to 2^31 and a float
+finite and not negative, unless the annotation says otherwise: Annotated[int, (low, high)], both included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch.nn as nn
+import yaml
+
+
+class UserError(Exception):
+    """Something that the user can mend, in one sentence."""
+
+
+Count = Annotated[int, (0, 2**62)]
+Share = Annotated[float, (0, 1 - 1e-9)]
+
+
+@dataclass
+class TrainSettings:
+    """The section `train`. Names follow accelerate's and diffusers' scripts.
+
+    output_dir                  the run folder (default: runs/NAME for configs/.../NAME.yaml)
+    train_batch_size            images per process and forward pass. A step takes train_batch_size x processes x
+                                gradient_accumulation_steps images, the "global batch"
+    max_train_steps, num_train_epochs   length of the training (give one)
+    max_minutes                 save and stop after this time, for clusters with time limits; --resume auto continues
+    learning_rate, base_lr      give one; base_lr is per image and multiplied by the global batch
+    lr_scheduler                after the warm-up (lr_warmup_steps + lr_warmup_epochs): constant, or cosine to 0
+    max_grad_norm               gradient clipping, per optimizer
+    max_bad_steps               steps with a non-finite loss or gradient are skipped; more than this in a row stop the run
+    mixed_precision             null: what `accelerate launch` says
+    use_ema, ema_decay          keep an average of the weights, for validation and load_run
+    compile                     torch.compile the parts of the model
+    logging_steps, validation_steps, checkpointing_steps   intervals, in steps
+    num_validation_images       spread evenly over the validation split; null: all
+    checkpoints_total_limit     how many of the last checkpoints to keep; null: all
+    log_with                    any tracker that accelerate knows, or null
+    """
+
+    output_dir: str | None = None
+    seed: Annotated[int, (0, 2**32 - 1)] = 0
+    train_batch_size: int = 12
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int | None = None
+    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None
+    max_minutes: float | None = None
+    learning_rate: float | None = None
+    base_lr: float | None = None
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: Count = 0
+    lr_warmup_epochs: float = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.95
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: Annotated[float, (1e-12, 1e300)] | None = None
+    max_bad_steps: Count = 10
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    use_ema: bool = False
+    ema_decay: Annotated[float, (0, 1)] = 0.9999
+    compile: bool = False
+    dataloader_num_workers: Annotated[int, (0, 1024)] = 4
+    logging_steps: int = 50
+    validation_steps: int = 1000
+    num_validation_images: int | None = 1000
+    checkpointing_steps: int = 5000
+    checkpoints_total_limit: int | None = 2
+    log_with: str | None = "tensorboard"
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+    return parser
+
+
+def training_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(description)
+    parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
+                        "or start if there is none; or the path of a checkpoint folder")
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
+
+
+def load_config(path: str, overrides: list[str], sections: dict[str, Any],
+                inherit: Callable[[dict], None] | None = None) -> dict[str, dict]:
+    """The config of a YAML file with overrides, complete with defaults and checked.
+
+    sections    name to the function or class that takes the section's keys as arguments (an argument without a default may be left
+                out: the script knows it); or to a dict of such, from which the section's key `name` chooses
+    inherit     may add to what the user gave, in place, before it is checked
+    """
+    given = read_yaml(path)
+    override(given, overrides)
+    given["train"] = mapping(given.get("train"), "train")
+    if given["train"].get("output_dir") is None:
+        given["train"]["output_dir"] = f"runs/{Path(path).stem}"
+    if inherit is not None:
+        inherit(given)
+    return check_config(given, sections, path)
+
+
+def override(given: dict, overrides: list[str]) -> None:
+    """Sets key.sub=value in what was given, in place."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} is not of the form key.sub=value")
+        *parents, last = key.split(".")
+        section = given
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"{key} cannot be set: {parent} is not a section")
+        try:
+            section[last] = parse_yaml(value)
+        except ValueError:
+            raise UserError(f"the value of {text!r} is not valid YAML") from None
+
+
+def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dict[str, dict]:
+    """What load_config returns, for what was read from `path`."""
+    for name in given:
+        if name not in sections:
+            raise UserError(f"unknown section {name!r} in {path}; the nearest valid one is {_nearest(str(name), list(sections))!r}")
+    targets, config = {}, {}
+    for name, target in sections.items():
+        if isinstance(target, dict):
+            choice = given.get(name, {}).get("name") if isinstance(given.get(name, {}), dict) else None
+            if choice not in list(target):
+                raise UserError(f"{name}.name must be one of {', '.join(target)}; it is {choice!r}")
+            target = target[choice]
+        targets[name] = target
+    valid = [key for name, target in targets.items() for key in setting_names(target, name)]
+    for name, target in targets.items():
+        section = dict(mapping(given.get(name), name))
+        choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
+        config[name] = choice | _fill(target, section, name, valid)
+    if "image_size" in config.get("model", {}) and "image_size" not in given["model"]:
+        config["model"]["image_size"] = config["data"]["image_size"]
+    return config
+
+
+def build(target: Callable, settings: dict, **more: Any) -> Any:
+    """target(**settings, **more); a setting that is itself a section is built first."""
+    arguments = {}
+    for key, (kind, _) in signature(target).items():
+        if key in settings:
+            nested = _module_of(kind)
+            arguments[key] = build(nested, settings[key]) if nested and settings[key] else settings[key]
+    try:
+        return target(**arguments, **more)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    except (ArithmeticError, IndexError, RuntimeError) as error:  # settings that are valid one by one
+        raise UserError(f"{target.__name__} cannot be made with these settings ({error})") from error
+
+
+def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
+    """{argument: (type, default)} of the arguments that a config may set."""
+    hints = typing.get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__, include_extras=True)
+    parameters = inspect.signature(target).parameters
+    return {key: (hints[key], p.default) for key, p in parameters.items() if key not in ("split", "uint8")}
+
+
+def setting_names(target: Callable, section: str) -> list[str]:
+    """The full names of all settings of a section: "model.quantizer.dim", ..."""
+    names = []
+    for key, (kind, _) in signature(target).items():
+        nested = _module_of(kind)
+        names += setting_names(nested, f"{section}.{key}") if nested else [f"{section}.{key}"]
+    return names
+
+
+def _module_of(kind: Any) -> type | None:
+    """The module class in an annotation such as `VectorQuantizer | None`: the setting is a section of its own."""
+    classes = [k for k in (kind, *typing.get_args(kind)) if inspect.isclass(k) and issubclass(k, nn.Module)]
+    return classes[0] if classes else None
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    return difflib.get_close_matches(word, valid, n=1, cutoff=0)[0]
+
+
+def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
+    """The section `where`, checked and complete."""
+    expected, filled = signature(target), {}
+    for key in given:
+        if key not in expected:
+            raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', valid)}")
+    for key, (kind, default) in expected.items():
+        nested = _module_of(kind)
+        if nested and given.get(key) is None:
+            filled[key] = None  # the model has a default of its own
+        elif nested:
+            filled[key] = _fill(nested, mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", valid)
+        elif key in given:
+            filled[key] = _checked(given[key], kind, f"{where}.{key}")
+        elif default is not inspect.Parameter.empty:
+            filled[key] = list(default) if isinstance(default, tuple) else default
+    return filled
+
+
+DEFAULT_RANGE = {int: (0, 2**31), float: (0, 1e300)}
+
+
+def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> Any:
+    """The value as the type `kind`, or a UserError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _checked(value, args[0], where, args[1])
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _checked(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value is False and "no" in args:  # which YAML reads as false
+            return "no"
+        if value in args and not isinstance(value, bool):
+            return value
+        raise UserError(f"{where} must be one of {', '.join(map(str, args))}; it is {value!r}")
+    if origin is list and isinstance(value, list):
+        return [_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-4, without a dot, as a string
+    if origin is list or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+        raise UserError(f"{where} must be {name}; it is {value!r}")
+    low, high = limits or DEFAULT_RANGE.get(kind, (None, None))
+    if low is not None and not low <= value <= high:
+        raise UserError(f"{where} must be between {low:.10g} and {high:.10g}; it is {value}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML that may not be ours
+
+MAX_YAML, MAX_DEPTH = 10**6, 20  # characters, and sections in sections
+
+
+def read_yaml(path: str | Path) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return mapping(parse_yaml(file.read(MAX_YAML + 1)), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not {'text' if isinstance(error, UnicodeDecodeError) else error}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """yaml.safe_load without aliases, ten lines of which can make a billion values. ValueError, to be read after "is not"."""
+    if len(text) > MAX_YAML:
+        raise ValueError(f"a config: it has more than {MAX_YAML} characters")
+    depth, problem = 0, None
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                problem = f"a config: it has aliases, or more than {MAX_DEPTH} sections in each other"
+                break
+        else:
+            return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # Not only YAMLErrors: for the 99th of a month, for !!bool 3.
+        problem = "valid YAML" + (f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else "")
+    raise ValueError(problem)
+
+
+def mapping(value: Any, where: str) -> dict:
+    """The value, a section of a config; an empty one is {}."""
+    if not isinstance(value or {}, dict):
+        raise UserError(f"{where} must be a section of key: value lines; it is {value!r}")
+    return value or {}
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

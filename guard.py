@@ -1,0 +1,114 @@
+"""What a bad step may not do. A step whose loss or gradient is not finite changes no weights, codebook or statistics, on any process.
+
+    Guard       one for each run: begin, backward, clip and end around a step; stop_if_too_many at a log line
+
+Everything stays on the device until then: no step waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from checkpoint import write_file
+from config import UserError
+from dataset import ImageDataset
+
+
+class Guard:
+    """Skips, undoes and counts bad steps.
+
+    folder, train   the run folder, and the config's section `train`
+    modules         name to module; each may have an optimizer of its own, whose bad step leaves the others theirs
+    stateful        modules of buffers that follow the discriminator's steps (LeCam's averages)
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, train: dict, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]):
+        self.accelerator, self.folder, self.modules, self.accumulate = accelerator, folder, modules, train["gradient_accumulation_steps"]
+        self.max_row, self.max_norm = train["max_bad_steps"], train["max_grad_norm"] or math.inf
+        # What a forward pass changes: codebook and statistics.
+        self.moving = {name: [v for m in (module, *(stateful if name == "discriminator" else ()))
+                              for v in m.state_dict(keep_vars=True).values() if not v.requires_grad]
+                       for name, module in modules.items() if name != "ema"}
+        # Bad steps since the last log line and in a row, and the step at which they were too many.
+        self.count, self.row, self.too_many = torch.zeros(3, dtype=torch.long, device=accelerator.device)
+
+    @property
+    def scale(self) -> float:
+        """fp16's loss scale."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+
+    def begin(self) -> None:
+        self.bad: dict[str, Tensor] = {}  # of each module with an optimizer
+        self.scale_before = self.scale
+        self.kept = {name: [v.detach().clone() for v in moving] for name, moving in self.moving.items()}
+
+    def backward(self, loss: Tensor) -> None:
+        """A loss that is not finite makes the gradients so, on all processes."""
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+
+    def follow_scale(self, module: nn.Module) -> None:
+        """Before the last backward of a module whose gradients accumulate: another optimizer's step may have changed fp16's scale."""
+        if self.scale != self.scale_before:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.scale / self.scale_before)
+
+    def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clips the gradients of this optimizer's module and returns their norm from before. If the norm is not finite, which all
+        processes see alike, the optimizer's step does nothing. (accelerate's own clipping would undo the fp16 loss scale of all
+        optimizers' gradients, including those that still accumulate.)"""
+        self.accelerator.unscale_gradients(optimizer)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = ~norm.isfinite()
+        self.bad[next(name for name, m in self.modules.items() if m is self.accelerator.unwrap_model(module))] = bad
+        if self.accelerator.scaler is None:  # which skips by itself
+            if optimizer.param_groups[0]["fused"]:
+                optimizer.optimizer.found_inf = bad.float()  # read on the device: the CPU need not wait for it
+            elif bad:
+                optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def end(self, step: int) -> None:
+        """Undoes what a skipped step did to codebook and statistics, and counts it. An overflow under fp16's scale is undone but not
+        counted: its scaler expects some."""
+        for name, bad in self.bad.items():
+            for now, before in zip(self.moving[name], self.kept[name]):
+                now.copy_(torch.where(bad, before, now))
+        if self.accelerator.scaler is None or self.scale <= 1:  # the scale cannot be the reason
+            bad = torch.stack(list(self.bad.values())).any()
+            self.count, self.row = self.count + bad, (self.row + 1) * bad
+            self.too_many = torch.where((self.too_many == 0) & (self.row > self.max_row), step, self.too_many)
+        if self.scale < 1:
+            self.accelerator.scaler.update(1.0)  # or bad losses would shrink it, and gradients with it, to nothing
+
+    def pop_count(self) -> Tensor:
+        """Bad steps since the last call, float ()."""
+        count, self.count = self.count.float(), torch.zeros_like(self.count)
+        return count
+
+    def stop_if_too_many(self, dataset: ImageDataset, batches: Callable[[int], Iterable[list[tuple[int, int]]]]) -> None:
+        """Ends the run if too many steps in a row were bad, and lists their images in bad_steps.json.
+        batches(start): the (epoch, index) of all processes' images from batch number `start`."""
+        if not self.too_many:
+            return
+        last, path = int(self.too_many), self.folder / "bad_steps.json"
+        steps = range(last - self.max_row, last + 1)
+        if self.accelerator.is_main_process:
+            images = iter(batches((steps[0] - 1) * self.accumulate))
+            found = [{"step": step, "images": [[epoch, index, dataset.source.name(index)] for _ in range(self.accumulate)
+                                               for epoch, index in next(images)]} for step in steps]
+            write_file(path, json.dumps(found, indent=1) + "\n")
+        raise UserError(f"loss or gradient were not finite in the {len(steps)} steps up to {last}, more in a row than train.max_bad_steps; "
+                        f"they were skipped, and their images are listed in {path}: lower train.learning_rate or set "
+                        "train.max_grad_norm, and continue from the last checkpoint with --resume auto")

@@ -1,0 +1,109 @@
+"""What a run writes while it trains: metrics.jsonl, the tracker's log, pictures. A full disk costs a line or a picture, not the run.
+
+    Log     add scalars at every step, write their means; picture
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from checkpoint import write_file
+
+
+class Log:
+    """The records in a run's folder; the same object on every process, of which the first one writes."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path):
+        self.accelerator, self.folder = accelerator, folder
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def open(self, step: int, settings: dict[str, Any]) -> None:
+        """Goes on after `step`: later lines of metrics.jsonl are removed."""
+        if self.accelerator.is_main_process:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.is_file() and step else []
+            write_file(path, "".join(line + "\n" for line in lines if _step(line) <= step))
+        settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+        self.accelerator.init_trackers("minVQ", settings, {"tensorboard": {"purge_step": step + 1}})
+
+    def close(self) -> None:
+        for tracker in self.accelerator.trackers:  # accelerator.end_training() would take apart the process group: see launch.py
+            tracker.finish()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds scalars to the means. They stay on the device; values that are not finite do not count."""
+        for key, value in values.items():
+            value = value.detach().float()
+            finite = value.isfinite()
+            self.sums[key] = self.sums.get(key, 0) + torch.where(finite, value, 0.0)
+            self.counts[key] = self.counts.get(key, 0) + finite
+
+    def means(self, **more: Tensor) -> dict[str, float]:
+        """The means over steps and processes since the last call; of `more`, over processes."""
+        means = {k: self.sums[k] / self.counts[k] for k in self.sums} | more
+        self.sums, self.counts = {}, {}
+        return dict(zip(means, self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars to the tracker and to metrics.jsonl."""
+        values = {k: v for k, v in values.items() if math.isfinite(v)}  # gradient norms are not, where fp16 overflowed
+        with self.spare("the tracker's log"):
+            self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.spare("metrics.jsonl"), open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+                line, end = (json.dumps({"step": step, **values}) + "\n").encode(), file.tell()
+                if file.write(line) < len(line):  # no part of a line stays
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
+        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top.
+        Small images are enlarged by a whole factor, to about 128 pixels."""
+        path = self.folder / "samples" / f"{name}_{step:08d}.png"
+        if self.accelerator.is_main_process:
+            size = [s * max(1, 128 // s) for s in columns[0][0].shape[-2:]]
+            cells = [F.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1) for row in zip(*columns) for cell in row]
+            grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
+            file = io.BytesIO()
+            save_image(grid, file, "png")
+            with self.spare(f"the picture of step {step}"):
+                write_file(path, file.getvalue())
+            with self.spare("the tracker's log"):
+                for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
+                    nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
+        return path
+
+    @contextmanager
+    def spare(self, what: str) -> Iterator[None]:
+        """Failing to write a log or a picture is a warning; failing to write a checkpoint is an error."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(f"{what} could not be written ({error.strerror or error}); training goes on: make room in {self.folder}",
+                          stacklevel=3)
+
+
+def _step(line: str) -> float:
+    """Of a line of metrics.jsonl; infinite if the line was cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
