@@ -195,10 +195,6 @@ class Checkpoints:
             write_file(self.folder / "best.safetensors", save(whole_state(module), {"step": str(step), "score": repr(score)}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and files
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
@@ -291,10 +287,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
 
 
 def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:

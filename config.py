@@ -36,66 +36,44 @@ Share = Annotated[float, (0, 1 - 1e-9)]
 
 @dataclass
 class TrainSettings:
-    """The section `train`. Names follow accelerate's and diffusers' scripts.
+    """The section `train`. Names follow accelerate's and diffusers' scripts."""
 
-    output_dir                  the run folder (default: runs/NAME for configs/.../NAME.yaml)
-    train_batch_size            images per process and forward pass. A step takes train_batch_size x processes x
-                                gradient_accumulation_steps images, the "global batch"
-    max_train_steps, num_train_epochs   length of the training (give one)
-    max_minutes                 save and stop after this time, for clusters with time limits; --resume auto continues
-    learning_rate, base_lr      give one; base_lr is per image and multiplied by the global batch
-    lr_scheduler                after the warm-up (lr_warmup_steps + lr_warmup_epochs): constant, or cosine to 0
-    max_grad_norm               gradient clipping, per optimizer
-    max_bad_steps               steps with a non-finite loss or gradient are skipped; more than this in a row stop the run
-    mixed_precision             null: what `accelerate launch` says
-    use_ema, ema_decay          keep an average of the weights, for validation and load_run
-    compile                     torch.compile the parts of the model
-    logging_steps, validation_steps, checkpointing_steps   intervals, in steps
-    num_validation_images       spread evenly over the validation split; null: all
-    checkpoints_total_limit     how many of the last checkpoints to keep; null: all
-    log_with                    any tracker that accelerate knows, or null
-    """
-
-    output_dir: str | None = None
+    output_dir: str | None = None  # the run folder; default: runs/NAME for configs/.../NAME.yaml
     seed: Annotated[int, (0, 2**32 - 1)] = 0
-    train_batch_size: int = 12
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int | None = None
-    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None
-    max_minutes: float | None = None
+    train_batch_size: int = 12  # images per process and forward pass
+    gradient_accumulation_steps: int = 1  # batch size x processes x this is the "global batch"
+    max_train_steps: int | None = None  # the length of the training,
+    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None  # or this
+    max_minutes: float | None = None  # save and stop, for clusters with time limits; --resume auto continues
     learning_rate: float | None = None
-    base_lr: float | None = None
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: Count = 0
+    base_lr: float | None = None  # or this: per image, multiplied by the global batch
+    lr_scheduler: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    lr_warmup_steps: Count = 0  # the warm-up is the sum of both
     lr_warmup_epochs: float = 0.0
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.95
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
-    max_grad_norm: Annotated[float, (1e-12, 1e300)] | None = None
-    max_bad_steps: Count = 10
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    use_ema: bool = False
+    max_grad_norm: Annotated[float, (1e-12, 1e300)] | None = None  # gradient clipping, per optimizer
+    max_bad_steps: Count = 10  # steps with a non-finite loss or gradient are skipped; more than this in a row stop the run
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # null: what `accelerate launch` says
+    use_ema: bool = False  # average the weights, for validation and load_run
     ema_decay: Annotated[float, (0, 1)] = 0.9999
-    compile: bool = False
+    compile: bool = False  # torch.compile the parts of the model
     dataloader_num_workers: Annotated[int, (0, 1024)] = 4
     logging_steps: int = 50
     validation_steps: int = 1000
-    num_validation_images: int | None = 1000
+    num_validation_images: int | None = 1000  # spread evenly over the validation split; null: all
     checkpointing_steps: int = 5000
-    checkpoints_total_limit: int | None = 2
-    log_with: str | None = "tensorboard"
+    checkpoints_total_limit: int | None = 2  # how many of the last checkpoints to keep; null: all
+    log_with: str | None = "tensorboard"  # any tracker that accelerate knows, or null
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
+def parse_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of a training script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
-    return parser
-
-
-def training_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(description)
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
                         "or start if there is none; or the path of a checkpoint folder")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options

@@ -56,10 +56,6 @@ class DataError(Exception):
         super().__init__(message.strip().splitlines()[-1].removeprefix("dataset.DataError: "))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Public: datasets and loaders
-
-
 def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "shapes"] = "folder",
                  root: str | None = None, split: Literal["train", "val"] = "train", image_size: int = 256,
                  random_crop: bool = True, random_flip: bool = True, min_scale: Annotated[float, (1e-6, 1)] = 1.0,

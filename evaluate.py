@@ -4,26 +4,23 @@
     python evaluate.py --run runs/dq_transformer -n 5000 [--samples FOLDER | FILE.npz] [sample.top_k=100 ...]
     accelerate launch --num_processes 8 evaluate.py --run ...
 
-The data are those that the run was trained on, unless overridden. Images are compared as files would be, in 8 bits.
-
-stage 1     psnr (dB), ssim, lpips (VGG)    means over images of torchmetrics' and lpips' values
-            rfid                            FID between the images and their reconstructions
-            usage, perplexity               distinct codes over K, and exp(entropy) of how often each is used, in the whole set
-            usage_65536                     the same usage among 65,536 codes of the set (what is expected of a random draw), which
-                                            can be compared between sets of different sizes
-            codes, bits, bits_per_pixel     per image; codes of a DQ-VAE's coarse regions count once
-            kept_ratio, ratio_1, ratio_2    share of cells with a code; of regions with granularity 1 (and 2, finer)
-            detail                          how often a cell with a code has more contrast (standard deviation of its pixels) than one
-                                            without, or a region than one of coarser granularity, in the same image; chance: 0.5
-            shared                          the share of an image's kept cells (or of its regions that are not coarsest) that another image
-                                            keeps too, mean over pairs; 1 is a fixed pattern, chance is the share that is kept
-stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with the 3 nearest
-                                            neighbours of Inception features (Kynkaanniemi et al., NeurIPS 2019), as the ADM suite has them
-            bits                            per validation image (the negative log-likelihood of its codes)
+stage 1     psnr (dB), ssim, lpips (VGG)    of each image in 8 bits, by torchmetrics and lpips
+            rfid                            FID between images and reconstructions
+            usage, perplexity               share of the codes that occur in the set, and exp(entropy) of their frequencies
+            usage_65536                     expected usage among 65,536 of the set's codes, comparable between sets of different sizes
+            codes, bits, bits_per_pixel     per image
+            kept_ratio, ratio_1, ratio_2    share of cells with a code; of regions with granularity 1 and 2
+            detail                          how often a cell with a code (a finer region) has more contrast than one without (a coarser
+                                            one) in the same image; chance: 0.5. Contrast: standard deviation of the pixels
+            shared                          share of an image's kept cells (regions that are not coarsest) that another image keeps
+                                            too, mean over pairs. 1: a fixed pattern; chance: the share that is kept
+stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with 3 nearest
+                                            neighbours in Inception's features (Kynkaanniemi et al., NeurIPS 2019), as in the ADM suite
+            bits                            negative log-likelihood of a validation image's codes
             images_per_second               of sampling, on all processes together
 
-_std is the spread over images (of `is`: over ten splits). FID falls with the number of images: compare equal numbers only. Results do
-not depend on the batch size or the number of processes. Each run's are kept in its metrics.json.
+_std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do
+not depend on the batch size or the number of processes. They are kept in each run's metrics.json.
 """
 
 import argparse
@@ -103,10 +100,6 @@ def main(argv: list[str] | None = None) -> None:
             if lost:
                 print(f"without {', '.join(lost)}: {sentence}")
     state.wait_for_everyone()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1
 
 
 @torch.no_grad()
@@ -219,10 +212,6 @@ def perplexity(uses: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2
-
-
 @torch.no_grad()
 def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict) -> dict:
     """The metrics of a stage-2 run; on the first process."""
@@ -322,10 +311,6 @@ def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, 
     found = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
     return {"fid": frechet_distance(features, real), "is": score["inception_score_mean"], "is_std": score["inception_score_std"],
             "precision": found["precision"], "recall": found["recall"], "samples": len(features)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What both have in common
 
 
 def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:

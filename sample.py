@@ -37,20 +37,15 @@ SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos
 
 @dataclass
 class SampleSettings:
-    """The section `sample`: of the pictures made while training, and the defaults of this script.
+    """The section `sample`: of the pictures made while training, and the defaults of this script. See GPT.sample."""
 
-    columns, rows                           of samples in a picture; a class-conditional model has a class per column
-    temperature, top_k, top_p, cfg_scale    as in GPT.sample
-    temperature_pos, top_k_pos, top_p_pos   of the positions, for models that have them (temperature: null = as temperature)
-    """
-
-    columns: int = 8
+    columns: int = 8  # of samples in a picture; a class-conditional model has a class per column
     rows: int = 4
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     cfg_scale: float = 1.0
-    temperature_pos: float | None = None
+    temperature_pos: float | None = None  # of the positions, for models that have them; null: as temperature
     top_k_pos: int | None = None
     top_p_pos: float | None = None
 

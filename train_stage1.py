@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_file
-from config import TrainSettings, UserError, build, load_config, training_arguments
+from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
 from experiment import STAGE1, Run, compile_parts
 from launch import run_main
@@ -27,19 +27,10 @@ from losses import PatchGAN, Stage1Loss
 
 @dataclass
 class Stage1Settings(TrainSettings):
-    """The section `train`: all of TrainSettings, and
-
-    channels_last               the memory layout that GPUs' convolutions like
-    calibration_images          how many training images the thresholds of an entropy router are computed from
-    calibration_file            use the thresholds in this file instead, the thresholds.json of an earlier run
-    codebook_stats_every        every so many steps, keep how often each code is used, its norm and its gradient's norm, for
-                                `visualize.py codebook`; null: never. 16 bytes per code and record, in the run's codebook/
-    """
-
-    channels_last: bool = False
-    calibration_images: int = 2000
-    calibration_file: str | None = None
-    codebook_stats_every: int | None = None
+    channels_last: bool = False  # the memory layout that GPUs' convolutions like
+    calibration_images: int = 2000  # how many training images the thresholds of an entropy router are computed from
+    calibration_file: str | None = None  # thresholds.json of another run, to use instead
+    codebook_stats_every: int | None = None  # record usage, norms and gradients of the codes every so many steps, for visualize.py
 
 
 SECTIONS = {"model": STAGE1, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
@@ -47,7 +38,7 @@ SECTIONS = {"model": STAGE1, "data": make_dataset, "loss": Stage1Loss, "discrimi
 
 def main(argv: list[str] | None = None) -> None:
     # Config and run folder
-    args = training_arguments(__doc__, argv)
+    args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, SECTIONS)
     train, model_settings = config["train"], dict(config["model"])
     run = Run(config, args.resume)

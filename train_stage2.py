@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from checkpoint import write_file
 from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, image
-from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, training_arguments
+from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
 from experiment import STAGE2, Run, compile_parts, load_run, make_model, perplexities, save_run
@@ -32,32 +32,19 @@ from vqgan import VQGAN, VQVAE
 
 @dataclass
 class CodeSettings:
-    """The section `codes`.
+    """The section `codes`."""
 
-    stage1          the run folder of the stage-1 model
-    which           latest or best: which of its weights
-    cache           encode the training images once and keep the codes; false: encode every batch anew
-    cache_views     how many crops and flips of each image are kept; epoch after epoch takes the next
-    cache_dir       where (default: the folder `codes` in the stage-1 run, so that several runs share them)
-    batch_size      images encoded at a time, per process
-    """
-
-    stage1: str | None = None
-    which: Literal["latest", "best"] = "latest"
-    cache: bool = True
-    cache_views: int = 2
-    cache_dir: str | None = None
-    batch_size: int = 64
+    stage1: str | None = None  # the run folder of the stage-1 model
+    which: Literal["latest", "best"] = "latest"  # of its weights
+    cache: bool = True  # encode the training images once and keep the codes; false: encode every batch anew
+    cache_views: int = 2  # crops and flips of each image; epochs take them in turn
+    cache_dir: str | None = None  # default: the folder `codes` in the stage-1 run, which several runs can share
+    batch_size: int = 64  # images encoded at a time, per process
 
 
 @dataclass
 class Stage2Settings(TrainSettings):
-    """The section `train`: all of TrainSettings, and
-
-    class_conditional       the model learns the labels of the images
-    """
-
-    class_conditional: bool = False
+    class_conditional: bool = False  # learn the labels of the images
 
 
 SECTIONS = {"model": STAGE2, "codes": CodeSettings, "data": make_dataset, "sample": SampleSettings, "train": Stage2Settings}
@@ -72,7 +59,7 @@ READS = {
 
 def main(argv: list[str] | None = None) -> None:
     # Config, stage-1 model and run folder
-    args = training_arguments(__doc__, argv)
+    args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, SECTIONS, lambda given: inherit_data(given, args.resume))
     train = config["train"]
     stage1, stage1_config, source = load_stage1(config, args.resume)
@@ -131,10 +118,6 @@ def main(argv: list[str] | None = None) -> None:
     run.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage-1 model and its codes
-
-
 def inherit_data(given: dict, resume: str | None) -> None:
     """Puts the data settings of the stage-1 run under those that the user gave."""
     theirs = read_yaml(stage1_folder(given, resume)[0] / "config.yaml")
@@ -185,10 +168,6 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
         raise UserError("sample.cfg_scale other than 1 needs train.class_conditional=true and model.label_dropout above 0")
     check_settings(sample)
     sampling_arguments(STAGE2[name], sample)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation and samples
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ loader is measured alone and then feeds the steps. Every step has generator and 
 and backward passes (torch's FlopCounterMode) against --peak_tflops.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_stage2
 from code_cache import CodeBatches, CodeCache, code_loader, image
 from dataset import make_dataset, train_loader
-from config import argument_parser, build, load_config, read_yaml
+from config import build, load_config, read_yaml
 from experiment import STAGE1, STAGE2, compile_parts, peak_memory
 from launch import run_main
 from gpt import parameter_groups
@@ -37,7 +38,9 @@ from train_stage1 import SECTIONS
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--data", action="store_true", help="measure the config's own data as well")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
