@@ -1,20 +1,11 @@
-"""The one dataset module: every dataset, transform and loader of minVQ.
+"""The one dataset module: datasets, transforms and loaders.
 
-    make_dataset(name, root, split, ...)    a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
-    train_loader, eval_loader               batches over several workers and processes; uint8 until they are on the device
+    make_dataset                a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
+    train_loader, eval_loader   batches over several workers and processes; uint8 until they are on the device
+    SOURCES                     the datasets by name, and what `root` must hold; to add one, write a function beside the others
 
-    name        what `root` must hold
-    imagenet    train/ and val/ with one folder per class; synset_human.txt and imagenet_idx_to_synset.yml if at hand
-    ffhq        images at any depth; ffhqtrain.txt and ffhqvalidation.txt (in root, root/assets or ./assets) if at hand,
-                otherwise the first 60,000 in order of name are for training and the rest for validation
-    celeba      img_align_celeba/ and list_eval_partition.txt, as they are published
-    cifar10     cifar-10-batches-py/, as torchvision downloads it
-    folder      images at any depth. Folders train/ and val/ are the splits if they are there, otherwise `val_fraction` of
-                the files is held out, chosen by a hash of the name. Labels are the first-level folders, if there are any
-    shapes      nothing: made on the fly from (seed, index)
-
-Training order and augmentation follow from (seed, epoch, index) alone: not from the number of workers, nor from what ran
-before. That is what makes a resumed run equal to an uninterrupted one.
+Training order and augmentation follow from (seed, epoch, index) alone, not from the number of workers or from what ran before. That is
+what makes a resumed run equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,7 +21,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -60,46 +50,35 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
                  root: str | None = None, split: Literal["train", "val"] = "train", image_size: int = 256,
                  random_crop: bool = True, random_flip: bool = True, min_scale: Annotated[float, (1e-6, 1)] = 1.0,
                  val_fraction: Annotated[float, (0, 0.999)] = 0.05, seed: Annotated[int, (0, 2**63 - 1)] = 0, train_size: int = 50_000,
-                 val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3,
-                 uint8: bool = False) -> ImageDataset:
-    """The images and labels of one split.
+                 val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3, uint8: bool = False) -> ImageDataset:
+    """The images and labels of one split. DataError, in one sentence, if `root` does not hold what SOURCES says.
 
     image_size               side S of the square images
-    random_crop, random_flip augmentation, for the training split only. Without random_crop, and for validation, the crop
-                             is in the centre. Horizontal flip with probability 1/2.
+    random_crop, random_flip augmentation of the training split. Without random_crop, and for validation, the centre is cropped
     min_scale                training crops cover a random share of the largest square's area between this and 1
     val_fraction             (folder, without val/) the share of files that is held out
-    seed                     of the augmentation, and of the `shapes`
-    train_size, val_size     how many `shapes` there are
-    max_objects              in an image of `shapes`, 1 to 3
+    seed                     of the augmentation, and of the shapes
+    train_size, val_size     how many shapes there are
+    max_objects              in an image of shapes, 1 to 3
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
-
-    DataError, in one sentence, if the data is not there or not laid out as the top of this file says.
     """
     train = split == "train"
     if name == "shapes":
         source = Shapes(train, image_size, seed, train_size if train else val_size, max_objects)
     else:
-        if root is None:
-            raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
-        root = os.path.expanduser(root)
-        if not Path(root).is_dir():
-            raise DataError(f"there is no folder {root}; data.root must be {LAYOUTS[name]}")
-        source = {"imagenet": imagenet, "ffhq": ffhq, "celeba": celeba, "cifar10": cifar10,
-                  "folder": partial(folder, val_fraction=val_fraction)}[name](Path(root), train)
-        if len(source.labels) == 0:
-            raise DataError(f"no images for the {split} split in {root}; data.root must be {LAYOUTS[name]}")
+        make, layout = SOURCES[name]
+        try:
+            if root is None:
+                raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
+            root = Path(root).expanduser()
+            if not root.is_dir():
+                raise DataError(f"there is no folder {root}")
+            source = make(root, train, val_fraction) if name == "folder" else make(root, train)
+            if len(source.labels) == 0:
+                raise DataError(f"no images for the {split} split in {root}")
+        except DataError as error:
+            raise DataError(f"{error}; data.root must be {layout}") from error
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
-
-
-LAYOUTS = {
-    "imagenet": "a folder with train/ and val/, each with one folder of images per class (train/n01440764/x.JPEG)",
-    "ffhq": "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and ffhqvalidation.txt if you have them",
-    "celeba": "a folder with img_align_celeba/ (000001.jpg, ...) and list_eval_partition.txt",
-    "cifar10": "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
-               "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)",
-    "folder": "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not",
-}
 
 
 class ImageDataset(Dataset):
@@ -332,10 +311,10 @@ def imagenet(root: Path, train: bool) -> Source:
     base = root / ("train" if train else "val")
     classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir()) if (root / "train").is_dir() else None
     if not base.is_dir() or not classes:
-        raise DataError(f"{base if not base.is_dir() else root / 'train'} has no class folders; data.root must be {LAYOUTS['imagenet']}")
+        raise DataError(f"{base if not base.is_dir() else root / 'train'} has no class folders")
     paths = list_images(base)
     if paths and all(p.parent == base for p in paths):
-        raise DataError(f"the images in {base} are not sorted into class folders; data.root must be {LAYOUTS['imagenet']}")
+        raise DataError(f"the images in {base} are not sorted into class folders")
     labels, classes = labelled(paths, base, classes)
     # Folders may be named by synset (n01440764) or by class index (0), which the .yml file translates.
     synsets, words = {}, {}
@@ -348,6 +327,7 @@ def imagenet(root: Path, train: bool) -> Source:
 
 
 def ffhq(root: Path, train: bool) -> Source:
+    """The lists may be in root, root/assets or ./assets. Without them the first 60,000 images in order of name are for training."""
     name, other = ("ffhqtrain.txt", "ffhqvalidation.txt") if train else ("ffhqvalidation.txt", "ffhqtrain.txt")
     lists = {f: p for f in (name, other) for d in (Path("assets"), root, root / "assets") if (p := d / f).is_file()}
     paths = list_images(root)
@@ -369,7 +349,7 @@ def celeba(root: Path, train: bool) -> Source:
     partition, images = root / "list_eval_partition.txt", root / "img_align_celeba"
     for path in (partition, images):
         if not path.exists():
-            raise DataError(f"there is no {path}; data.root must be {LAYOUTS['celeba']}")
+            raise DataError(f"there is no {path}")
     rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
     names = [name for name, split in rows if split == ("0" if train else "1")]
     return Files([str(images / name) for name in names], [0] * len(names), ["face"], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
@@ -379,11 +359,13 @@ def cifar10(root: Path, train: bool) -> Source:
     try:
         data = torchvision.datasets.CIFAR10(str(root), train=train)
     except RuntimeError as error:
-        raise DataError(f"{root} does not hold CIFAR-10 whole; data.root must be {LAYOUTS['cifar10']}") from error
+        raise DataError(f"{root} does not hold CIFAR-10 whole") from error
     return Arrays(data.data, data.targets, data.classes)
 
 
 def folder(root: Path, train: bool, val_fraction: float) -> Source:
+    """Folders train/ and val/ are the splits if they are there. Otherwise val_fraction of the files is held out, chosen by a hash of the
+    name. Labels are the first-level folders, if every image is in one."""
     base = root / "train" if (root / "train").is_dir() else root
     paths = list_images(base)
     if not (root / "train").is_dir():
@@ -400,3 +382,13 @@ def folder(root: Path, train: bool, val_fraction: float) -> Source:
         keep = [i for i, x in enumerate(place) if (x >= limit) == train]
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
     return Files([str(p) for p in paths], labels, classes)
+
+
+SOURCES = {  # a function of (root, train), and what root must be
+    "imagenet": (imagenet, "a folder with train/ and val/, each with one folder of images per class (train/n01440764/x.JPEG)"),
+    "ffhq": (ffhq, "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and ffhqvalidation.txt if you have them"),
+    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and list_eval_partition.txt"),
+    "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
+                         "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
+    "folder": (folder, "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not"),
+}

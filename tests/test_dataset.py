@@ -134,7 +134,7 @@ def test_wrong_roots_are_one_sentence(name, tmp_path):
         with pytest.raises(DataError) as error:
             make_dataset(name, root)
         assert "data.root" in str(error.value) and "\n" not in str(error.value)
-        assert root is None or dataset.LAYOUTS[name] in str(error.value)
+        assert root is None or dataset.SOURCES[name][1] in str(error.value)
 
 
 # Reading
