@@ -465,11 +465,11 @@ def interactive(args: argparse.Namespace) -> None:
              "images": records}
     text = {"TITLE": html.escape(f"{name}: {kind}"), "K": str(model.quantizer.codebook_size),
             "DATA": json.dumps(about, separators=(",", ":")).replace("<", "\\u003c")}
-    page = PAGE
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     for key, value in text.items():
         page = page.replace(f"{{{{{key}}}}}", value)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page)
+    args.out.write_text(page, encoding="utf-8")
     print(args.out)
 
 
@@ -564,137 +564,6 @@ def save(figure: plt.Figure, args: argparse.Namespace) -> None:
     figure.savefig(args.out, dpi=args.dpi)
     plt.close(figure)
     print(args.out)
-
-
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{TITLE}}</title>
-<style>
-:root { color-scheme: light dark; --text: #1a1a1a; --dim: #5a5a5a; --back: #ffffff; --line: #c8c8c8; --mark: #0b57d0; }
-@media (prefers-color-scheme: dark) { :root { --text: #ececec; --dim: #a8a8a8; --back: #161616; --line: #454545; --mark: #8ab4f8; } }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; font: 16px/1.45 system-ui, sans-serif;
-       color: var(--text); background: var(--back); }
-h1 { font-size: 1.25rem; margin: 0; }
-p { margin: .3rem 0; color: var(--dim); }
-img { display: block; width: 100%; image-rendering: pixelated; }
-#thumbs { display: flex; flex-wrap: wrap; gap: .4rem; margin: .7rem 0; }
-#thumbs button { width: 4rem; padding: 2px; border: 2px solid var(--line); border-radius: 4px; background: none; cursor: pointer; }
-#thumbs button[aria-pressed=true] { border-color: var(--mark); outline: 1px solid var(--mark); }
-#panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .8rem; border-radius: 4px; }
-#panes:focus-visible { outline: 2px solid var(--mark); outline-offset: 4px; }
-figure { margin: 0; }
-figcaption { color: var(--dim); font-size: .9rem; }
-.pane { position: relative; cursor: crosshair; touch-action: pan-y; }
-.pane svg { position: absolute; inset: 0; width: 100%; height: 100%; }
-rect { fill: none; vector-effect: non-scaling-stroke; }
-.same { fill: #ffd60055; stroke: #ffd600; stroke-width: 1.5px; }
-.halo { stroke: #000; stroke-width: 5px; }
-.here { stroke: #fff; stroke-width: 2.5px; }
-#status { color: var(--text); font-variant-numeric: tabular-nums; margin-bottom: .6rem; }
-</style>
-<h1>{{TITLE}}, {{K}} codes</h1>
-<p>Point at a cell, touch it, or move with the arrow keys. In yellow: the other cells with the same code.</p>
-<div id="thumbs" role="group" aria-label="Images"></div>
-<p id="numbers"></p>
-<p id="status" role="status" aria-live="polite"></p>
-<div id="panes" tabindex="0" role="application" aria-describedby="status" aria-label="Cells of the image; the arrow keys move between them">
-</div>
-<script>
-const data = {{DATA}};
-const $ = id => document.getElementById(id);
-let image = 0, cells = [], here = null;  // cells[row * grid + column] of the finest grid; a coarse cell stands in several of these
-
-function layOut({codes}) {
-  const all = [], n = data.grid;
-  const kept = codes.positions && new Map(codes.positions.map((p, i) => [p, codes.indices[i]]));
-  for (let row = 0; row < n; row++) for (let column = 0; column < n; column++) {
-    if (kept) {
-      const code = kept.get(row * n + column);
-      all.push({row, column, side: 1, code, what: code === undefined ? "masked: no code" : "kept"});
-    } else if (codes.grain) {
-      const times = n / codes.grain.length, grain = codes.grain[Math.floor(row / times)][Math.floor(column / times)];
-      const side = 2 ** (data.grains.length - 1 - grain), y = row - row % side, x = column - column % side;
-      all.push(row % side || column % side ? all[y * n + x] :
-               {row, column, side, code: codes.indices[row][column], what: data.grains[grain]});
-    } else all.push({row, column, side: 1, code: codes.indices[row][column], what: ""});
-  }
-  return all;
-}
-
-function show(number) {
-  image = Math.max(0, Math.min(data.images.length - 1, number));
-  const it = data.images[image];
-  cells = layOut(it);
-  [...$("thumbs").children].forEach((button, i) => button.setAttribute("aria-pressed", i === image));
-  document.querySelectorAll(".pane img").forEach((img, i) => { img.src = it.panes[i]; img.alt = data.titles[i] + " of image " + image; });
-  $("numbers").textContent = `Image ${image}: ${it.count} codes, ${it.bits} bits (${(it.bits / data.size ** 2).toFixed(3)} per pixel), ` +
-    `PSNR ${it.psnr.toFixed(2)} dB.`;
-  select(null);
-}
-
-function select(cell) {
-  here = cell;
-  const box = (c, kind) => `<rect class="${kind}" x="${c.column}" y="${c.row}" width="${c.side}" height="${c.side}"/>`;
-  const same = cell && cell.code !== undefined ? [...new Set(cells)].filter(c => c !== cell && c.code === cell.code) : [];
-  const others = ["no other cell has", "1 more cell has"][same.length] || `${same.length} more cells have`;
-  const boxes = cell ? same.map(c => box(c, "same")).join("") + box(cell, "halo") + box(cell, "here") : "";
-  document.querySelectorAll(".pane svg").forEach(svg => { svg.innerHTML = boxes; });
-  $("status").textContent = !cell ? "No cell is chosen." :
-    `Row ${cell.row}, column ${cell.column}` + (cell.side > 1 ? ` (${cell.side} x ${cell.side} cells)` : "") +
-    (cell.what ? `, ${cell.what}` : "") +
-    (cell.code === undefined ? "." : `: code ${cell.code}, which ${others}.`);
-}
-
-function at(row, column) {
-  const within = v => Math.max(0, Math.min(data.grid - 1, v));
-  select(cells[within(row) * data.grid + within(column)]);
-}
-
-function keep() {  // in the address, which can be shared
-  history.replaceState(null, "", `#image=${image}` + (here ? `&row=${here.row}&column=${here.column}` : ""));
-}
-
-function read() {
-  const wanted = new URLSearchParams(location.hash.slice(1)), number = key => parseInt(wanted.get(key)) || 0;
-  show(number("image"));
-  if (wanted.has("row") || wanted.has("column")) at(number("row"), number("column"));
-}
-
-data.images.forEach((it, i) => {
-  const button = document.createElement("button");
-  button.innerHTML = `<img src="${it.panes[0]}" alt="">`;
-  button.setAttribute("aria-label", `Image ${i}, ${it.count} codes`);
-  button.onclick = () => { show(i); keep(); };
-  $("thumbs").append(button);
-});
-data.titles.forEach(title => {
-  const figure = document.createElement("figure");
-  figure.innerHTML = `<div class="pane"><img><svg viewBox="0 0 ${data.grid} ${data.grid}" aria-hidden="true"></svg></div>` +
-    `<figcaption>${title}</figcaption>`;
-  const pane = figure.firstChild;
-  const point = event => {
-    const box = pane.getBoundingClientRect();
-    at(Math.floor((event.clientY - box.top) / box.height * data.grid), Math.floor((event.clientX - box.left) / box.width * data.grid));
-  };
-  pane.onpointermove = point;
-  pane.onpointerdown = event => { point(event); keep(); };
-  $("panes").append(figure);
-});
-$("panes").onkeydown = event => {
-  const move = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
-  if (!move) return;
-  event.preventDefault();
-  const by = step => step > 0 ? here.side : step;  // over the whole of a coarse cell
-  here ? at(here.row + by(move[0]), here.column + by(move[1])) : at(0, 0);
-  keep();
-};
-onhashchange = read;
-read();
-</script>
-</html>
-"""
 
 
 if __name__ == "__main__":
