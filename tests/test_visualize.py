@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 
 import visualize
 from dataset import DataError, make_dataset, to_uint8
+from evaluate import code_counts
 from experiment import STAGE2, UserError, build, load_run
 from sample import chosen_labels, draw, load_models
 from train_stage2 import sampling_arguments
@@ -109,7 +110,7 @@ def test_a_repeated_code_counts_once(tmp_path):
     model, _ = load_run(save_stage1(tmp_path, "dqvae_triple"))
     grain = torch.tensor([[[0, 1], [2, 0]]])
     codes = {"indices": torch.zeros(1, 8, 8, dtype=torch.int64), "grain": grain}
-    assert visualize.count_codes(model, codes).tolist() == [1 + 4 + 16 + 1]
+    assert code_counts(model, codes)["codes"].tolist() == [1 + 4 + 16 + 1]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -152,7 +153,7 @@ def test_gradient_norms_are_of_codes_that_are_used(tmp_path):
     data = make_dataset("shapes", split="val", image_size=16, val_size=4)
     norms = visualize.gradient_norms(model, data)
     with torch.no_grad():
-        used = model.encode(torch.stack([visualize.take(data, [i])[0] for i in range(4)]))["indices"].unique()
+        used = model.encode(next(visualize.batches(data, 4, "images")))["indices"].unique()
     assert norms.shape == (32,) and (norms > 0).nonzero().flatten().tolist() == used.tolist() and len(used) > 2
 
 
@@ -210,7 +211,7 @@ def test_the_page_has_the_codes(tmp_path, name):
         codes = model.encode(images[i * 4 // 3][0][None])
         assert record["codes"] == {k: v[0].tolist() for k, v in codes.items()}
         assert record["bits"] == pytest.approx(model.bits(codes).item(), abs=0.1)
-        assert record["count"] == visualize.count_codes(model, codes).item()
+        assert record["count"] == code_counts(model, codes)["codes"].item()
 
 
 def test_the_page_in_a_browser(tmp_path):
@@ -246,7 +247,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("recon --run {tmp}/none", "none is not a run folder"),
     ("recon --run {vq} --run {other}", "different image sizes cannot be compared: .*vqgan has 16, .*vqvae has 32"),
     ("rate --run {vq} --run {other}", "different image sizes"),
-    ("sequence --run {vq}", "holds a stage-1 model .vqgan..*visualize.py codes"),
+    ("sequence --run {vq}", "holds a stage-1 model .vqgan.; give the run folder of a stage-2 one"),
     ("codebook --run {vq} --history", "no record .* train.codebook_stats_every"),
     ("codes --run {vq} -n 0", "-n, --images and --dpi must be at least 1"),
     ("codes --run {vq} --out x.pdf", "--out must end in .png; it is x.pdf"),
@@ -256,7 +257,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("codes --run {vq} data.name=folder data.root={tmp}/nowhere", "there is no folder"),
     ("codes --run {vq} data.image_size=17", "this model cannot take images of"),
     ("sequence --run {run2} --class heptagon", "there is no class 'heptagon'"),
-    ("recon --run {run2}", "holds a stage-2 model .gpt.; give a stage-1 run, such as .*run2/stage1, or .*visualize.py sequence"),
+    ("recon --run {run2}", "holds a stage-2 model .gpt.; use `visualize.py sequence`, or a stage-1 run such as .*run2/stage1"),
 ])
 def test_errors_are_one_sentence(tmp_path, stage2, words, sentence):
     if "run2" in words:
