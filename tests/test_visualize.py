@@ -1,4 +1,4 @@
-"""visualize.py, on small untrained runs: what is in the pictures, and that every command draws every model."""
+"""visualize.py on small untrained runs: every command draws every model, and the pictures show what they should."""
 
 import json
 import re
@@ -56,9 +56,9 @@ def test_stage2_pictures(stage2, name):
     assert colours(run / "figures/sequence.png") > 50
     gif = Image.open(run / "figures/sequence.gif")
     assert gif.size == (136, 2 * 136)
-    pages = [(np.array(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(gif)]  # equal ones are one
+    pages = [(np.array(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(gif)]  # repeated frames are merged
     assert sum(duration for _, duration in pages) == (35 if name.endswith("triple") else 31) * 120 + 2500
-    # The last one is sample.py's image, as far as 256 colours go
+    # The last frame is sample.py's image, in 256 colours
     model, stage1, config, classes = load_models(run)
     labels = chosen_labels("ring", classes, 1)
     image = draw(model, stage1, [0], labels, 3, sampling_arguments(type(model), config["sample"]))[0]
@@ -72,7 +72,7 @@ def test_runs_are_compared(tmp_path, capsys):
     visualize.main(["rate", *both, "--images", "3", "--out", str(tmp_path / "r.png")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "bits per pixel" in line]
     assert lines[0].startswith("stage1_vqgan (VQGAN): 1.25 bits") and lines[1].startswith("stage1_mqvae (MQ-VAE): 0.5")
-    # PSNR is the mean over the images of the 8-bit ones, at 255
+    # PSNR of 8-bit images, mean over the images
     model, _ = load_run(runs[0])
     data = make_dataset("shapes", split="val", image_size=16, train_size=40, val_size=4)
     values = []
@@ -89,13 +89,13 @@ def test_runs_are_compared(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is in them
+# What the pictures show
 
 
 def test_error_map():
     a = torch.full((1, 3, 2, 2), -1.0)
     b = a.clone()
-    b[0, :, 0, 1] = torch.tensor([1.0, 5.0, -1.0])  # beyond white is white
+    b[0, :, 0, 1] = torch.tensor([1.0, 5.0, -1.0])  # values above 1 are white
     b[0, 0, 1, 0] = -1 + 30 / 127.5
     assert visualize.error_map(a, b).tolist() == [[[0, 170], [10, 0]]]
 
@@ -123,7 +123,7 @@ def test_heat_map(log):
             at = np.log10(value) if log and value else edges[0] if log else value
             bin_ = min(np.searchsorted(edges, at, "right") - 1, len(shares) - 1)
             assert shares[bin_, t] > 0
-    assert shares[0].tolist() == ([0.5, 0.25, 0] if log else [1, 0.75, 0.75])  # the zeros; in 40 linear bins up to 1000, what is below 25
+    assert shares[0].tolist() == ([0.5, 0.25, 0] if log else [1, 0.75, 0.75])  # the share of zeros; in linear bins, of values below 25
     for same in (np.zeros((2, 5)), np.full((1, 3), 10.0)):
         assert np.allclose(visualize.heat_map(same, log)[1].sum(0), 1)
 
