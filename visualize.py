@@ -96,10 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     args.draw(args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1
-
-
 def recon(args: argparse.Namespace) -> None:
     """originals, reconstructions and errors of one or several stage-1 runs"""
     runs, dataset = load(args)
@@ -250,9 +246,8 @@ def draw_gradients(ax: plt.Axes, gradients: Tensor) -> None:
     K, positive = len(gradients), gradients[gradients > 0]
     side, (low, high) = math.ceil(math.sqrt(K)), log_range(positive.min().item(), positive.max().item())
     square = F.pad(gradients, (0, side**2 - K), value=math.nan).view(side, side)
-    ax.imshow(np.where(square.isnan(), 1.0, 0.8), cmap="gray", vmin=0, vmax=1)  # white beyond the last code, grey where there is none
-    shown = ax.imshow(square.where(square > 0, math.nan), cmap="viridis", interpolation="nearest",
-                      norm="log", vmin=low, vmax=high)
+    ax.imshow(np.where(square.isnan(), 1.0, 0.8), cmap="gray", vmin=0, vmax=1)  # white after the last code, grey for no gradient
+    shown = ax.imshow(square.where(square > 0, math.nan), cmap="viridis", interpolation="nearest", norm="log", vmin=low, vmax=high)
     ax.figure.colorbar(shown, ax=ax, label="norm of the gradient")
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], xlabel=f"one pixel per code, row by row\n(grey: no gradient, {K - len(positive)} codes)",
@@ -281,7 +276,7 @@ def gradient_norms(model: torch.nn.Module, dataset: ImageDataset) -> Tensor:
     """The norm (K,) of the codebook loss's gradient at each code, for the mean loss over 64 images."""
     caught = []
     hook = model.quantizer.register_forward_hook(lambda _, given, returned: caught.append((given[0], returned[1], *given[1:2])))
-    for images in batches(dataset, 64, "gradients"):
+    for images in batches(dataset, 64, "gradients"):  # all their vectors are in memory at once
         model(images)
     hook.remove()
     return model.quantizer.gradient_norms(*(torch.cat(tensors) for tensors in zip(*caught))).cpu()
@@ -346,10 +341,6 @@ def data_url(image: Tensor) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels(image)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2
 
 
 def sequence(args: argparse.Namespace) -> None:
