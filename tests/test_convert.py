@@ -1,6 +1,6 @@
-"""convert.py: networks of other sizes than the fixtures', whole checkpoints, run folders, bad input.
+"""reference.py and convert.py: networks of other sizes than the fixtures', whole checkpoints, run folders, bad input.
 
-The names of the releases' tensors are made here from their pattern; that this makes the fixtures' names is the first test.
+The names of the releases' tensors are generated here. The first test compares them with those of the fixtures.
 """
 
 import json
@@ -14,14 +14,15 @@ import torch
 import yaml
 from conftest import ROOT
 from fill import fill
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import convert
 import evaluate
 import sample
-from convert import from_reference, read_config
 from config import UserError
-from experiment import load_run
+from convert import read_config
+from experiment import load_run, save_run
+from reference import KINDS, from_reference
 
 FIXTURES = ROOT / "tests/fixtures"
 
@@ -264,7 +265,7 @@ def test_other_sizes(kind, config):
 
 @pytest.mark.parametrize("kind, config", OTHERS[4:6])
 def test_a_codebook_keeps_its_moving_averages(kind, config):
-    """So a step on two images moves the codes little."""
+    """A step on two images then moves the codes little."""
     state, K = reference(kind, config), 50
     dim = state["quantize.codebook.weight"].shape[1]
     count, total = 100 + torch.arange(K).float(), 100 * torch.randn(K, dim)
@@ -305,7 +306,7 @@ def test_every_missing_extra_and_misshapen_key_is_named(kind, config):
                 changed[name] = torch.cat([state[name], state[name]])
             with pytest.raises(ValueError) as error:
                 from_reference(kind, changed, config)
-            if change != "missing":  # what is missing is named as what it would have become
+            if change != "missing":  # a missing key is named by our name
                 assert name in str(error.value)
 
 
@@ -347,13 +348,13 @@ def test_a_converted_vqgan_is_a_run_like_any_other(tmp_path, train2):
     want = from_reference("vqgan_taming", reference("vqgan_taming", TAMING["model"]["params"]), TAMING["model"]["params"])
     assert all(torch.equal(v, want.state_dict()[k]) for k, v in model.state_dict().items())
     assert config["model"]["quantizer"]["codebook_size"] == 40 and config["data"]["image_size"] == 16
-    # Its reconstructions are measured
+    # Its reconstructions can be evaluated
     alone = ["--without", "lpips", "inception", "--num_workers", "0"]
     evaluate.main(["--run", str(out), *alone])
     found = json.loads((out / "metrics.json").read_text())
     assert found["images"] == 4 and found["bits"] == pytest.approx(64 * math.log2(40)) and found["psnr"] > 5
     # Round trip, and stage 2 on its codes
-    convert.save_run(tmp_path / "again", config, {"model": model})
+    save_run(tmp_path / "again", config, {"model": model})
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in load_run(tmp_path / "again")[0].state_dict().items())
     (tmp_path / "gpt.yaml").write_text(f"model: {{name: gpt, n_layer: 1, n_head: 2, n_embd: 16}}\ncodes: {{stage1: {out}}}\n"
                                        "train: {train_batch_size: 4, max_train_steps: 2, learning_rate: 1.0e-3, log_with: null, "
@@ -390,24 +391,24 @@ def test_a_transformer_of_taming_brings_its_vqgan(tmp_path):
 
 
 def test_the_other_yaml_files():
-    """The releases' config files say what from_reference wants."""
+    """read_config finds what from_reference needs."""
     net = dict(NET)
     mq = {"model": {"params": {
         "encoder_config": {"params": net}, "decoder_config": {"params": net}, "vqconfig": {"params": OTHERS[4][1]["quantizer"]},
         "masker_config": {"params": {"topk_ratio": 0.4}}, "demasker_config": {"params": {"output_dim": 128, "n_layer": 3}}}}}
-    assert convert.KINDS["mqvae"](read_config("mqvae", mq))[0] == convert.KINDS["mqvae"](OTHERS[4][1])[0]
+    assert KINDS["mqvae"](read_config("mqvae", mq))[0] == KINDS["mqvae"](OTHERS[4][1])[0]
     quantizer = {"params": {"codebook_size": 50, "codebook_dim": 40, "commitment_beta": 0.5}}
     loss = {"params": {"budget_loss_config": {"params": {"target_ratio": 0.4, "gamma": 3.0}}}}
     router = {"target": "modules.dynamic_modules.RouterDual.DualGrainFeatureRouter", "params": {"num_channels": 96}}
     dq = {"model": {"params": {"encoderconfig": {"params": {**net, "router_config": router}}, "decoderconfig": {"params": DQ["decoder"]},
                                "vqconfig": quantizer, "lossconfig": loss}}}
-    assert convert.KINDS["dqvae"](read_config("dqvae", dq))[0] == convert.KINDS["dqvae"](DQ)[0]
+    assert KINDS["dqvae"](read_config("dqvae", dq))[0] == KINDS["dqvae"](DQ)[0]
     stack = {"model": {"params": {
         "transformer_config": {"params": {**TOKENS, "vocab_size": 61, "position_size": 26, "block_size": 9, "position_layer": 4,
                                           "value_layer": 1}},
         "first_stage_config": {"params": {"vqconfig": quantizer, "masker_config": {"params": {"topk_ratio": 0.3}}}},
         "n_classes": 11, "sos_pos_token": 25, "height_and_weight": 5}}}
-    assert convert.KINDS["stackformer"](read_config("stackformer", stack))[0] == convert.KINDS["stackformer"](OTHERS[12][1])[0]
+    assert KINDS["stackformer"](read_config("stackformer", stack))[0] == KINDS["stackformer"](OTHERS[12][1])[0]
     codes = {"coarse_hw": 3, "fine_hw": 6, "content_pad_code": 50, "content_eos_code": 51, "coarse_position_eos_code": 10,
              "fine_position_eos_code": 37, "fine_position_order": "region-first"}
     net = {**TOKENS, "block_size": 41, "position_layer": 1, "content_layer": 3}
@@ -419,7 +420,7 @@ def test_the_other_yaml_files():
         from_reference("dq_transformer", reference("dq_transformer", DQT | {"n_classes": classes}), config)
     simple = {"encoder": {"params": {"img_channels": 3, "hidden_dim": 64, "n_resblocks": 3}},
               "quantizer": {"params": {"codebook_num": 50, "codebook_dim": 12, "l2_norm": True}}}
-    assert convert.KINDS["vqvae_simplecnn"](read_config("vqvae_simplecnn", simple))[0] == convert.KINDS["vqvae_simplecnn"](OTHERS[3][1])[0]
+    assert KINDS["vqvae_simplecnn"](read_config("vqvae_simplecnn", simple))[0] == KINDS["vqvae_simplecnn"](OTHERS[3][1])[0]
 
 
 def test_thresholds_of_the_entropy_router(tmp_path, capsys):
@@ -444,7 +445,7 @@ def test_averaged_weights_discriminator_and_other_containers(tmp_path):
     plain, ema = (load_run(tmp_path / x)[0] for x in ("plain", "ema"))
     assert torch.equal(plain.to_image.bias + 1, ema.to_image.bias)
     checkpoint = tmp_path / "plain/checkpoints/step_00000000"
-    assert convert.load_file(checkpoint / "discriminator.safetensors")["0.weight"].shape == (4, 3, 4, 4)
+    assert load_file(checkpoint / "discriminator.safetensors")["0.weight"].shape == (4, 3, 4, 4)
     assert not (tmp_path / "ema/checkpoints/step_00000000/discriminator.safetensors").exists()
     config = OTHERS[2][1]
     llamagen = reference("vqgan_llamagen", config)
@@ -479,10 +480,10 @@ def test_bad_checkpoints_are_one_sentence_and_write_nothing(tmp_path, monkeypatc
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     refused("vqgan_taming", tmp_path / "cut.safetensors", "is not a whole checkpoint|holds no named|do not fit")
     write(tmp_path / "evil.ckpt", taming_state(), TAMING, callbacks=Evil())
-    refused("vqgan_taming", tmp_path / "evil.ckpt", "say --trust")
+    refused("vqgan_taming", tmp_path / "evil.ckpt", "add --trust")
     with open(tmp_path / "old.ckpt", "wb") as file:
         pickle.dump(Evil(), file)
-    refused("vqgan_taming", tmp_path / "old.ckpt", "say --trust|not a whole checkpoint")
+    refused("vqgan_taming", tmp_path / "old.ckpt", "add --trust|not a whole checkpoint")
     assert not (tmp_path / "evil").exists()
     refused("vqgan_taming", tmp_path / "nowhere.ckpt", "there is no checkpoint")
     refused("mqvae", good, "this is not the config of a mqvae")
@@ -507,7 +508,7 @@ def test_trust_loads_what_was_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "evil.ckpt", taming_state(), TAMING, callbacks=Evil())
     run("vqgan_taming", path, tmp_path / "out", "--trust")
-    assert (tmp_path / "evil").exists()  # its code did run: that is what was asked
+    assert (tmp_path / "evil").exists()  # its code did run, as --trust allows
 
 
 def test_the_command(tmp_path):

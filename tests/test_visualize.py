@@ -1,4 +1,4 @@
-"""visualize.py, on small untrained runs: what is in the pictures, and that every command draws every model."""
+"""visualize.py on small untrained runs: every command draws every model, and the pictures show what they should."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from conftest import TINY_MODELS, TRANSFORMERS, save_stage1, write_tiny2
 from PIL import Image, ImageSequence
 
 import visualize
-from dataset import DataError, make_dataset, to_uint8
 from config import UserError, build
+from dataset import DataError, make_dataset, to_uint8
+from evaluate import code_counts
 from experiment import STAGE2, load_run
-from sample import chosen_labels, draw, load_models
-from sample import sampling_arguments
+from sample import chosen_labels, draw, load_models, sampling_arguments
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_stage2_pictures(stage2, name):
     assert colours(run / "figures/sequence.png") > 50
     gif = Image.open(run / "figures/sequence.gif")
     assert gif.size == (136, 2 * 136)
-    pages = [(np.array(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(gif)]  # equal ones are one
+    pages = [(np.array(f.convert("RGB")), f.info["duration"]) for f in ImageSequence.Iterator(gif)]  # repeated frames are merged
     assert sum(duration for _, duration in pages) == (35 if name.endswith("triple") else 31) * 120 + 2500
-    # The last one is sample.py's image, as far as 256 colours go
+    # The last frame is sample.py's image, in 256 colours
     model, stage1, config, classes = load_models(run)
     labels = chosen_labels("ring", classes, 1)
     image = draw(model, stage1, [0], labels, 3, sampling_arguments(type(model), config["sample"]))[0]
@@ -72,7 +72,7 @@ def test_runs_are_compared(tmp_path, capsys):
     visualize.main(["rate", *both, "--images", "3", "--out", str(tmp_path / "r.png")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "bits per pixel" in line]
     assert lines[0].startswith("stage1_vqgan (VQGAN): 1.25 bits") and lines[1].startswith("stage1_mqvae (MQ-VAE): 0.5")
-    # PSNR is the mean over the images of the 8-bit ones, at 255
+    # PSNR of 8-bit images, mean over the images
     model, _ = load_run(runs[0])
     data = make_dataset("shapes", split="val", image_size=16, train_size=40, val_size=4)
     values = []
@@ -89,13 +89,13 @@ def test_runs_are_compared(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is in them
+# What the pictures show
 
 
 def test_error_map():
     a = torch.full((1, 3, 2, 2), -1.0)
     b = a.clone()
-    b[0, :, 0, 1] = torch.tensor([1.0, 5.0, -1.0])  # beyond white is white
+    b[0, :, 0, 1] = torch.tensor([1.0, 5.0, -1.0])  # values above 1 are white
     b[0, 0, 1, 0] = -1 + 30 / 127.5
     assert visualize.error_map(a, b).tolist() == [[[0, 170], [10, 0]]]
 
@@ -110,7 +110,7 @@ def test_a_repeated_code_counts_once(tmp_path):
     model, _ = load_run(save_stage1(tmp_path, "dqvae_triple"))
     grain = torch.tensor([[[0, 1], [2, 0]]])
     codes = {"indices": torch.zeros(1, 8, 8, dtype=torch.int64), "grain": grain}
-    assert visualize.count_codes(model, codes).tolist() == [1 + 4 + 16 + 1]
+    assert code_counts(model, codes)["codes"].tolist() == [1 + 4 + 16 + 1]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -123,7 +123,7 @@ def test_heat_map(log):
             at = np.log10(value) if log and value else edges[0] if log else value
             bin_ = min(np.searchsorted(edges, at, "right") - 1, len(shares) - 1)
             assert shares[bin_, t] > 0
-    assert shares[0].tolist() == ([0.5, 0.25, 0] if log else [1, 0.75, 0.75])  # the zeros; in 40 linear bins up to 1000, what is below 25
+    assert shares[0].tolist() == ([0.5, 0.25, 0] if log else [1, 0.75, 0.75])  # the share of zeros; in linear bins, of values below 25
     for same in (np.zeros((2, 5)), np.full((1, 3), 10.0)):
         assert np.allclose(visualize.heat_map(same, log)[1].sum(0), 1)
 
@@ -153,7 +153,7 @@ def test_gradient_norms_are_of_codes_that_are_used(tmp_path):
     data = make_dataset("shapes", split="val", image_size=16, val_size=4)
     norms = visualize.gradient_norms(model, data)
     with torch.no_grad():
-        used = model.encode(torch.stack([visualize.take(data, [i])[0] for i in range(4)]))["indices"].unique()
+        used = model.encode(next(visualize.batches(data, 4, "images")))["indices"].unique()
     assert norms.shape == (32,) and (norms > 0).nonzero().flatten().tolist() == used.tolist() and len(used) > 2
 
 
@@ -211,7 +211,7 @@ def test_the_page_has_the_codes(tmp_path, name):
         codes = model.encode(images[i * 4 // 3][0][None])
         assert record["codes"] == {k: v[0].tolist() for k, v in codes.items()}
         assert record["bits"] == pytest.approx(model.bits(codes).item(), abs=0.1)
-        assert record["count"] == visualize.count_codes(model, codes).item()
+        assert record["count"] == code_counts(model, codes)["codes"].item()
 
 
 def test_the_page_in_a_browser(tmp_path):
@@ -247,7 +247,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("recon --run {tmp}/none", "none is not a run folder"),
     ("recon --run {vq} --run {other}", "different image sizes cannot be compared: .*vqgan has 16, .*vqvae has 32"),
     ("rate --run {vq} --run {other}", "different image sizes"),
-    ("sequence --run {vq}", "holds a stage-1 model .vqgan..*visualize.py codes"),
+    ("sequence --run {vq}", "holds a stage-1 model .vqgan.; give the run folder of a stage-2 one"),
     ("codebook --run {vq} --history", "no record .* train.codebook_stats_every"),
     ("codes --run {vq} -n 0", "-n, --images and --dpi must be at least 1"),
     ("codes --run {vq} --out x.pdf", "--out must end in .png; it is x.pdf"),
@@ -257,7 +257,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("codes --run {vq} data.name=folder data.root={tmp}/nowhere", "there is no folder"),
     ("codes --run {vq} data.image_size=17", "this model cannot take images of"),
     ("sequence --run {run2} --class heptagon", "there is no class 'heptagon'"),
-    ("recon --run {run2}", "holds a stage-2 model .gpt.; give a stage-1 run, such as .*run2/stage1, or .*visualize.py sequence"),
+    ("recon --run {run2}", "holds a stage-2 model .gpt.; use `visualize.py sequence`, or a stage-1 run such as .*run2/stage1"),
 ])
 def test_errors_are_one_sentence(tmp_path, stage2, words, sentence):
     if "run2" in words:
