@@ -52,7 +52,7 @@ from dataset import ImageDataset, eval_loader, list_images, read_image, to_float
 from experiment import STAGE2, load_run, run_config, run_dataset
 from launch import run_main
 from losses import load_lpips
-from sample import SampleSettings, check_settings, chosen_labels, draw, load_models, sampling_arguments
+from sample import SampleSettings, chosen_labels, draw, load_models, sampling_arguments
 
 QUEUE, FEATURES = 65536, 2048
 
@@ -257,9 +257,8 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
     """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took; classes in turn."""
     given = {"sample": dict(config["sample"])}
     override(given, [o for o in args.overrides if o.startswith("sample.")])
-    settings = sampling_arguments(type(model), check_config(given, {"sample": SampleSettings}, "the command line")["sample"])
     labels = chosen_labels(None, classes, count) if model.num_classes else None
-    check_settings(settings, model, labels)
+    settings = sampling_arguments(model, check_config(given, {"sample": SampleSettings}, "the command line")["sample"], labels)
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
         started = time.monotonic()

@@ -73,28 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
     if args.classes and labels is None:
         raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
+    given = {k: v for k in SETTINGS if (v := getattr(args, k)) is not None} | ({} if args.cfg is None else {"cfg_scale": args.cfg})
+    settings = sampling_arguments(model, config["sample"] | given, labels)
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
             blocks.step = torch.compile(blocks.step)
-    settings = dict(config["sample"]) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
-    settings["cfg_scale"] = settings["cfg_scale"] if args.cfg is None else args.cfg
-    settings = sampling_arguments(type(model), settings)
-    out = Path(args.out).expanduser() if args.out else own_seed(Path(args.run), args.seed)
-    single = out.suffix not in (".png", ".npz")
-    if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
-        raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
-    check_settings(settings, model, labels)
-    folder = out if single else out.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if single and state.is_main_process:
-        earlier = [p for p in folder.glob("*.png") if p.stem.isdigit()]
-        if earlier and not (folder / "samples.json").is_file():
-            raise UserError(f"{folder} already holds images; choose another --out")
-        for path in earlier:  # of an earlier call of this script
-            path.unlink()
+    out, single = output(args, state)
 
     # Every process draws its share into one file, from which the first writes what shows them together
-    size, together = config["data"]["image_size"], folder / f".{out.stem}.uint8"
+    size, together = config["data"]["image_size"], (out if single else out.parent) / f".{out.stem}.uint8"
     if state.is_main_process:
         make_file(together, args.n * size * size * 3)
     state.wait_for_everyone()
@@ -113,8 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             write_together(out, single, pixels, labels)
             if single:
-                about = {"run": str(args.run), "seed": args.seed, "settings": settings,
-                         "labels": None if labels is None else labels.tolist()}
+                about = {"run": args.run, "seed": args.seed, "settings": settings, "labels": None if labels is None else labels.tolist()}
                 (out / "samples.json").write_text(json.dumps(about) + "\n")
             print(f"{args.n} images: {out / 'grid.png' if single else out}")
     finally:
@@ -123,27 +109,36 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
-def own_seed(run: Path, seed: int) -> Path:
-    """Where the images of a seed go by default."""
-    return own_folder(run, "samples", f"samples/seed_{seed}", f"samples/seed_{seed}/*") / f"samples/seed_{seed}"
-
-
-def sampling_arguments(kind: type, settings: dict) -> dict:
-    """What of the section `sample` this model's `sample` takes."""
+def sampling_arguments(model: torch.nn.Module | type, settings: dict, labels: torch.Tensor | None = None) -> dict:
+    """What of the section `sample` this model's `sample` takes. UserError, before anything is drawn, for settings that make no sense; of
+    a model (not only its class) also for guidance that it cannot have."""
+    kind = model if isinstance(model, type) else type(model)
     known = inspect.signature(kind.sample).parameters
     for key, value in settings.items():
         if key.endswith("_pos") and value is not None and key not in known:
             raise UserError(f"sample.{key} is for models that generate positions, which {kind.__name__} does not")
+    for end in ("", "_pos"):
+        build(check_sampling, {"temperature": settings[f"temperature{end}"] or 0.0} | {k: settings[k + end] for k in ("top_k", "top_p")})
+    if kind is not model and settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
+        raise UserError(f"--cfg {settings['cfg_scale']:g} needs a class-conditional model that was trained with label_dropout")
     return {k: v for k, v in settings.items() if k in known}
 
 
-def check_settings(settings: dict, model: torch.nn.Module | None = None, labels: torch.Tensor | None = None) -> None:
-    """UserError, before anything is drawn, for settings that make no sense; with a model, also for guidance that it cannot have."""
-    for suffix in ("", "_pos"):
-        build(check_sampling, {"temperature": settings.get(f"temperature{suffix}") or 0.0, "top_k": settings.get(f"top_k{suffix}"),
-                               "top_p": settings.get(f"top_p{suffix}")})
-    if model is not None and settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
-        raise UserError(f"--cfg {settings['cfg_scale']:g} needs a class-conditional model that was trained with label_dropout")
+def output(args: argparse.Namespace, state: Accelerator) -> tuple[Path, bool]:
+    """Where the images go, and whether that is a folder, which is made and holds no other images then."""
+    seed = f"samples/seed_{args.seed}"
+    out = Path(args.out).expanduser() if args.out else own_folder(Path(args.run), "samples", seed, f"{seed}/*") / seed
+    single = out.suffix not in (".png", ".npz")
+    if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
+        raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
+    (out if single else out.parent).mkdir(parents=True, exist_ok=True)
+    if single and state.is_main_process:
+        earlier = [p for p in out.glob("*.png") if p.stem.isdigit()]
+        if earlier and not (out / "samples.json").is_file():
+            raise UserError(f"{out} already holds images; choose another --out")
+        for path in earlier:  # of an earlier call of this script
+            path.unlink()
+    return out, single
 
 
 def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Tensor | None) -> None:

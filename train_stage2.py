@@ -26,7 +26,7 @@ from experiment import STAGE2, Run, compile_parts, load_run, make_model, perplex
 from gpt import NotFinite, parameter_groups
 from launch import run_main
 from mqvae import MQVAE
-from sample import SampleSettings, check_settings, sampling_arguments
+from sample import SampleSettings, sampling_arguments
 from vqgan import VQGAN, VQVAE
 
 
@@ -166,7 +166,6 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
     config["model"] |= found
     if sample["cfg_scale"] != 1 and not (conditional and config["model"]["label_dropout"] > 0):
         raise UserError("sample.cfg_scale other than 1 needs train.class_conditional=true and model.label_dropout above 0")
-    check_settings(sample)
     sampling_arguments(STAGE2[name], sample)
 
 

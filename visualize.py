@@ -39,7 +39,7 @@ from evaluate import code_counts, compare, spent
 from experiment import STAGE1, load_run, own_folder, run_config, run_dataset
 from launch import run_main
 from losses import load_lpips
-from sample import check_settings, chosen_labels, generators, load_models, sampling_arguments
+from sample import chosen_labels, generators, load_models, sampling_arguments
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
@@ -351,8 +351,7 @@ def sequence(args: argparse.Namespace) -> None:
     if args.classes and not model.num_classes:
         raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
-    settings = sampling_arguments(type(model), config["sample"])
-    check_settings(settings, model, labels)
+    settings = sampling_arguments(model, config["sample"], labels)
     drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)), **settings)
     ranks, counts = code_ranks(model, drawn)
     G, total = counts.shape[1], counts.sum(1).tolist()

@@ -1,0 +1,48 @@
+"""The shape of the house: what CONTRIBUTING.md says about files and imports."""
+
+import ast
+
+from conftest import ROOT
+
+FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(),
+          "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}}
+
+
+def imports(name):
+    """{file: names} that a file imports from other top-level files."""
+    found = {}
+    for node in ast.walk(FILES[name]):
+        if isinstance(node, ast.ImportFrom) and node.module in FILES:
+            found.setdefault(node.module, set()).update(a.name for a in node.names)
+        elif isinstance(node, ast.Import):
+            found |= {a.name: set() for a in node.names if a.name in FILES}
+    return found
+
+
+def test_arrows_go_down():
+    """No file imports itself over others, and model files import what is to be copied with them alone."""
+    placed = set()
+    while rest := [name for name in FILES if name not in placed]:
+        free = [name for name in rest if imports(name).keys() <= placed]
+        assert free, f"these import each other: {rest}"
+        placed |= set(free)
+    assert {name: set(imports(name)) for name in COPIED} == COPIED
+
+
+def test_nothing_imports_a_name_with_an_underscore():
+    private = {(name, used) for name in FILES for names in imports(name).values() for used in names if used.startswith("_")}
+    for name, tree in FILES.items():
+        modules = {a.asname or a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names if a.name in FILES}
+        private |= {(name, node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+                    and isinstance(node.value, ast.Name) and node.value.id in modules}
+    assert not private
+
+
+def test_files_and_classes_can_be_read_in_one_go():
+    assert not [name for name in FILES if len((ROOT / f"{name}.py").read_text().splitlines()) > 500]
+    assert not [c.name for tree in FILES.values() for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.end_lineno - c.lineno >= 250]
+
+
+def test_every_file_begins_with_its_map():
+    assert all((ast.get_docstring(tree) or "").count("\n") > 1 for tree in FILES.values())
