@@ -2,17 +2,19 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss
-    DQVAE.entropy   ... or from the entropy of its pixels, by thresholds that are computed once from the training images
+    FeatureRouter   predicts each region's granularity from the encoder's features; a budget loss keeps it to the ratios
+    DQVAE.entropy   ... or the entropy of its pixels decides, with thresholds calibrated on the training images
 
-A region is a cell of the coarsest grid; with factors [16, 8] a coarse region has 1 code and a fine one 2 x 2. Interface as in
+A region is a cell of the coarsest grid. With factors [16, 8], a coarse region has 1 code and a fine region 2 x 2. Interface as in
 vqgan.py; images are float tensors (B, 3, S, S) in [-1, 1].
 
     model = DQVAE(image_size=256, factors=[16, 8], ratios=[0.5])
     codes = model.encode(images)        # {"indices": int64 (B, 32, 32), "grain": int64 (B, 16, 16), 0 = coarsest}
     images = model.decode(codes)
 
-`indices` lie on the finest grid; a coarser code is repeated over its cells. Needs torch and vqgan.py.
+`grain` is the granularity map. `indices` use the finest grid: a coarser code is repeated over its cells.
+Differences from the release: how the router is trained (compare `_train_ours` and `_train_as_released`), that a repeated code counts
+once in EMA, and how thresholds are calibrated. release_training=True undoes the first two. Copy together with vqgan.py.
 """
 
 from __future__ import annotations
@@ -26,26 +28,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Decoder, DownPath, Neck, Output, UpPath, VectorQuantizer, check_size
+from vqgan import Decoder, DownPath, Neck, Output, UpPath, VectorQuantizer, check_size, group_norm
 
-COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of the granularities, coarsest first, for drawing
+COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of granularities in pictures, coarsest first
 
 
 class DQVAE(nn.Module):
     """Encoder with one output per granularity, router, quantizer, decoder.
 
-    image_size         side S of the images; any other is refused, because the decoder has learned positions
+    image_size         side S of the images; other sizes are refused, because the decoder has learned positions
     factors            image side over grid side of each granularity, coarsest first: [16, 8] or [32, 16, 8]
-    ratios             wanted share of the regions for each granularity but the coarsest: [0.5] = half of them fine,
+    ratios             target share of regions of each granularity but the coarsest: [0.5] = half of them fine,
                        [0.3, 0.3] = 30 % medium, 30 % fine
     router             "feature" or "entropy"
-    budget_weight      gamma of the budget loss that keeps the feature router to the ratios
-    ema_weighted       a code that is repeated over 4 (16) cells counts once in the codebook's moving averages, as in the
-                       losses; False: 4 (16) times, as in the release
-    release_training   train with the release's gradients (see `_train_as_released` and `_train_ours`), and ema_weighted=False; an
-                       attribute as well
+    budget_weight      gamma, the weight of the feature router's budget loss
+    ema_weighted       a code repeated over 4 (16) cells counts once in EMA, as in the losses; False: 4 (16) times, as in the release
+    release_training   train with the release's gradients, and with ema_weighted=False; also an attribute
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
-    decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
+    decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts at the finest grid
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
@@ -54,30 +54,15 @@ class DQVAE(nn.Module):
                  attn_resolutions: list[int] = (16, 32), z_channels: int = 256, decoder_ch_mult: list[int] = (1, 1, 2, 2),
                  decoder_attn_resolutions: list[int] = (32,), quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
-        grains = self.grains = len(factors)
-        if router not in ("feature", "entropy"):
-            raise ValueError(f"router must be feature or entropy; it is {router!r}")
-        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
-        if grains not in (2, 3) or len(ratios) != grains - 1:
-            raise ValueError(f"two factors need one ratio and three need two; there are {grains} factors and {len(ratios)} ratios")
-        if list(factors) != [2 ** (len(ch_mult) - 1 - g) for g in range(grains)]:
-            raise ValueError(f"factors must be {2 ** (len(ch_mult) - 1)} and its halves, because ch_mult has {len(ch_mult)} levels; "
-                             f"they are {list(factors)}")
-        if not all(0 < r < 1 for r in ratios) or sum(ratios) >= 1:
-            raise ValueError(f"ratios are shares of the regions, each between 0 and 1 and together less than 1; they are {list(ratios)}")
-        if image_size % factors[0]:
-            raise ValueError(f"image_size must be divisible by the coarsest factor, {factors[0]}; it is {image_size}")
-        if 2 ** (len(decoder_ch_mult) - 1) != factors[-1]:
-            raise ValueError(f"decoder_ch_mult must have {int(math.log2(factors[-1])) + 1} levels to go from factor {factors[-1]} to 1; "
-                             f"it has {len(decoder_ch_mult)}")
+        grains, coarsest, finest = len(factors), 2 ** (len(ch_mult) - 1), 2 ** (len(decoder_ch_mult) - 1)
         self.image_size, self.factors, self.ratios, self.budget_weight = image_size, list(factors), list(ratios), budget_weight
-        self.ema_weighted, self.release_training = ema_weighted, release_training
-        self.factor = factors[0]
+        self.grains, self.factor, self.ema_weighted, self.release_training = grains, coarsest, ema_weighted, release_training
         self._calibrated = False
+        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
         self.down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
         self.necks = nn.ModuleList(Neck(c, z_channels) for c in self.down.channels[-1:-grains - 1:-1])  # coarsest first
         self.router = FeatureRouter(z_channels, grains) if router == "feature" else None
-        if router == "entropy":
+        if self.router is None:
             self.register_buffer("thresholds", torch.full((grains - 1,), math.nan))
         self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
         self.quantizer = quantizer
@@ -85,12 +70,19 @@ class DQVAE(nn.Module):
         self.position = PositionEmbedding(z_channels, image_size // factors[-1])
         self.decoder = Decoder(UpPath(image_size, ch, decoder_ch_mult, num_res_blocks + 1, decoder_attn_resolutions), z_channels)
         self.to_image = nn.Conv2d(ch * decoder_ch_mult[0], 3, 3, padding=1)
+        if grains not in (2, 3) or list(factors) != [coarsest // 2**g for g in range(grains)] or factors[-1] != finest:
+            raise ValueError(f"factors must be two or three, {coarsest} (from ch_mult) halved down to {finest} (from decoder_ch_mult); "
+                             f"they are {list(factors)}")
+        if len(ratios) != grains - 1 or min(ratios) <= 0 or sum(ratios) >= 1:
+            raise ValueError(f"ratios must be {grains - 1} for {grains} factors, above 0 and together less than 1; they are {list(ratios)}")
+        if image_size % coarsest:
+            raise ValueError(f"image_size must be divisible by the coarsest factor, {coarsest}; it is {image_size}")
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, S, S) to an `Output`; its losses are `codebook`, `commitment` and, with a feature router, `budget`."""
+        """Images (B, 3, S, S) to an `Output` with losses `codebook`, `commitment` and, for the feature router, `budget`."""
         z, gate, grain = self._route(images)
         cells = self.to_finest(grain)                                                       # (B, h, w)
-        weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells counts once
+        weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells has weight 1/4 in each
         once = self.first_cells(cells) if self.ema_weighted and not self.release_training else None
         z_q, indices, losses, info = self.quantizer(z, weight, once)
         codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
@@ -105,8 +97,7 @@ class DQVAE(nn.Module):
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, S, S) to codes {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the finest and on the
-        coarsest grid."""
+        """Images (B, 3, S, S) to codes {"indices": int64 (B, h, w), "grain": int64 (B, h', w')} on the finest and coarsest grid."""
         z, _, grain = self._route(images)
         return {"indices": self._same_within_code(self.quantizer.nearest(z), self.to_finest(grain)), "grain": grain}
 
@@ -115,54 +106,54 @@ class DQVAE(nn.Module):
         return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What the codes look like over their images (B, 3, S, S): {"grain_map": (B, 3, S, S)}, coarse in blue, fine in red."""
+        """Pictures of the codes over their images (B, 3, S, S): {"grain_map": (B, 3, S, S)}, coarse in blue, fine in red."""
         colours = torch.tensor(COLOURS[:1] + COLOURS[-(self.grains - 1):], device=images.device)
         tint = F.interpolate(colours[codes["grain"]].permute(0, 3, 1, 2) * 2 - 1, images.shape[-2:])
         return {"grain_map": 0.55 * images.mean(1, keepdim=True) + 0.45 * tint}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """What the codes of each image cost, in bits (B,): log2 K per code, and log2 G for the granularity of each region."""
+        """Size of each image's codes in bits (B,): log2 K per code, plus log2 G per region for its granularity."""
         grain = codes["grain"]
         return self._count(grain) * math.log2(self.quantizer.codebook_size) + grain[0].numel() * math.log2(self.grains)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive GAN weight compares gradients."""
+        """The weight whose gradients the adaptive GAN weight compares."""
         return self.to_image.weight
 
     @torch.no_grad()
     def entropy(self, images: Tensor) -> Tensor:
-        """Entropy in nats (B, h', w') of the grey values in each region of images (B, 3, H, W), float32.
+        """Entropy of the grey values in each region, in nats (B, h', w'), float32; for images (B, 3, H, W).
 
-        Grey values in [-1, 1] are counted in 32 bins, linspace(-1, 1), with a Gaussian of sigma 0.01 around each pixel.
+        The histogram has 32 bins, linspace(-1, 1), and a Gaussian kernel of sigma 0.01.
         """
         check_size(images, self.factor)
         with torch.autocast(images.device.type, enabled=False):
             r, g, b = images.float().split(1, dim=1)
             grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                                      # (B, 1, H, W)
-            # A bin at a time, so that no (pixels x bins) tensor is held.
+            # One bin at a time: no (pixels x bins) tensor.
             p = torch.cat([F.avg_pool2d(torch.exp(-0.5 * ((grey - bin_) / 0.01).square()), self.factor)
                            for bin_ in torch.linspace(-1, 1, 32).tolist()], dim=1)           # (B, 32, h', w')
-            return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, also where subnormals are flushed
+            return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, even if subnormals are flushed
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> dict:
-        """Sets the entropy router's thresholds so that `ratios` come out on these images (each (B, 3, S, S)); what was set,
-        to be kept. Nothing happens with a feature router: {}."""
+        """Sets the entropy router's thresholds to those that give `ratios` on batches of images (B, 3, S, S). Returns them with their
+        settings, to be saved. The feature router needs none: {}."""
         if self.router is not None:
             return {}
         entropy = [self.entropy(images).flatten().cpu() for images in batches]
         if not entropy:
-            raise ValueError("thresholds need at least one image to be computed from")
+            raise ValueError("calibration of the thresholds needs at least one image")
         entropy = torch.cat(entropy).sort().values
-        shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
+        shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # share of regions above each threshold
         thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in shares]
         self.set_thresholds(thresholds, self.factor)
         return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios, "thresholds": thresholds,
                 "regions": len(entropy)}
 
     def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
-        """Uses thresholds (ascending, one less than granularities) that were computed for regions of `patch_size` pixels."""
+        """Sets ascending thresholds, one fewer than granularities, that were calibrated for regions of `patch_size` pixels."""
         if self.router is not None:
             raise ValueError("thresholds are for the entropy router; this model routes by features")
         if patch_size != self.factor:
@@ -173,8 +164,7 @@ class DQVAE(nn.Module):
         self.thresholds.copy_(torch.tensor(thresholds))
 
     def _route(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images to the vectors to quantize (B, h, w, D), the feature router's gate (B, G, h', w') for the budget loss, and the grain
-        (B, h', w')."""
+        """Images to vectors (B, h, w, D), the feature router's gate (B, G, h', w') for the budget loss, and the grain (B, h', w')."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         features = self.down(images)[-1:-self.grains - 1:-1]
@@ -189,40 +179,42 @@ class DQVAE(nn.Module):
             z = self._select(features, grain)
         return self.pre_quant(z).permute(0, 2, 3, 1), gate, grain
 
-    # Training of the feature router: from its logits (B, G, h', w') and the features of each granularity (B, z, h, w) to the features to
-    # quantize (B, z, h, w), the gate (B, G, h', w') that the budget loss counts, and the grain (B, h', w').
+    # Training of the feature router: logits (B, G, h', w') and features of each granularity (B, z, h, w) to the features to quantize
+    # (B, z, h, w), the gate for the budget loss (B, G, h', w') and the grain (B, h', w').
 
     def _train_as_released(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn; the drawn one's feature is multiplied by its gate. The budget is of what was drawn."""
+        """Samples granularities and multiplies the chosen feature by its gate. The budget counts the samples."""
         gate = F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
         grain = gate.argmax(1)
-        chosen = gate.gather(1, grain.unsqueeze(1))                                          # (B, 1, h', w'): 1
+        chosen = gate.gather(1, grain.unsqueeze(1))                                          # (B, 1, h', w')
         return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
 
     def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn. The gradient compares them: it is that of the sum over g of gate_g * feature_g. The budget is of the
-        decisions that evaluation makes; a budget on what is drawn left evaluation at 49 % fine where 60 % was asked."""
+        """Samples granularities. The gate's gradient is that of sum_g gate_g * feature_g, which compares all granularities.
+
+        The budget counts the argmax, which evaluation uses. Counting the samples left evaluation at 49 % fine for a target of 60 %.
+        """
         gate, soft = F.gumbel_softmax(logits, tau=1, hard=True, dim=1), logits.softmax(1)
         grain = gate.argmax(1)
-        slope = F.interpolate(gate - gate.detach(), features[0].shape[-2:])                  # (B, G, h, w): 0, straight-through
+        slope = F.interpolate(gate - gate.detach(), features[0].shape[-2:])                  # (B, G, h, w); straight-through: zeros
         z = self._select(features, grain) + sum(slope[:, g:g + 1] * feature for g, feature in enumerate(features))
         return z, one_hot(logits.argmax(1), self.grains) + soft - soft.detach(), grain
 
     def _grain_of_entropy(self, images: Tensor) -> Tensor:
         if not self._calibrated and self.thresholds.isnan().any():
             raise ValueError("the entropy router has no thresholds yet; call calibrate or set_thresholds first")
-        self._calibrated = True  # asked once, because the answer waits for the GPU
+        self._calibrated = True  # checked once, because it waits for the GPU
         return (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)
 
     def _select(self, features: list[Tensor], grain: Tensor) -> Tensor:
-        """In each cell the feature of its granularity, (B, z, h, w)."""
+        """The feature of each cell's granularity, (B, z, h, w)."""
         cells, z = self.to_finest(grain).unsqueeze(1), features[0]                           # (B, 1, h, w)
         for g in range(1, self.grains):
             z = torch.where(cells == g, features[g], z)
         return z
 
     def _budget(self, gate: Tensor) -> Tensor:
-        """The release's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
+        """The release's budget loss. Its code counts, such as sum(g0 + 4 g1), reduce to the mean gate of each granularity."""
         shares = gate.mean((0, 2, 3))
         error = [(shares[g] - ratio).square() for g, ratio in enumerate(self.ratios, 1)]
         if self.grains == 2:
@@ -234,18 +226,18 @@ class DQVAE(nn.Module):
         return self.to_image(self.decoder(self.position(z)))                                 # (B, 3, S, S)
 
     def to_finest(self, grain: Tensor) -> Tensor:
-        """The granularity of each cell, (B, h, w), from that of each region (B, h', w')."""
+        """Granularity of each region (B, h', w') to that of each finest cell (B, h, w)."""
         times = self.factors[0] // self.factors[-1]
         return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
     def first_cells(self, cells: Tensor) -> Tensor:
-        """1 for the first of the cells that a code is repeated over, 0 for the others, (B, h, w)."""
+        """1 at the first of the cells that a code is repeated over, else 0, (B, h, w)."""
         times = torch.pow(2, self.grains - 1 - cells)
         line = torch.arange(cells.shape[1], device=cells.device)
         return ((line.view(-1, 1) % times == 0) & (line % times == 0)).float()
 
     def _same_within_code(self, indices: Tensor, cells: Tensor) -> Tensor:
-        """A coarse code's cells have equal vectors, but kernels may round them differently: its first cell decides."""
+        """Copies each code's first cell to its others: their vectors are equal, but kernels may round them differently."""
         for g in range(self.grains - 1):
             times = self.factors[g] // self.factors[-1]
             first = indices[:, ::times, ::times].repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -258,11 +250,11 @@ class DQVAE(nn.Module):
 
 
 class FeatureRouter(nn.Module):
-    """Features of each granularity (B, C, h_g, w_g), coarsest first, to logits (B, G, h', w'), float32."""
+    """Features (B, C, h_g, w_g) of each granularity, coarsest first, to logits (B, G, h', w'), float32."""
 
     def __init__(self, channels: int, grains: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels, eps=1e-6) for _ in range(grains))
+        self.norms = nn.ModuleList(group_norm(channels) for _ in range(grains))
         self.fc1 = nn.Linear(grains * channels, grains * channels)
         self.fc2 = nn.Linear(grains * channels, grains)
 
@@ -278,7 +270,7 @@ def one_hot(grain: Tensor, grains: int) -> Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Adds to (B, C, S, S) a Fourier feature of (x, y) and a learned vector per row and per column."""
+    """Adds Fourier features of (x, y) and a learned vector per row and per column to (B, C, S, S)."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()

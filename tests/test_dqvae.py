@@ -162,10 +162,11 @@ def test_calibration_is_kept_with_the_weights():
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    (dict(ratios=[0.0]), "ratios are shares"), (dict(ratios=[1.0]), "ratios are shares"),
-    (dict(grains=3, ratios=[0.6, 0.5]), "together less than 1"), (dict(ratios=[0.3, 0.3]), "two factors need one ratio"),
-    (dict(image_size=30), "divisible by the coarsest factor, 4; it is 30"), (dict(factors=[8, 4]), "factors must be 4 and its halves"),
-    (dict(decoder_ch_mult=[1, 1, 2]), "decoder_ch_mult must have 2 levels"),
+    (dict(ratios=[0.0]), "ratios must be 1 for 2 factors, above 0 and together less than 1"), (dict(ratios=[1.0]), "ratios must be 1"),
+    (dict(grains=3, ratios=[0.6, 0.5]), "ratios must be 2 for 3"), (dict(ratios=[0.3, 0.3]), "ratios must be 1 for 2"),
+    (dict(image_size=30), "divisible by the coarsest factor, 4; it is 30"),
+    (dict(factors=[8, 4]), r"factors must be two or three, 4 \(from ch_mult\) halved down to 2 \(from decoder_ch_mult\)"),
+    (dict(decoder_ch_mult=[1, 1, 2]), "halved down to 4"),
 ])
 def test_bad_settings_are_one_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
