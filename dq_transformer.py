@@ -8,6 +8,7 @@
 A sequence holds the codes of the coarsest granularity, then those of the next. Each granularity opens with a start token (one per
 class), visits its cells in raster order, and closes with an end token. The Position-Transformer reads the tokens so far and predicts
 the next position: a cell or the end. The Content-Transformer reads its hidden states and that position, and predicts the code.
+Shapes: G granularities, R regions (cells of the coarsest grid), N cells of the finest grid, M slots (see Tokens).
 
     model = DQTransformer(codebook_size=1024, grids=[16, 32], num_classes=1000)
     loss = model(codes, labels)["loss"]     # codes = {"indices": (B, 32, 32), "grain": (B, 16, 16)}, from DQVAE.encode
@@ -54,8 +55,7 @@ class DQTransformer(CodeTransformer):
     num_classes, label_dropout         see CodeTransformer
     position_layers, content_layers    depth of each transformer
     n_head, n_embd, dropout            as in GPT
-    order                              of the cells in a granularity: raster order, or region by region. A region is a cell of the
-                                       coarsest grid.
+    order                              of a granularity's cells: raster order, or region by region
     """
 
     def __init__(self, codebook_size: int, grids: list[int], num_classes: Count = 0, position_layers: int = 6, content_layers: int = 18,
@@ -83,29 +83,29 @@ class DQTransformer(CodeTransformer):
         self.mean_counts: Tensor | None = None  # (G,), see survey
 
     def _tabulate(self, order: str) -> None:
-        """Buffers that are not saved: `slot_*` (M,) for all slots, `column_*` (G, F + G) for the columns of position_head, and `cover`
-        (G, F), the slot of the cell that covers each cell of the finest grid."""
-        regions, finest, F_, G, K = self.grids[0], self.grids[-1], self.cells[-1], self.grains, self.codebook_size
-        tables, first, offset = [], 0, 0  # `first` slot of a granularity, and `offset` of its rows in position_emb
+        """Non-persistent buffers: `slot_*` (M,) for slots, `column_*` (G, N + G) for the columns of position_head, and `cover` (G, N), the
+        slot of the cell that covers each finest cell."""
+        regions, finest, N, G, K = self.grids[0], self.grids[-1], self.cells[-1], self.grains, self.codebook_size
+        tables, first, offset = [], 0, 0  # a granularity's first slot, and its first row in position_emb
 
         def between(start: int, values: Tensor, end: int) -> Tensor:
             return torch.cat([torch.tensor([start]), values, torch.tensor([end])])
 
         for g, (side, n) in enumerate(zip(self.grids, self.cells)):
-            size, scale = side // regions, finest // side  # sides of a region, in cells, and of a cell, in finest cells
-            cell, fine, padding = torch.arange(n), torch.arange(F_), (0, F_ - n + G)
+            size, scale = side // regions, finest // side  # side of a region in cells, and of a cell in finest cells
+            cell, fine, padding = torch.arange(n), torch.arange(N), (0, N - n + G)
             y, x = cell // side, cell % side
             region, inside = y // size * regions + x // size, y % size * size + x % size
-            corner = y * scale * finest + x * scale  # the cell's first cell of the finest grid
+            corner = y * scale * finest + x * scale  # the cell's first finest cell
             walk = {"row-first": cell, "region-first": (region * size**2 + inside).argsort()}[order]
             slot = first + 1 + walk.argsort()
             columns = F.pad(slot, padding, value=-1)
-            columns[F_ + g] = first + 1 + n
+            columns[N + g] = first + 1 + n
             tables.append({
                 "slot_grain": between(g, torch.full_like(cell, g), g),
                 "slot_kind": between(START, torch.full_like(cell, CODE), END),
                 "slot_cell": between(0, walk, 0),
-                "slot_region": between(regions**2, region[walk], regions**2),  # one region more, for what is in none
+                "slot_region": between(regions**2, region[walk], regions**2),  # region R: none
                 "slot_corner": between(0, corner[walk], 0),
                 "slot_special": between(K + 1, torch.zeros_like(cell), K),  # content of start and end tokens
                 "slot_place": between(offset + n + 1, offset + walk, offset + n),  # row in position_emb
@@ -126,7 +126,7 @@ class DQTransformer(CodeTransformer):
         if indices.shape[1:] != (self.grids[-1],) * 2 or grain.shape[1:] != (self.grids[0],) * 2:
             raise ValueError(f"indices must be (B, {self.grids[-1]}, {self.grids[-1]}) and grain (B, {self.grids[0]}, {self.grids[0]}); "
                              f"they are {tuple(indices.shape)} and {tuple(grain.shape)}")
-        indices, grain = indices.flatten(1), grain.flatten(1)                                # (B, F), (B, R)
+        indices, grain = indices.flatten(1), grain.flatten(1)                                # (B, N), (B, R)
         present = (self.slot_kind != CODE) | (F.pad(grain, (0, 1))[:, self.slot_region] == self.slot_grain)  # (B, M)
         content = torch.where(self.slot_kind == CODE, indices[:, self.slot_corner], self.slot_special)
         counts = self._counts(grain)
@@ -155,7 +155,7 @@ class DQTransformer(CodeTransformer):
     def _codes(self, grain: Tensor, contents: Tensor) -> dict[str, Tensor]:
         """Granularities of regions (B, R) and contents of slots (B, M) to codes."""
         fine = torch.arange(self.cells[-1], device=grain.device)
-        slot = self.cover[grain[:, self.column_region[-1, :len(fine)]], fine]                # (B, F)
+        slot = self.cover[grain[:, self.column_region[-1, :len(fine)]], fine]                # (B, N)
         indices = contents.gather(1, slot)
         return {"indices": indices.unflatten(1, (self.grids[-1],) * 2), "grain": grain.unflatten(1, (self.grids[0],) * 2)}
 
@@ -203,16 +203,19 @@ class DQTransformer(CodeTransformer):
 
     def _logits(self, tokens: Tokens, labels: Tensor | None) -> dict[str, list[Tensor]]:
         h, z = self._hidden(tokens, labels)
-        content, position, first = [], [], 0
-        for g, cells in enumerate(self.cells):
-            length = tokens.counts[:, g]
-            steps = first + torch.arange(tokens.longest[g] + 1, device=h.device)             # (B or 1, L_g + 1): steps that predict
-            steps = steps.expand(len(h), -1).clamp(max=h.shape[1] - 1).unsqueeze(-1).expand(-1, -1, h.shape[-1])
+        content, position = [], []
+        for g, (steps, cells) in enumerate(zip(self._steps(tokens), self.cells)):
+            steps = steps.unsqueeze(-1).expand(-1, -1, h.shape[-1])                          # (B, L_g + 1, C)
             head = torch.cat([self.position_head.weight[:cells], self.position_head.weight[self.cells[-1] + g].unsqueeze(0)])
             position.append(F.linear(self.position_norm(h.gather(1, steps)), head))
             content.append(self.content_head(self.content_norm(z.gather(1, steps[:, :-1]))))
-            first = first + (length + 2).unsqueeze(1)                                        # (B, 1)
         return {"content": content, "position": position, "length": list(tokens.counts.unbind(1))}
+
+    def _steps(self, tokens: Tokens) -> list[Tensor]:
+        """For each granularity, the steps (B, L_g + 1) that predict its codes and end; arbitrary at padding."""
+        first = F.pad((tokens.counts + 2).cumsum(1), (1, 0))                                 # (B, G + 1)
+        steps = [first[:, g:g + 1] + torch.arange(length + 1, device=first.device) for g, length in enumerate(tokens.longest)]
+        return [s.clamp(max=tokens.slot.shape[1] - 2) for s in steps]
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
@@ -222,34 +225,30 @@ class DQTransformer(CodeTransformer):
         return sum(nats.sum(1) for nats in content + position[:-1]) / math.log(2)
 
     def _nats(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Cross-entropy of each granularity's codes [(B, L_g)] and of its positions and end [(B, L_g + 1)], 0 at padding; counts
-        (B, G)."""
+        """Cross-entropies of codes [(B, L_g)] and of positions and ends [(B, L_g + 1)], 0 at padding; and counts (B, G)."""
         tokens = self.order(codes)
         logits = self._logits(tokens, labels)
-        content, position, first = [], [], 1
-        for g, (c, p, length) in enumerate(zip(*logits.values())):
-            steps = torch.arange(p.shape[1], device=p.device)
-            where = (first + steps).expand(len(p), -1).clamp(max=tokens.slot.shape[1] - 1)
-            slot = tokens.slot.gather(1, where)
-            target = torch.where(self.slot_kind[slot] == CODE, self.slot_cell[slot], self.cells[g])
-            target = target.masked_fill(steps > length.unsqueeze(1), -100)                   # cross_entropy's ignore_index
-            position.append(F.cross_entropy(p.transpose(1, 2).float(), target, reduction="none"))
-            target = tokens.content.gather(1, where)[:, :-1].masked_fill(steps[:-1] >= length.unsqueeze(1), -100)
-            content.append(F.cross_entropy(c.transpose(1, 2).float(), target, reduction="none"))
-            first = first + (length + 2).unsqueeze(1)
+        content, position = [], []
+        for g, steps in enumerate(self._steps(tokens)):
+            padding = torch.arange(steps.shape[1], device=steps.device) > tokens.counts[:, g:g + 1]
+            slot, code = tokens.slot.gather(1, steps + 1), tokens.content.gather(1, steps[:, :-1] + 1)
+            cell = torch.where(self.slot_kind[slot] == CODE, self.slot_cell[slot], self.cells[g])
+            for nats, found, target in ((content, logits["content"][g], code.masked_fill(padding[:, 1:], -100)),
+                                        (position, logits["position"][g], cell.masked_fill(padding, -100))):
+                nats.append(F.cross_entropy(found.transpose(1, 2).float(), target, reduction="none"))
         return content, position, tokens.counts
 
     def _hidden(self, tokens: Tokens, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states of both transformers, (B, T - 1, C) each. Step t predicts token t + 1."""
         starts = self.start_tokens(len(tokens.slot), labels, tokens.slot.device).unsqueeze(1)  # (B, 1)
-        content, place, grain = self.embedding_indices(tokens.slot, tokens.content, starts)     # (B, T) each
+        content, place, grain = self.embedding_indices(tokens.slot, tokens.content, starts)  # (B, T) each
         places = self.position_emb(place)                                                    # (B, T, C)
         x = self.content_emb(content[:, :-1]) + places[:, :-1] + self.grain_emb(grain[:, :-1]) + self.index_emb[:place.shape[1] - 1]
         h = self.position_blocks(self.drop(x))
         return h, self.content_blocks(h + places[:, 1:])
 
     def embedding_indices(self, slot: Tensor, content: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of tokens in content_emb, position_emb and grain_emb; `starts` says which start token a row has."""
+        """Indices of tokens into content_emb, position_emb and grain_emb; `starts` selects the start token."""
         start = (self.slot_kind[slot] == START) * starts
         return content + start, self.slot_place[slot] + start, self.slot_grain[slot]
 
@@ -277,10 +276,10 @@ class DQTransformer(CodeTransformer):
         position_cache, content_cache = (Cache(b, len(starts), self.length) for b in (self.position_blocks, self.content_blocks))
         state = State(self, n, starts)
         for t in range(self.length):
-            content, place, grain = state.embedding_indices()                                   # (n or 2n,) each
+            content, place, grain = state.embedding_indices()                                # (n or 2n,) each
             x = self.content_emb(content) + self.position_emb(place) + self.grain_emb(grain) + self.index_emb[t]
             h = self.position_blocks.step(x, *position_cache.at(t))
-            logits = guide(self.position_head(self.position_norm(h)))                        # (n, F + G)
+            logits = guide(self.position_head(self.position_norm(h)))                        # (n, N + G)
             logits = logits.masked_fill(~state.possible(fine_positions == "sampled"), -math.inf)
             state.move(draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[state.rows, 2 * t]))
 
@@ -289,7 +288,7 @@ class DQTransformer(CodeTransformer):
             logits = guide(self.content_head(self.content_norm(z)))                          # (n, K)
             state.store(draw(filter_logits(logits, temperature, top_k, top_p), numbers[state.rows, 2 * t + 1]))
 
-            if t % 16 == 15:
+            if t % 16 == 15:  # now and then, finished rows leave the batch
                 active = state.unfinished()
                 if len(active) == 0:
                     break
@@ -302,58 +301,62 @@ class DQTransformer(CodeTransformer):
 
 
 class State:
-    """The state of `sample`: n sequences, of which those at the last slot are finished, and `rows` are still in the batch."""
+    """Sequences while they are sampled. Those at the last slot are finished; `rows` of the n are still in the batch."""
 
     def __init__(self, model: DQTransformer, n: int, starts: Tensor):
         new = torch.zeros(n, dtype=torch.int64, device=starts.device)
         self.model, self.starts, self.copies = model, starts, len(starts) // n               # starts: (n,), or (2n,) with guidance
-        self.grain = new.new_full((n, model.cells[0] + 1), -1)                               # (n, R + 1); -1: not chosen yet
-        self.grain[:, -1] = 0
+        self.grain = new.new_full((n, model.cells[0] + 1), -1)                               # (n, R + 1); -1: undecided
+        self.grain[:, -1] = 0  # "none" never is
         self.contents = new.new_zeros(n, len(model.slot_kind))                               # (n, M): the codes so far
         self.rows = torch.arange(n, device=starts.device)                                    # (rows,)
         self.slot, self.content = new, new + model.codebook_size + 1                         # (rows,): the last token
-        self.owed = torch.zeros_like(model.column_opens[new])                                # (rows, F + G): see move
+        self.owed = torch.zeros_like(model.column_opens[new])                                # (rows, N + G), see move
 
     def embedding_indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """`DQTransformer.embedding_indices` of the last tokens, (copies * rows,) each."""
         return self.model.embedding_indices(self.slot.repeat(self.copies), self.content.repeat(self.copies), self.starts)
 
     def possible(self, any_fine_order: bool) -> Tensor:
-        """Which columns of position_head may come next, (rows, F + G): the first owed cell, or the end if there is none; and before it,
+        """Columns of position_head that may come next, (rows, N + G): the first owed cell, or the end if none is owed; and before that,
         cells that open a region."""
         model, g = self.model, self.model.slot_grain[self.slot]
-        slots = model.column_slot[g]                                                         # (rows, F + G)
-        due = torch.where(self.owed, slots, slots.amax(1, keepdim=True)).amin(1, keepdim=True)
+        slots = model.column_slot[g]                                                         # (rows, N + G)
+        end = slots.amax(1, keepdim=True)                                                    # (rows, 1)
+        due = torch.where(self.owed, slots, end).amin(1, keepdim=True)                       # (rows, 1)
         opens = model.column_opens[g] & (self.grain[self.rows].gather(1, model.column_region[g]) < 0)
         possible = opens & (slots > self.slot.unsqueeze(1)) & (slots < due) | (slots == due)
-        return possible | self.owed & (g == model.grains - 1).unsqueeze(1) if any_fine_order else possible
+        if any_fine_order:
+            possible = possible | self.owed & (g == model.grains - 1).unsqueeze(1)
+        return possible
 
     def move(self, column: Tensor) -> None:
-        """To the drawn column (rows,) of position_head, or from an end to the next granularity's start.
+        """Moves to the drawn column (rows,) of position_head, or from an end to the next granularity's start.
 
-        A region takes the granularity of its first code; the start of the finest takes all that is left. The region's cells are then
-        owed: each must get a code."""
+        A region's first code decides its granularity; the finest granularity's start takes all undecided regions. All cells of a region are
+        then owed: they must get a code before the end.
+        """
         model, ended = self.model, self.model.slot_kind[self.slot] == END
         following = (self.slot + 1).clamp(max=len(model.slot_kind) - 1)
         self.slot = torch.where(ended, following, model.column_slot[model.slot_grain[self.slot], column])
         self.content = model.slot_special[self.slot]
         g, grain = model.slot_grain[self.slot], self.grain[self.rows]                        # (rows,), (rows, R + 1)
-        left = (model.slot_kind[self.slot] == START) & (g == model.grains - 1)
-        begun = (grain < 0) & (F.one_hot(model.slot_region[self.slot], grain.shape[1]).bool() | left.unsqueeze(1))
+        finest = (model.slot_kind[self.slot] == START) & (g == model.grains - 1)             # (rows,)
+        begun = (grain < 0) & (F.one_hot(model.slot_region[self.slot], grain.shape[1]).bool() | finest.unsqueeze(1))
         self.grain[self.rows] = torch.where(begun, g.unsqueeze(1), grain)
         owed = self.owed | begun.gather(1, model.column_region[g])
         self.owed = owed & (model.column_slot[g] != self.slot.unsqueeze(1))
 
     def store(self, code: Tensor) -> None:
-        """The code (rows,) of the last token, if it is a cell."""
+        """Stores the code (rows,) of the last token, unless that is a start or an end."""
         self.content = torch.where(self.model.slot_kind[self.slot] == CODE, code, self.content)
-        self.contents[self.rows, self.slot] = code  # those of starts and ends are never read
+        self.contents[self.rows, self.slot] = code  # never read at starts and ends
 
     def unfinished(self) -> Tensor:
         return (self.slot < len(self.model.slot_kind) - 1).nonzero().squeeze(1)
 
     def keep(self, active: Tensor) -> Tensor:
-        """Keeps these rows of the batch only. Returns where they are in the caches, whose second half is the null class's."""
+        """Keeps these rows of the batch only. Returns their rows in the caches, including the null class's."""
         cached = torch.cat([active + i * len(self.rows) for i in range(self.copies)])
         self.starts, self.rows, self.owed = self.starts[cached], self.rows[active], self.owed[active]
         self.slot, self.content = self.slot[active], self.content[active]
