@@ -182,7 +182,7 @@ class DQTransformer(CodeTransformer):
         content, position = sum(nats.sum() for nats in content), torch.stack([nats.sum() for nats in position])  # (), (G,)
         number, surveyed = counts.float().sum(0), self.training and self.mean_counts is not None  # (G,)
         if self.training and not surveyed and dist.is_available() and dist.is_initialized():
-            # With mean counts, the mean of the processes' losses is the mean over all their tokens.
+            # Average counts over processes: the mean of their losses is then the mean over all tokens.
             dist.all_reduce(number, dist.ReduceOp.AVG if number.is_cuda else dist.ReduceOp.SUM)
             number = number if number.is_cuda else number / dist.get_world_size()
 

@@ -55,7 +55,7 @@ class CodeTransformer(nn.Module):
             raise ValueError(f"labels must be one for each of the {n} images, ({n},); they are {tuple(labels.shape)}")
         valid, sentence = ((labels >= 0) & (labels < self.num_classes)).all(), f"labels must be classes from 0 to {self.num_classes - 1}"
         if labels.is_cuda:
-            torch._assert_async(valid, sentence)  # no synchronisation
+            torch._assert_async(valid, sentence)  # asserts on the device, without synchronisation
         elif not valid:
             raise ValueError(f"{sentence}; they are {sorted(set(labels.tolist()))}")
         labels = labels.to(device)
@@ -270,7 +270,7 @@ class Guidance:
     end of sampling, because it waits for the GPU."""
 
     def __init__(self, scale: float, copies: int):
-        self.scale, self.copies, self.finite = scale, copies, True  # 2 copies of each row: conditional and null
+        self.scale, self.copies, self.finite = scale, copies, True  # copies of a row: 2 are conditional and null
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(copies * n, V) to (n, V)."""

@@ -121,8 +121,8 @@ class MQVAE(nn.Module):
             n, order, slope = (self._train_as_released if self.release_training else self._train_ours)(n, flat, vectors)
         return vectors, scores, order.topk(n, dim=1).indices.sort(dim=1).values, slope
 
-    # Training: N, scores (B, hw) and vectors (B, hw, D) to the number of kept cells, the order (B, hw) that ranks them, and `slope`
-    # (B, hw, D), which DeMask adds to its input: zero, but with a gradient for the scores.
+    # Training: N, scores (B, hw) and vectors (B, hw, D) to the number of cells to keep, the values (B, hw) that rank them, and `slope`
+    # (B, hw, D), which DeMask adds to its input: zero in the forward pass, but with a gradient for the scores.
 
     def _train_as_released(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, None]:
         """Keeps the N highest scores. A score gets the gradient of the feature it multiplies, if that is kept."""
@@ -131,8 +131,8 @@ class MQVAE(nn.Module):
     def _train_ours(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor]:
         """Keeps all cells at first, falling to N at 50 % of training. Ranks them by logit plus Gumbel noise, which fades to 0 at 80 %.
 
-        Straight-through term: zero in the forward pass. Its gradient with respect to a score is the first-order effect of giving that
-        cell a code instead of the token, relative to the image's mean.
+        `slope` is a straight-through term. Its gradient with respect to a score is the first-order effect of giving that cell a code
+        instead of the token, relative to the image's mean.
         """
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
         order, noise = scores.detach(), 1 - self.progress / 0.8

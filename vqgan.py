@@ -14,8 +14,8 @@ Both models have the same interface. Images are float tensors (B, 3, H, W) in [-
     images = model.decode(codes)
 
 LlamaGen's tokenizers (Sun et al., 2024) are VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)).
-Differences from the Taming Transformers release: beta weights the commitment loss (legacy=True: the codebook loss, as there), and q, k
-and v are one convolution. Needs torch only; the GAN loss is in losses.py.
+Differences from the Taming Transformers release: beta weights the commitment loss (legacy=True: the codebook loss, as in the release),
+and one convolution computes q, k and v. Needs torch only; the GAN loss is in losses.py.
 """
 
 from __future__ import annotations

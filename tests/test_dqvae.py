@@ -23,7 +23,7 @@ def small(grains=2, router="feature", **settings):
 
 
 def photos(n=8, size=32):
-    """Smooth on the left, noise on the right, as much as the image's number says."""
+    """Smooth on the left, noise on the right; the boundary moves with the image's index."""
     x = torch.linspace(-0.8, 0.8, size).expand(n, 3, size, size) + torch.linspace(0, 0.15, n * size).view(n, 1, size, 1)
     noise = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1)) - 0.5
     right = torch.arange(size) >= torch.linspace(4, size - 4, n).view(n, 1, 1, 1)
@@ -67,7 +67,7 @@ def test_contract(grains, router):
 @pytest.mark.parametrize("grains", [2, 3])
 def test_entropy_router_obeys_its_ratios(grains):
     model = small(grains, "entropy")
-    grain = model.eval().encode(photos())["grain"]  # calibrated on the same ones: the ratio must be exact, to a region
+    grain = model.eval().encode(photos())["grain"]  # calibrated on these: the ratio is exact to a region
     for g, ratio in enumerate(model.ratios, 1):
         assert (grain == g).float().mean().item() == pytest.approx(ratio, abs=1 / 128)
     entropy = model.entropy(photos())
@@ -110,7 +110,7 @@ def test_budget_loss_is_the_papers(grains):
 
 
 def test_the_router_learns_the_ratio():
-    """By the budget loss alone, which reaches it through the straight-through gate."""
+    """From the budget loss alone, through the straight-through gate."""
     model, images = small(ratios=[0.25]), photos(16)
     optimizer = torch.optim.Adam(model.router.parameters(), 3e-3)
     for _ in range(60):
@@ -145,7 +145,7 @@ def test_moving_averages_count_a_repeated_code_once_or_as_in_the_reference():
 
 
 def test_codes_restart_as_vectors_of_different_codes():
-    """Of the cells that repeat a coarse code, only the first is drawn."""
+    """Restarts draw only the first of the cells that repeat a code."""
     model, images = small(2, "entropy", quantizer=VectorQuantizer(300, 16, ema_decay=0.99)), photos()
     out = model(images)
     assert out.info["codes"] * 8 > 300  # there are enough different vectors
@@ -192,7 +192,7 @@ def test_bad_thresholds_and_images_are_one_sentence():
 
 
 def test_fine_regions_are_where_the_detail_is():
-    """On the embedded dataset, whose detailed area is known."""
+    """On the embedded dataset, where the detailed area is known."""
     from dataset import draw_shapes
 
     data = make_dataset("shapes", image_size=32, train_size=64)

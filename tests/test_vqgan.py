@@ -119,14 +119,14 @@ def test_dead_codes_restart_as_current_vectors():
     assert (distance < 1e-3).sum() >= 15 and quantizer.codebook.data.unique(dim=0).shape[0] == 16
     assert (quantizer.ema_count >= 1).all()
     few = VectorQuantizer(16, 4, ema_decay=0.99)
-    few(z[:3])  # fewer vectors than codes: each is used several times, with noise
+    few(z[:3])  # fewer vectors than codes: repeated, with noise
     assert torch.cdist(few.codebook.data, z[:3]).min(1).values.max() < 0.02
     assert few.codebook.data.unique(dim=0).shape[0] == 16
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_micro_batches_equal_one_batch(weighted):
-    """Gradient accumulation: the codebook moves once per step, from the vectors of all micro-batches; restarts included."""
+    """Gradient accumulation: one EMA update per step from the vectors of all micro-batches, restarts included."""
     whole, parts = (VectorQuantizer(16, 4, ema_decay=0.9, queue_size=50) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
     parts.accumulation_steps = 4
@@ -185,7 +185,7 @@ def test_overflow_does_not_enter_the_codebook():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codes_are_chosen_in_float32_under_autocast(dtype):
     quantizer = VectorQuantizer(512, 64)
-    with torch.no_grad():  # codes that differ by less than half precision can tell
+    with torch.no_grad():  # codes closer than half precision resolves
         quantizer.codebook.copy_(1 + 1e-4 * torch.randn(512, 64))
     z = 1 + 1e-4 * torch.randn(200, 64)
     want = quantizer.nearest(z)
