@@ -200,7 +200,7 @@ def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
     return filled
 
 
-DEFAULT_RANGE = {int: (0, 2**31), float: (0, 1e300)}
+DEFAULT_RANGE = {int: (1, 2**31), float: (0, 1e300)}
 
 
 def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> Any:

@@ -2,17 +2,19 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   chooses each region's granularity from the encoder's features; learned, kept to the ratios by a loss
-    DQVAE.entropy   ... or from the entropy of its pixels, by thresholds that are computed once from the training images
+    FeatureRouter   each region's granularity, learned: it predicts the error that each granularity would leave in a region
+    DQVAE.entropy   ... or from the entropy of its pixels. Either way, thresholds give the ratios
 
-A region is a cell of the coarsest grid; with factors [16, 8] a coarse region has 1 code and a fine one 2 x 2. Interface as in
-vqgan.py; images are float tensors (B, 3, S, S) in [-1, 1].
+A region is a cell of the coarsest grid. With factors [16, 8], coarse regions have 1 code and fine ones 2 x 2. Interface as in vqgan.py;
+images are float tensors (B, 3, S, S) in [-1, 1].
 
     model = DQVAE(image_size=256, factors=[16, 8], ratios=[0.5])
     codes = model.encode(images)        # {"indices": int64 (B, 32, 32), "grain": int64 (B, 16, 16), 0 = coarsest}
     images = model.decode(codes)
 
-`indices` lie on the finest grid; a coarser code is repeated over its cells. Needs torch and vqgan.py.
+`grain` is the granularity map. `indices` are on the finest grid; a coarser code is repeated over its cells.
+Differences from the release: the feature router's training (`_train_ours`) and ema_weighted, both undone by release_training=True; entropy
+thresholds are calibrated with the router's own bins. Copy with vqgan.py.
 """
 
 from __future__ import annotations
@@ -22,30 +24,30 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Decoder, DownPath, Neck, Output, UpPath, VectorQuantizer, check_size
+from vqgan import Decoder, DownPath, Neck, Output, UpPath, VectorQuantizer, check_size, group_norm, world_size
 
-COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of the granularities, coarsest first, for drawing
+COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of granularities in pictures, coarsest first
 
 
 class DQVAE(nn.Module):
     """Encoder with one output per granularity, router, quantizer, decoder.
 
-    image_size         side S of the images; any other is refused, because the decoder has learned positions
-    factors            image side over grid side of each granularity, coarsest first: [16, 8] or [32, 16, 8]
-    ratios             wanted share of the regions for each granularity but the coarsest: [0.5] = half of them fine,
-                       [0.3, 0.3] = 30 % medium, 30 % fine
-    router             "feature" or "entropy"
-    budget_weight      gamma of the budget loss that keeps the feature router to the ratios
-    ema_weighted       a code that is repeated over 4 (16) cells counts once in the codebook's moving averages, as in the
-                       losses; False: 4 (16) times, as in the release
-    release_training   train with the release's gradients (see `_train_as_released` and `_train_ours`), and ema_weighted=False; an
-                       attribute as well
+    image_size         side S of the images; no other works, because the decoder has learned positions
+    factors            image side / grid side of each granularity, coarsest first: [16, 8] or [32, 16, 8]
+    ratios             target share of regions of each granularity but the coarsest: [0.3, 0.3] = 30 % medium, 30 % fine
+    budget_weight      gamma of the budget loss, which keeps the feature router to the ratios in the release's training
+    ema_weighted       a code repeated over 4 (16) cells counts once in EMA, as in the losses; False: 4 (16) times (release)
+    release_training   train with the release's gradients and ema_weighted=False; also an attribute
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
-    decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts from the finest grid
+    decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts at the finest grid
+
+    With the feature router, set `model.progress` to the finished share of the training steps, as train_stage1.py does: regions are
+    routed at random more often at first. Left at 1, it trains as at the end.
     """
 
     def __init__(self, image_size: int = 256, factors: list[int] = (16, 8), ratios: list[float] = (0.5,),
@@ -54,49 +56,44 @@ class DQVAE(nn.Module):
                  attn_resolutions: list[int] = (16, 32), z_channels: int = 256, decoder_ch_mult: list[int] = (1, 1, 2, 2),
                  decoder_attn_resolutions: list[int] = (32,), quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
-        grains = self.grains = len(factors)
-        if router not in ("feature", "entropy"):
-            raise ValueError(f"router must be feature or entropy; it is {router!r}")
-        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
-        if grains not in (2, 3) or len(ratios) != grains - 1:
-            raise ValueError(f"two factors need one ratio and three need two; there are {grains} factors and {len(ratios)} ratios")
-        if list(factors) != [2 ** (len(ch_mult) - 1 - g) for g in range(grains)]:
-            raise ValueError(f"factors must be {2 ** (len(ch_mult) - 1)} and its halves, because ch_mult has {len(ch_mult)} levels; "
-                             f"they are {list(factors)}")
-        if not all(0 < r < 1 for r in ratios) or sum(ratios) >= 1:
-            raise ValueError(f"ratios are shares of the regions, each between 0 and 1 and together less than 1; they are {list(ratios)}")
-        if image_size % factors[0]:
-            raise ValueError(f"image_size must be divisible by the coarsest factor, {factors[0]}; it is {image_size}")
-        if 2 ** (len(decoder_ch_mult) - 1) != factors[-1]:
-            raise ValueError(f"decoder_ch_mult must have {int(math.log2(factors[-1])) + 1} levels to go from factor {factors[-1]} to 1; "
-                             f"it has {len(decoder_ch_mult)}")
+        grains, coarsest, finest = len(factors), 2 ** (len(ch_mult) - 1), 2 ** (len(decoder_ch_mult) - 1)
         self.image_size, self.factors, self.ratios, self.budget_weight = image_size, list(factors), list(ratios), budget_weight
-        self.ema_weighted, self.release_training = ema_weighted, release_training
-        self.factor = factors[0]
-        self._calibrated = False
+        self.grains, self.factor, self.ema_weighted, self.release_training = grains, coarsest, ema_weighted, release_training
+        self.progress, self._calibrated = 1.0, False
+        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
         self.down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
         self.necks = nn.ModuleList(Neck(c, z_channels) for c in self.down.channels[-1:-grains - 1:-1])  # coarsest first
         self.router = FeatureRouter(z_channels, grains) if router == "feature" else None
-        if router == "entropy":
-            self.register_buffer("thresholds", torch.full((grains - 1,), math.nan))
+        self.register_buffer("thresholds", torch.full((grains - 1,), math.nan))  # on entropy, or on the feature router's predicted gain
+        self.register_load_state_dict_pre_hook(_without_thresholds)
         self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
         self.quantizer = quantizer
         self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
         self.position = PositionEmbedding(z_channels, image_size // factors[-1])
         self.decoder = Decoder(UpPath(image_size, ch, decoder_ch_mult, num_res_blocks + 1, decoder_attn_resolutions), z_channels)
         self.to_image = nn.Conv2d(ch * decoder_ch_mult[0], 3, 3, padding=1)
+        if grains not in (2, 3) or list(factors) != [coarsest // 2**g for g in range(grains)] or factors[-1] != finest:
+            raise ValueError(f"factors must be two or three, {coarsest} (from ch_mult) halved down to {finest} (from decoder_ch_mult); "
+                             f"they are {list(factors)}")
+        if len(ratios) != grains - 1 or min(ratios) <= 0 or sum(ratios) >= 1:
+            raise ValueError(f"ratios must be {grains - 1} for {grains} factors, above 0 and together less than 1; they are {list(ratios)}")
+        if image_size % coarsest:
+            raise ValueError(f"image_size must be divisible by the coarsest factor, {coarsest}; it is {image_size}")
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, S, S) to an `Output`; its losses are `codebook`, `commitment` and, with a feature router, `budget`."""
-        z, gate, grain = self._route(images)
+        """Images (B, 3, S, S) to an `Output` with losses codebook, commitment and, for the feature router, router (or
+        budget, in the release's training)."""
+        z, grain, routing = self._route(images)
         cells = self.to_finest(grain)                                                       # (B, h, w)
-        weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells counts once
+        weight = torch.pow(4.0, cells - (self.grains - 1))  # 1/4 for a code repeated over 4 cells
         once = self.first_cells(cells) if self.ema_weighted and not self.release_training else None
         z_q, indices, losses, info = self.quantizer(z, weight, once)
         codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
         recon = self._decode(z_q if self.training else self.quantizer.lookup(codes["indices"]))
-        if self.router is not None:
-            losses["budget"] = self._budget(gate)
+        if self.router is not None and self.release_training:
+            losses["budget"] = self._budget(routing)
+        elif self.router is not None:
+            losses["router"] = self._router_loss(routing, grain, recon, images)
         for g in range(1, self.grains):
             info[f"ratio_{g}"] = (grain == g).float().mean()
         info |= {"codes": self._count(grain).float().mean(), "bits": self.bits(codes).mean()}
@@ -105,9 +102,8 @@ class DQVAE(nn.Module):
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, S, S) to codes {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the finest and on the
-        coarsest grid."""
-        z, _, grain = self._route(images)
+        """Images (B, 3, S, S) to {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the finest and coarsest grid."""
+        z, grain, _ = self._route(images)
         return {"indices": self._same_within_code(self.quantizer.nearest(z), self.to_finest(grain)), "grain": grain}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
@@ -115,54 +111,52 @@ class DQVAE(nn.Module):
         return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What the codes look like over their images (B, 3, S, S): {"grain_map": (B, 3, S, S)}, coarse in blue, fine in red."""
+        """{"grain_map": (B, 3, S, S)}: the images, coarse regions in blue, fine ones in red."""
         colours = torch.tensor(COLOURS[:1] + COLOURS[-(self.grains - 1):], device=images.device)
         tint = F.interpolate(colours[codes["grain"]].permute(0, 3, 1, 2) * 2 - 1, images.shape[-2:])
         return {"grain_map": 0.55 * images.mean(1, keepdim=True) + 0.45 * tint}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """What the codes of each image cost, in bits (B,): log2 K per code, and log2 G for the granularity of each region."""
+        """Bits per image (B,): log2 K per code, and log2 G per region for its granularity."""
         grain = codes["grain"]
         return self._count(grain) * math.log2(self.quantizer.codebook_size) + grain[0].numel() * math.log2(self.grains)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive GAN weight compares gradients."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
     @torch.no_grad()
     def entropy(self, images: Tensor) -> Tensor:
-        """Entropy in nats (B, h', w') of the grey values in each region of images (B, 3, H, W), float32.
-
-        Grey values in [-1, 1] are counted in 32 bins, linspace(-1, 1), with a Gaussian of sigma 0.01 around each pixel.
-        """
+        """Images (B, 3, H, W) to the entropy of each region's grey values, in nats (B, h', w'), float32: 32 bins, linspace(-1, 1), with a
+        Gaussian kernel of sigma 0.01."""
         check_size(images, self.factor)
         with torch.autocast(images.device.type, enabled=False):
             r, g, b = images.float().split(1, dim=1)
             grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                                      # (B, 1, H, W)
-            # A bin at a time, so that no (pixels x bins) tensor is held.
+            # One bin at a time saves memory.
             p = torch.cat([F.avg_pool2d(torch.exp(-0.5 * ((grey - bin_) / 0.01).square()), self.factor)
                            for bin_ in torch.linspace(-1, 1, 32).tolist()], dim=1)           # (B, 32, h', w')
-            return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, also where subnormals are flushed
+            return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, even if subnormals are flushed
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> dict:
-        """Sets the entropy router's thresholds so that `ratios` come out on these images (each (B, 3, S, S)); what was set,
-        to be kept. Nothing happens with a feature router: {}."""
+        """Sets the entropy router's thresholds so that `ratios` hold on batches of images (B, 3, S, S). Returns them with their settings,
+        for a file; {} for the feature router."""
         if self.router is not None:
             return {}
         entropy = [self.entropy(images).flatten().cpu() for images in batches]
         if not entropy:
-            raise ValueError("thresholds need at least one image to be computed from")
+            raise ValueError("calibration of the thresholds needs at least one image")
         entropy = torch.cat(entropy).sort().values
-        shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
+        shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # share of regions above each threshold
         thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in shares]
         self.set_thresholds(thresholds, self.factor)
         return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios, "thresholds": thresholds,
                 "regions": len(entropy)}
 
     def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
-        """Uses thresholds (ascending, one less than granularities) that were computed for regions of `patch_size` pixels."""
+        """Sets ascending thresholds (G - 1), calibrated for regions of `patch_size` pixels."""
         if self.router is not None:
             raise ValueError("thresholds are for the entropy router; this model routes by features")
         if patch_size != self.factor:
@@ -172,57 +166,69 @@ class DQVAE(nn.Module):
             raise ValueError(f"{self.grains} granularities need {self.grains - 1} ascending thresholds; they are {thresholds}")
         self.thresholds.copy_(torch.tensor(thresholds))
 
-    def _route(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images to the vectors to quantize (B, h, w, D), the feature router's gate (B, G, h', w') for the budget loss, and the grain
-        (B, h', w')."""
+    def _route(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images to vectors (B, h, w, D), the grain (B, h', w'), and of the feature router the predicted errors (B, G, h', w'), or the gate
+        in the release's training."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         features = self.down(images)[-1:-self.grains - 1:-1]
         features = [neck(x) for neck, x in zip(self.necks, features)]                        # (B, z, S/f, S/f), coarsest first
-        logits = None if self.router is None else self.router(features)                      # (B, G, h', w')
-        features = [F.interpolate(x, features[-1].shape[-2:]) for x in features]             # each (B, z, h, w)
-        if logits is not None and self.training:
-            z, gate, grain = (self._train_as_released if self.release_training else self._train_ours)(logits, features)
+        if self.router is None:
+            grain, routing = self._grain_of_entropy(images), None
         else:
-            grain = self._grain_of_entropy(images) if logits is None else logits.argmax(1)   # (B, h', w')
-            gate = None if logits is None else one_hot(grain, self.grains)
-            z = self._select(features, grain)
-        return self.pre_quant(z).permute(0, 2, 3, 1), gate, grain
+            grain, routing = (self._train_as_released if self.release_training else self._train_ours)(features)
+        features = [F.interpolate(x, features[-1].shape[-2:]) for x in features]             # each (B, z, h, w)
+        cells, z = self.to_finest(grain).unsqueeze(1), features[0]                           # (B, 1, h, w)
+        for g in range(1, self.grains):
+            z = torch.where(cells == g, features[g], z)
+        if self.release_training and routing is not None:  # the gate of the chosen granularity: 1, which gives the router its gradient
+            z = z * F.interpolate(routing.gather(1, grain.unsqueeze(1)), z.shape[-2:])
+        return self.pre_quant(z).permute(0, 2, 3, 1), grain, routing
 
-    # Training of the feature router: from its logits (B, G, h', w') and the features of each granularity (B, z, h, w) to the features to
-    # quantize (B, z, h, w), the gate (B, G, h', w') that the budget loss counts, and the grain (B, h', w').
+    # The feature router: features of each granularity to the grain (B, h', w'), and to what its loss is computed from (B, G, h', w').
 
-    def _train_as_released(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn; the drawn one's feature is multiplied by its gate. The budget is of what was drawn."""
-        gate = F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
-        grain = gate.argmax(1)
-        chosen = gate.gather(1, grain.unsqueeze(1))                                          # (B, 1, h', w'): 1
-        return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
+    def _train_as_released(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Samples granularities. The gate multiplies the feature, and the budget counts it."""
+        logits = self.router(features)
+        gate = F.gumbel_softmax(logits, tau=1, hard=True, dim=1) if self.training else one_hot(logits.argmax(1), self.grains)
+        return gate.argmax(1), gate
 
-    def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Granularities are drawn. The gradient compares them: it is that of the sum over g of gate_g * feature_g. The budget is of the
-        decisions that evaluation makes; a budget on what is drawn left evaluation at 49 % fine where 60 % was asked."""
-        gate, soft = F.gumbel_softmax(logits, tau=1, hard=True, dim=1), logits.softmax(1)
-        grain = gate.argmax(1)
-        slope = F.interpolate(gate - gate.detach(), features[0].shape[-2:])                  # (B, G, h, w): 0, straight-through
-        z = self._select(features, grain) + sum(slope[:, g:g + 1] * feature for g, feature in enumerate(features))
-        return z, one_hot(logits.argmax(1), self.grains) + soft - soft.detach(), grain
+    def _train_ours(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Refines the regions where the predicted error falls most from the coarsest to the finest granularity. Thresholds on this gain
+        give the ratios: in training those of the batch, in evaluation their moving average. Some regions are routed at random (40 % at
+        first, 5 % from half-way), to see errors of all granularities."""
+        errors = F.softplus(self.router([x.detach().contiguous() for x in features]))        # (B, G, h', w')
+        with torch.no_grad():
+            gain = errors[:, 0] - errors[:, -1]                                              # (B, h', w')
+            if not self.training:
+                grain = (gain.unsqueeze(-1) > self.thresholds).sum(-1)
+                return torch.where(self.thresholds.isnan().any(), errors.argmax(1), grain), errors  # older runs have no thresholds
+            shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
+            thresholds = torch.stack([gain.flatten().quantile(1 - share) for share in shares])
+            grain, noise = (gain.unsqueeze(-1) > thresholds).sum(-1), torch.rand_like(gain)
+            anything = sum((noise < share).long() for share in shares)
+            if world_size() > 1:
+                dist.all_reduce(thresholds)
+                thresholds /= world_size()
+            self.thresholds.copy_(torch.where(self.thresholds.isfinite(), self.thresholds.lerp(thresholds, 0.05), thresholds))
+            explored = torch.rand_like(gain) < max(0.05, 0.4 * (1 - self.progress / 0.5))
+            return torch.where(explored, anything, grain), errors
+
+    def _router_loss(self, errors: Tensor, grain: Tensor, recon: Tensor, images: Tensor) -> Tensor:
+        """Regression of each region's squared error, relative to the batch's mean, at the granularity that it had. (Routers that
+        learned by straight-through gradients came to refine much the same places in all images.)"""
+        error = F.avg_pool2d((recon.detach().float() - images).square().mean(1), self.factor)  # (B, h', w')
+        predicted = errors.gather(1, grain.unsqueeze(1)).squeeze(1)
+        return 0.1 * (predicted - error / error.mean().clamp(min=1e-12)).square().mean()
 
     def _grain_of_entropy(self, images: Tensor) -> Tensor:
         if not self._calibrated and self.thresholds.isnan().any():
             raise ValueError("the entropy router has no thresholds yet; call calibrate or set_thresholds first")
-        self._calibrated = True  # asked once, because the answer waits for the GPU
+        self._calibrated = True  # checked once, because it waits for the GPU
         return (self.entropy(images).unsqueeze(-1) > self.thresholds).sum(-1)
 
-    def _select(self, features: list[Tensor], grain: Tensor) -> Tensor:
-        """In each cell the feature of its granularity, (B, z, h, w)."""
-        cells, z = self.to_finest(grain).unsqueeze(1), features[0]                           # (B, 1, h, w)
-        for g in range(1, self.grains):
-            z = torch.where(cells == g, features[g], z)
-        return z
-
     def _budget(self, gate: Tensor) -> Tensor:
-        """The release's loss, in which sum(g0 + 4 g1) and so on come down to the mean gate of each granularity."""
+        """The release's loss. Its code counts, such as sum(g0 + 4 g1), reduce to each granularity's mean gate."""
         shares = gate.mean((0, 2, 3))
         error = [(shares[g] - ratio).square() for g, ratio in enumerate(self.ratios, 1)]
         if self.grains == 2:
@@ -234,18 +240,18 @@ class DQVAE(nn.Module):
         return self.to_image(self.decoder(self.position(z)))                                 # (B, 3, S, S)
 
     def to_finest(self, grain: Tensor) -> Tensor:
-        """The granularity of each cell, (B, h, w), from that of each region (B, h', w')."""
+        """Granularity of each region (B, h', w') to that of each finest cell (B, h, w)."""
         times = self.factors[0] // self.factors[-1]
         return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
     def first_cells(self, cells: Tensor) -> Tensor:
-        """1 for the first of the cells that a code is repeated over, 0 for the others, (B, h, w)."""
+        """1 at the first cell of each code, else 0, (B, h, w)."""
         times = torch.pow(2, self.grains - 1 - cells)
         line = torch.arange(cells.shape[1], device=cells.device)
         return ((line.view(-1, 1) % times == 0) & (line % times == 0)).float()
 
     def _same_within_code(self, indices: Tensor, cells: Tensor) -> Tensor:
-        """A coarse code's cells have equal vectors, but kernels may round them differently: its first cell decides."""
+        """Copies each code's first cell to its others, whose equal vectors kernels may round differently."""
         for g in range(self.grains - 1):
             times = self.factors[g] // self.factors[-1]
             first = indices[:, ::times, ::times].repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -258,11 +264,11 @@ class DQVAE(nn.Module):
 
 
 class FeatureRouter(nn.Module):
-    """Features of each granularity (B, C, h_g, w_g), coarsest first, to logits (B, G, h', w'), float32."""
+    """Features (B, C, h_g, w_g) of each granularity, coarsest first, to logits (B, G, h', w'), float32."""
 
     def __init__(self, channels: int, grains: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels, eps=1e-6) for _ in range(grains))
+        self.norms = nn.ModuleList(group_norm(channels) for _ in range(grains))
         self.fc1 = nn.Linear(grains * channels, grains * channels)
         self.fc2 = nn.Linear(grains * channels, grains)
 
@@ -272,13 +278,18 @@ class FeatureRouter(nn.Module):
         return self.fc2(F.silu(self.fc1(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2).float()
 
 
+def _without_thresholds(model: DQVAE, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Feature routers from before there were thresholds choose the largest logit."""
+    state.setdefault(f"{prefix}thresholds", model.thresholds.new_full((model.grains - 1,), math.nan))
+
+
 def one_hot(grain: Tensor, grains: int) -> Tensor:
     """(B, h', w') to (B, G, h', w') float32."""
     return F.one_hot(grain, grains).permute(0, 3, 1, 2).float()
 
 
 class PositionEmbedding(nn.Module):
-    """Adds to (B, C, S, S) a Fourier feature of (x, y) and a learned vector per row and per column."""
+    """Adds Fourier features of (x, y) and learned vectors per row and column to (B, C, S, S)."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()

@@ -1,49 +1,51 @@
 """GPT over the codes of a VQGAN or VQ-VAE, and what Stackformer and DQ-Transformer share with it.
 
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
-    CodeTransformer         what all three have in common: class labels, guidance, cached sampling
-    Blocks, Cache           pre-norm transformer blocks (minGPT's) and their keys and values while sampling
-    Guidance, NotFinite     classifier-free guidance while sampling, and its error where logits are NaN or infinite
-    filter_logits, draw     temperature, top-k, top-p; and one token per row from one random number per row
-    parameter_groups        for AdamW: weight decay on the weights of linear layers only
+    CodeTransformer         base class of all three: class labels, classifier-free guidance
+    Blocks, Cache           pre-norm transformer blocks (minGPT's), and their key-value cache
+    Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
+    filter_logits, draw     temperature, top-k, top-p; sampling
+    parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
     loss = model({"indices": indices}, labels)["loss"]            # indices: int64 (B, 16, 16), labels: int64 (B,)
     codes = model.sample(8, labels=labels, top_k=100, cfg_scale=3.0)    # {"indices": (8, 16, 16)}, for vqgan.decode(codes)
 
-With num_classes = 0 there are no labels. This file needs torch and nothing else.
+Unconditional with num_classes=0. Differences from the release: start tokens have their own table and no logits; label dropout allows
+guidance. Needs torch only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+Count = Annotated[int, (0, 2**31)]  # the ranges that a config file may use; constructors do not check them
+Probability = Annotated[float, (0, 0.999)]
+
 
 class CodeTransformer(nn.Module):
     """Base of GPT, Stackformer and DQTransformer.
 
-    A sequence opens with a start token, of which there is one per class. Labels are dropped in training with probability
-    `label_dropout`: the null class that takes their place is what classifier-free guidance (Ho & Salimans, 2022) and sampling
-    without labels need. An unconditional model has this null class alone.
+    A sequence opens with a start token, one per class. In training, labels become the null class with probability `label_dropout`, for
+    classifier-free guidance (Ho & Salimans, 2022) and sampling without labels. An unconditional model has the null class only.
     """
 
-    def __init__(self, num_classes: int, label_dropout: float):
+    def __init__(self, num_classes: Count, label_dropout: Probability):
         super().__init__()
-        if num_classes < 0 or not 0 <= label_dropout < 1:
-            raise ValueError(f"num_classes must be at least 0 and label_dropout in [0, 1); they are {num_classes} and {label_dropout}")
         self.num_classes, self.label_dropout = num_classes, label_dropout
         self.num_starts = num_classes + (num_classes == 0 or label_dropout > 0)
 
-    def _starts(self, n: int, labels: Tensor | None, device: torch.device) -> Tensor:
-        """Rows (n,) in the table of start tokens; in training, some labels are dropped."""
+    def start_tokens(self, n: int, labels: Tensor | None, device: torch.device) -> Tensor:
+        """Start tokens (n,) of labels (n,) or of the null class, with label dropout in training."""
         if labels is None and self.num_starts == self.num_classes:
-            raise ValueError("this model needs labels: it was made with label_dropout=0, so it knows no null class")
+            raise ValueError("this model needs labels: it was made with label_dropout=0, so it has no null class")
         if labels is None:
             return torch.full((n,), self.num_classes, device=device)
         if self.num_classes == 0:
@@ -52,7 +54,7 @@ class CodeTransformer(nn.Module):
             raise ValueError(f"labels must be one for each of the {n} images, ({n},); they are {tuple(labels.shape)}")
         valid, sentence = ((labels >= 0) & (labels < self.num_classes)).all(), f"labels must be classes from 0 to {self.num_classes - 1}"
         if labels.is_cuda:
-            torch._assert_async(valid, sentence)  # fails on the device: no step waits for it
+            torch._assert_async(valid, sentence)  # asserts on the device, without synchronisation
         elif not valid:
             raise ValueError(f"{sentence}; they are {sorted(set(labels.tolist()))}")
         labels = labels.to(device)
@@ -60,24 +62,24 @@ class CodeTransformer(nn.Module):
             labels = torch.where(torch.rand(n, device=device) < self.label_dropout, self.num_classes, labels)
         return labels
 
-    def _sampling_starts(self, n: int, labels: Tensor | list[int] | None, cfg_scale: float) -> tuple[Tensor, Guidance]:
-        """Start rows (n,), or (2n,) with the null class in the second half if there is guidance."""
+    def start_sampling(self, n: int, labels: Tensor | list[int] | None, cfg_scale: float) -> tuple[Tensor, Guidance]:
+        """Start tokens (n,), or with guidance (2n,), the second half being the null class's."""
         if self.training:
             raise ValueError("the model is in training mode; call eval() before sample()")
         device = next(self.parameters()).device
-        starts = self._starts(n, None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu(), device)
+        starts = self.start_tokens(n, None if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu(), device)
         if cfg_scale == 1.0:
             return starts, Guidance(1.0, 1)
         if labels is None:
-            raise ValueError(f"cfg_scale={cfg_scale} needs labels: it strengthens what they say")
-        return torch.cat([starts, self._starts(n, None, device)]), Guidance(cfg_scale, 2)
+            raise ValueError(f"cfg_scale={cfg_scale} needs labels to guide towards")
+        return torch.cat([starts, self.start_tokens(n, None, device)]), Guidance(cfg_scale, 2)
 
     def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-        """Reads all training codes once, before training: the number of tokens of each row (rows,)."""
+        """Reads all training codes before training. Returns each row's number of tokens (rows,)."""
         return torch.cat([self.lengths(codes) for codes in batches])
 
     def init_weights(self) -> None:
-        """minGPT's: N(0, 0.02) for linear layers and embeddings, zero biases."""
+        """As minGPT: N(0, 0.02) for linear layers and embeddings, zero biases."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -86,16 +88,16 @@ class CodeTransformer(nn.Module):
 
 
 class GPT(CodeTransformer):
-    """Predicts each code from the ones above and to the left of it.
+    """Predicts the codes of an image in raster order.
 
-    codebook_size, grid            K, and side of the grid of codes
+    codebook_size, grid            K, and the side of the grid of codes
     num_classes, label_dropout     see CodeTransformer
     n_layer, n_head, n_embd        depth, heads, width
-    dropout                        of embeddings, attention weights and residual branches
+    dropout                        on embeddings, attention weights and residual branches
     """
 
-    def __init__(self, codebook_size: int, grid: int, num_classes: int = 0, n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
-                 dropout: float = 0.0, label_dropout: float = 0.1):
+    def __init__(self, codebook_size: int, grid: int, num_classes: Count = 0, n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
+                 dropout: Probability = 0.0, label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
         self.codebook_size, self.grid, self.length = codebook_size, grid, grid**2
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
@@ -108,7 +110,7 @@ class GPT(CodeTransformer):
         self.init_weights()
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes {"indices": (B, h, w)} and labels (B,) to {"loss", "code"}: mean cross-entropy in nats, and the same again."""
+        """Codes {"indices": (B, h, w)} and labels (B,) to {"loss", "code"}, both the mean cross-entropy in nats."""
         logits = self.logits(codes, labels)["indices"]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), codes["indices"].flatten())
         return {"loss": loss, "code": loss.detach()}
@@ -116,14 +118,14 @@ class GPT(CodeTransformer):
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Next-code logits under teacher forcing, {"indices": (B, T, K)}, T = h * w."""
         indices = self._flat(codes)                                                          # (B, T)
-        starts = self._starts(len(indices), labels, indices.device)
+        starts = self.start_tokens(len(indices), labels, indices.device)
         x = torch.cat([self.start_emb(starts).unsqueeze(1), self.code_emb(indices[:, :-1])], dim=1)
         x = self.blocks(self.drop(x + self.index_emb))                                       # (B, T, C)
         return {"indices": self.head(self.norm(x))}                                          # (B, T, K)
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
-        """What the codes of each image cost under this model, in bits (B,)."""
+        """Negative log-likelihood of each image's codes, in bits (B,)."""
         logits = self.logits(codes, labels)["indices"]
         return F.cross_entropy(logits.transpose(1, 2).float(), self._flat(codes), reduction="none").sum(1) / math.log(2)
 
@@ -131,16 +133,16 @@ class GPT(CodeTransformer):
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, cfg_scale: float = 1.0,
                generator: torch.Generator | list[torch.Generator] | None = None) -> dict[str, Tensor]:
-        """n new images' codes, {"indices": (n, h, w)}.
+        """Codes of n new images, {"indices": (n, h, w)}.
 
-        labels         (n,) classes; None samples without
+        labels         (n,) classes; None: the null class
         temperature    0: always the most likely code
-        top_k, top_p   only the k likeliest codes, or the likeliest ones that together have this probability
-        cfg_scale      guidance towards the labels: null + scale * (conditional - null)
-        generator      one, or one per row. A row depends on its own random numbers only, not on the rows beside it
+        top_k, top_p   only the k most likely codes, or the fewest with this total probability
+        cfg_scale      guidance: null + scale * (conditional - null)
+        generator      one, or one per row; a row depends on its own random numbers only
         """
         check_sampling(temperature, top_k, top_p)
-        starts, guide = self._sampling_starts(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale)
         numbers = uniforms(n, self.length, generator, starts.device)                         # (n, T)
         cache = Cache(self.blocks, len(starts), self.length)
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
@@ -154,7 +156,7 @@ class GPT(CodeTransformer):
         return {"indices": indices.view(n, self.grid, self.grid)}
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
-        """Tokens (B,) that the model reads for the codes of each image."""
+        """Number of input tokens (B,) of each image."""
         return torch.full_like(codes["indices"][:, 0, 0], self.length)
 
     def _flat(self, codes: dict[str, Tensor]) -> Tensor:
@@ -172,11 +174,8 @@ class Blocks(nn.Module):
 
     def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float):
         super().__init__()
-        if min(n_layer, n_head, n_embd) < 1 or n_layer > 1000 or n_embd % n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, and there must be 1 to 1000 layers; n_layer, n_head and n_embd are "
-                             f"{n_layer}, {n_head} and {n_embd}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); it is {dropout}")
+        if n_embd % n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head; they are {n_embd} and {n_head}")
         self.n_head, self.head_dim = n_head, n_embd // n_head
         self.layers = nn.ModuleList(Block(n_head, n_embd, dropout) for _ in range(n_layer))
 
@@ -186,8 +185,8 @@ class Blocks(nn.Module):
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-        """One more token per row, (B, C) to (B, C). The arguments after x are `Cache.at`'s; their shapes change only every
-        `Cache.window` steps, so that this function can be compiled or captured."""
+        """One decoding step, (B, C) to (B, C), given `Cache.at(t)`. Shapes change only every `Cache.window` steps, so this can be compiled
+        or captured in a CUDA graph."""
         x = x.unsqueeze(1)
         for layer, layer_kv in zip(self.layers, kv):
             x = layer(x, layer_kv, t, mask)
@@ -195,7 +194,7 @@ class Blocks(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and a GELU MLP, each behind a LayerNorm and with a residual connection."""
+    """Causal self-attention and a GELU MLP, pre-norm, with residual connections."""
 
     def __init__(self, n_head: int, n_embd: int, dropout: float):
         super().__init__()
@@ -207,7 +206,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, kv: Tensor | None = None, t: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) to the same; with a cache kv (2, B, heads, window, head_dim), T = 1 and this is token number t (1,)."""
+        """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and t (1,) is the token's number."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
         if kv is not None:
@@ -218,7 +217,7 @@ class Block(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear. A few rows on the CPU, such as a step of sampling, are multiplied from the other side, twice as fast there."""
+    """nn.Linear. For one decoding step on the CPU, `W @ x.T` is twice as fast as `x @ W.T`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or torch.is_grad_enabled() or x.numel() > 64 * self.in_features:
@@ -228,7 +227,7 @@ class Linear(nn.Linear):
 
 
 class Cache:
-    """Keys and values of the tokens so far, for `rows` sequences of at most `length` tokens; allocated once."""
+    """Keys and values of `rows` sequences of at most `length` tokens, allocated once."""
 
     def __init__(self, blocks: Blocks, rows: int, length: int):
         weight = blocks.layers[0].qkv.weight
@@ -236,22 +235,21 @@ class Cache:
         dtype = torch.get_autocast_dtype(weight.device.type) if half else weight.dtype
         self.kv = torch.zeros(len(blocks.layers), 2, rows, blocks.n_head, length, blocks.head_dim, dtype=dtype, device=weight.device)
         self.steps = torch.arange(length, device=weight.device)
-        # Attention looks at a multiple of so many tokens, the future ones masked: few different shapes, little in vain.
-        self.window = 64 if weight.is_cuda else 16
+        self.window = 64 if weight.is_cuda else 16  # attention covers multiples of this, the future masked: few shapes, little waste
 
     def at(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For token number t: the cache's window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
+        """For token t: keys and values of the window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
         window = min(len(self.steps), (t // self.window + 1) * self.window)
         now = self.steps[t:t + 1]
         return self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0)
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows (R,) only."""
+        """Keeps these rows (R,) only."""
         self.kv = self.kv.index_select(2, rows)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """For AdamW: the weights of linear layers decay; biases, norms and embeddings do not."""
+    """For AdamW: decays the weights of linear layers, not biases, norms and embeddings."""
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in parameters if id(p) in decay], "weight_decay": weight_decay},
@@ -267,11 +265,11 @@ class NotFinite(ValueError):
 
 
 class Guidance:
-    """Classifier-free guidance in one call of `sample`: null + scale * (conditional - null). Remembers whether all logits were
-    finite; asked once at the end, because the answer waits for the GPU."""
+    """Classifier-free guidance: null + scale * (conditional - null). Also records whether logits were finite; `check` waits for the GPU, so
+    it is called once, after sampling."""
 
     def __init__(self, scale: float, copies: int):
-        self.scale, self.copies, self.finite = scale, copies, True  # copies of each row: conditional and null, or one
+        self.scale, self.copies, self.finite = scale, copies, True  # copies of a row: 2 are conditional and null
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(copies * n, V) to (n, V)."""
@@ -297,8 +295,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Logits (B, V) at this temperature, float32, with -inf for all but the allowed tokens. Temperature 0: for all but the
-    likeliest."""
+    """Logits (B, V), divided by the temperature, float32; -inf for excluded tokens. Temperature 0 leaves only the most likely."""
     logits = logits.float()
     if temperature == 0:
         top_k, temperature = 1, 1.0
@@ -309,22 +306,21 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # those before it have enough without it
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the tokens before it already reach top_p
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return logits
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """One token (B,) per row of logits (B, V), by the random numbers (B,) in [0, 1)."""
+    """Samples one token (B,) per row of logits (B, V), given random numbers (B,) in [0, 1)."""
     below = logits.softmax(-1).cumsum(-1)
-    target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # under the last entry, whatever is rounded
-    passed = (below > target) & (logits > -math.inf)  # a scan may round: an impossible token must not pass by that
+    target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # stays below the total despite rounding
+    passed = (below > target) & (logits > -math.inf)  # rounding in cumsum must not select an excluded token
     return passed.int().argmax(-1)  # the first
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:
-    """(n, count) random numbers in [0, 1). Row by row, from the row's own generator, or from the only one: either way a row's
-    numbers are the same whatever n is."""
+    """Random numbers (n, count) in [0, 1), row by row from the row's generator or the only one, so that they do not depend on n."""
     generators = generator if isinstance(generator, list) else [generator] * n
     if len(generators) != n:
         raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; there are {len(generators)}")

@@ -1,20 +1,21 @@
-"""The losses of stage 1: reconstruction (L1 or L2), LPIPS, PatchGAN with the adaptive weight, LeCam.
+"""Stage-1 losses: reconstruction (L1 or L2), LPIPS, PatchGAN with the adaptive weight, LeCam.
 
-    Stage1Loss          all of it together: `generator(...)` and `discriminator(...)`, each a loss and its named parts
+    Stage1Loss          all of them: `generator(...)` and `discriminator(...)` return a loss and its named parts
     PatchGAN            the discriminator of pix2pix (Isola et al., CVPR 2017)
     discriminator_loss, generator_loss      hinge, vanilla and non-saturating
     adaptive_weight     "Taming Transformers" (Esser et al., CVPR 2021), eq. 7
-    LeCam               regularises the discriminator (Tseng et al., CVPR 2021)
-    load_lpips          the perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
+    LeCam               discriminator regularisation (Tseng et al., CVPR 2021)
+    load_lpips          perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
 
-Needs torch and, for a perceptual loss only, lpips.
+Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from gradients averaged over processes. Needs
+torch, and lpips for the perceptual loss only.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,27 +24,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GAN = Literal["hinge", "vanilla", "non_saturating"]
+Step = Annotated[int, (0, 2**31)]  # the range that a config file may use
 
 
 class Stage1Loss(nn.Module):
-    """Everything that a stage-1 model is trained on.
+    """The losses of a stage-1 model and of its discriminator.
 
-    reconstruction      distance between pixels in [-1, 1]
-    perceptual_weight   weight of LPIPS-VGG; 0: no LPIPS, and no weights wanted for it
-    gan                 kind of GAN loss (see discriminator_loss and generator_loss)
-    disc_weight         weight of the GAN loss in the generator's; 0: no discriminator
-    adaptive_weight     multiply that by ||grad reconstruction|| / ||grad GAN|| at the model's last layer
-    disc_weight_max     upper limit of the resulting weight
-    disc_start          the step from which the discriminator learns
-    gan_start           the step from which the generator hears it (default: disc_start). Earlier learning for the
-                        discriminator spares the generator the jolt of an untrained one.
-    disc_loss_weight    factor on the discriminator's own loss
-    lecam_weight        weight of LeCam in the discriminator's loss (0.001 in MAGVIT); 0: none
+    reconstruction      pixel loss, on images in [-1, 1]
+    perceptual_weight   of LPIPS-VGG; 0: not loaded
+    gan                 see discriminator_loss and generator_loss
+    disc_weight         of the generator's GAN loss; 0: no discriminator
+    adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last layer
+    disc_weight_max     upper limit of the result
+    disc_start          first step of the discriminator's training
+    gan_start           first step of the generator's GAN loss (default: disc_start); later spares it an untrained discriminator
+    disc_loss_weight    of the discriminator's loss
+    lecam_weight        of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
     """
 
     def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0, gan: GAN = "hinge",
-                 disc_weight: float = 0.8, adaptive_weight: bool = True, disc_weight_max: float | None = None,
-                 disc_start: int = 0, gan_start: int | None = None, disc_loss_weight: float = 1.0, lecam_weight: float = 0.0):
+                 disc_weight: float = 0.8, adaptive_weight: bool = True, disc_weight_max: float | None = None, disc_start: Step = 0,
+                 gan_start: Step | None = None, disc_loss_weight: float = 1.0, lecam_weight: float = 0.0):
         super().__init__()
         self.reconstruction, self.perceptual_weight, self.gan = reconstruction, perceptual_weight, gan
         self.disc_weight, self.adaptive_weight, self.disc_weight_max = disc_weight, adaptive_weight, disc_weight_max
@@ -57,14 +58,13 @@ class Stage1Loss(nn.Module):
 
     def generator(self, images: Tensor, out, last_layer: Tensor, discriminator: nn.Module | None, step: int,
                   scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The generator's loss, to call backward on, and its parts, detached.
+        """The generator's loss, for backward, and its parts, detached.
 
-        images (B, 3, H, W) in [-1, 1]; out: a stage-1 model's output for them; scale: the loss scale of fp16 training.
+        images (B, 3, H, W) in [-1, 1]; out: the model's `Output`; scale: fp16's loss scale.
 
-        The reconstruction and the GAN loss are led back to the image once each. Both gradients there serve the adaptive
-        weight (which needs one layer more) as well as the update, so neither LPIPS nor the discriminator is traversed
-        twice, and their activations are free before the model's own backward begins. What is returned is therefore a
-        loss of the same gradient; its value is in the parts.
+        Reconstruction and GAN loss are backpropagated to the reconstruction once each. The adaptive weight and the update share these
+        gradients, so LPIPS and the discriminator free their activations before the model's backward. The returned loss is a surrogate
+        with the right gradient; the value is in the parts.
         """
         recon = out.images.float()
         error = recon - images
@@ -104,35 +104,35 @@ class Stage1Loss(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: GAN) -> Tensor:
-    """Of the logits for real and fake images (any shape), a scalar."""
+    """Logits for real and fake images (any shape) to a scalar."""
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # cross-entropy
 
 
 def generator_loss(fake: Tensor, kind: GAN) -> Tensor:
-    """Of the logits for fake images (any shape), a scalar: -logit, or for the non-saturating loss -log sigmoid(logit)."""
+    """Logits for fake images (any shape) to a scalar: -logit, or -log sigmoid(logit) if non-saturating."""
     fake = fake.float()
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
 def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor) -> Tensor:
-    """||grad_rec|| / (||grad_gan|| + 1e-4), at most 1e4; of the gradients averaged over all processes."""
+    """||grad_rec|| / (||grad_gan|| + 1e-4), at most 1e4, from gradients averaged over all processes."""
     rec, gan = _mean_over_processes(torch.stack([grad_rec, grad_gan])).flatten(1).norm(dim=1)
     return (rec / (gan + 1e-4)).clamp(0, 1e4)
 
 
 class LeCam(nn.Module):
-    """Keeps logits for real images near the moving average of those for fake ones, and the other way round."""
+    """Pulls logits for real images towards the moving average of fake ones, and vice versa."""
 
     def __init__(self, decay: float = 0.999):
         super().__init__()
         self.decay = decay
-        self.register_buffer("ema", torch.zeros(2))  # of the mean logits: real, fake
+        self.register_buffer("ema", torch.zeros(2))  # mean logits: real, fake
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         means = _mean_over_processes(torch.stack([real.mean(), fake.mean()]).detach())
-        means = torch.where(means.isfinite().all(), means, self.ema)  # a batch that overflowed (fp16) does not count
+        means = torch.where(means.isfinite().all(), means, self.ema)  # skip a batch that overflowed in fp16
         self.ema.lerp_(means, 1 - self.decay)
         ema = self.ema.clone()
         return F.relu(real - ema[1]).square().mean() + F.relu(ema[0] - fake).square().mean()
@@ -147,15 +147,14 @@ def _mean_over_processes(x: Tensor) -> Tensor:
 
 
 class PatchGAN(nn.Sequential):
-    """A logit for each patch of the image: (B, 3, H, W) to (B, 1, H', W'); patches of 70 x 70 pixels with 3 layers.
+    """Images (B, 3, H, W) to a logit per patch, (B, 1, H', W'). With 3 layers, patches have 70 x 70 pixels.
 
-    ch, num_layers      channels of the first conv, doubled up to 8 times; convs of stride 2
-    norm                "batch" as in the papers (statistics per process), or "group", which does not mix images
+    ch                  channels of the first conv; they double per layer, up to 8 ch
+    num_layers          convs of stride 2
+    norm                "batch" as in the papers (statistics per process), or "group" (statistics per image)
     """
 
     def __init__(self, ch: int = 64, num_layers: int = 3, norm: Literal["batch", "group"] = "batch"):
-        if ch < 1 or not 1 <= num_layers <= 20:
-            raise ValueError(f"a discriminator needs at least 1 channel, and 1 to 20 layers; it is given {ch} and {num_layers}")
         channels = [ch * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):
@@ -171,17 +170,17 @@ class PatchGAN(nn.Sequential):
 
 
 def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
-    """LPIPS with VGG-16, frozen: distance (B, 1, 1, 1) of two batches of images in [-1, 1].
+    """Frozen LPIPS with VGG-16: two batches of images in [-1, 1] to distances (B, 1, 1, 1).
 
-    FileNotFoundError, in one sentence, if the VGG weights are neither on disk nor to be downloaded; `instead` does without.
+    FileNotFoundError if VGG's weights are neither on disk nor downloadable; the message suggests `instead`.
     """
     import lpips
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it warns about
+            warnings.simplefilter("ignore")  # torchvision's, about how lpips calls it
             return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
+    except (OSError, RuntimeError) as error:  # no network, or a truncated file
         raise FileNotFoundError(
             f"LPIPS needs VGG-16's weights, which could not be downloaded ({error}); put the file "
             f"vgg16-397923af.pth (download.pytorch.org/models) into {torch.hub.get_dir()}/checkpoints, or do without "

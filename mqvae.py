@@ -1,24 +1,23 @@
-"""MQ-VAE: codes for the cells that matter, and none for the others.
+"""MQ-VAE: codes for the important cells only.
 
     MQVAE       "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive Image Generation"
                 (Huang et al., CVPR 2023), sec. 3.2: adaptive mask and adaptive de-mask
-    ScoreNet    how much each cell of the encoder's grid matters, 0 to 1
-    DeMask      fills the cells without a code from those that have one
+    ScoreNet    importance score of each cell of the encoder's grid, 0 to 1
+    DeMask      fills the masked cells from the kept ones
 
-The N cells of highest score keep their features, which are quantized; their positions are part of the code. `_train_ours`
-and `_train_as_released` say how the scores learn.
-Interface as in vqgan.py; images are float tensors (B, 3, H, W) in [-1, 1].
+The N cells of highest score are kept and quantized. Interface as in vqgan.py; images are float tensors (B, 3, S, S) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
     images = model.decode(codes)
 
-Needs torch and vqgan.py.
+Difference from the release: how scores are trained (`_train_ours`; release_training=True: `_train_as_released`). Copy with vqgan.py.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -31,31 +30,24 @@ from vqgan import Attention, DownPath, Encoder, Output, ResBlock, UpPath, Vector
 class MQVAE(nn.Module):
     """Encoder, mask, quantizer, de-mask, decoder; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         side S of the images; any other is refused, because codes alone do not tell the grid
+    image_size         side S of the images; no other works, because codes do not tell the grid
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
-    topk_ratio         share of the cells that keep a code, between 0 and 1: N = int(topk_ratio * h * w)
-    demask_layers      residual block and masked attention, so many times
-    release_training   train with the release's gradients; an attribute as well
+    topk_ratio         share of cells to keep, N = int(topk_ratio * h * w)
+    demask_layers      number of pairs of residual block and masked attention
+    release_training   train with the release's gradients; also an attribute
 
-    Set the attribute `model.progress` at every training step to the share of the steps that are done, as train_stage1.py does: our
-    training begins with more than N cells and with noise. Left at 1, it trains as at the end.
+    Before each training step, set the attribute `progress` to the share of steps done: `_train_ours` starts with more than N cells and
+    with noise. The default 1 trains as at the end.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
                  attn_resolutions: list[int] = (32,), z_channels: int = 256, topk_ratio: float = 0.25,
-                 demask_layers: int = 8, quantizer: VectorQuantizer | None = None, release_training: bool = False):
+                 demask_layers: Annotated[int, (0, 2**31)] = 8, quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
-        if not 0 < topk_ratio < 1:
-            raise ValueError(f"topk_ratio is the share of cells that keep a code, between 0 and 1; it is {topk_ratio}")
-        quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
-        if quantizer.l2_norm:
-            raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
         size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
-        up = UpPath(num_res_blocks=num_res_blocks + 1, **size)
+        quantizer, up = quantizer or VectorQuantizer(ema_decay=0.98), UpPath(num_res_blocks=num_res_blocks + 1, **size)
         self.factor = 2 ** (len(ch_mult) - 1)
         self.image_size, self.grid = image_size, image_size // self.factor
-        if image_size % self.factor:
-            raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
         self.topk_ratio, self.release_training, self.progress = topk_ratio, release_training, 1.0
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
@@ -64,11 +56,15 @@ class MQVAE(nn.Module):
         self.demask = DeMask(quantizer.dim, up.channels[0], demask_layers)
         self.decoder = up
         self.to_image = nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1)
-        if int(topk_ratio * self.grid**2) < 1:
-            raise ValueError(f"topk_ratio {topk_ratio} keeps none of the {self.grid} x {self.grid} cells")
+        if image_size % self.factor:
+            raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
+        if not 1 <= int(topk_ratio * self.grid**2) < self.grid**2:
+            raise ValueError(f"topk_ratio must be between 0 and 1 and keep at least one of {self.grid**2} cells; it is {topk_ratio}")
+        if quantizer.l2_norm:
+            raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W) to an `Output`; its losses are `codebook` and `commitment`."""
+        """Images (B, 3, S, S) to an `Output` with losses `codebook` and `commitment`."""
         vectors, scores, positions, slope = self._mask(images)
         z_q, indices, losses, info = self.quantizer(self._kept(vectors, positions))
         recon = self._decode(z_q, positions, slope)
@@ -82,8 +78,7 @@ class MQVAE(nn.Module):
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to codes {"indices": int64 (B, N), "positions": int64 (B, N)}, ascending in position, which
-        counts the cells of the grid row by row."""
+        """Images (B, 3, S, S) to {"indices": int64 (B, N), "positions": int64 (B, N)}; positions are raster order, ascending."""
         vectors, _, positions, _ = self._mask(images)
         return {"indices": self.quantizer.nearest(self._kept(vectors, positions)), "positions": positions}
 
@@ -92,13 +87,13 @@ class MQVAE(nn.Module):
         return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"])
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What the codes look like over their images (B, 3, S, S): {"kept_map": (B, 3, S, S)}, dark where there is no code."""
+        """{"kept_map": (B, 3, S, S)}: the images, dark at masked cells."""
         mask = images.new_zeros(len(images), self.grid**2).scatter(1, codes["positions"], 1.0)
         mask = F.interpolate(mask.view(-1, 1, self.grid, self.grid), images.shape[-2:])
         return {"kept_map": images * mask + (0.25 * images - 0.75) * (1 - mask)}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """What the codes of each image cost, in bits (B,): log2 K per code, and log2 C(h * w, N) for the positions."""
+        """Bits per image (B,): log2 K per code, and log2 C(h * w, N) for the positions."""
         indices, cells = codes["indices"], self.grid**2
         n = indices.shape[1]
         choose = (math.lgamma(cells + 1) - math.lgamma(n + 1) - math.lgamma(cells - n + 1)) / math.log(2)
@@ -107,11 +102,11 @@ class MQVAE(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive GAN weight compares gradients."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
     def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images to the vectors (B, hw, D) and scores (B, h, w) of all cells, the positions (B, N) of those to keep, and `slope`."""
+        """Images to vectors (B, hw, D) and scores (B, h, w) of all cells, kept positions (B, N), and `slope` (below)."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         z = self.encoder(images)                                                             # (B, C, h, w)
@@ -123,17 +118,19 @@ class MQVAE(nn.Module):
             n, order, slope = (self._train_as_released if self.release_training else self._train_ours)(n, flat, vectors)
         return vectors, scores, order.topk(n, dim=1).indices.sort(dim=1).values, slope
 
-    # Training: from N, scores (B, hw) and vectors (B, hw, D) to how many cells are kept, the order (B, hw) by which they are, and a slope
-    # (B, hw, D) that is added to what the de-mask network reads: 0, with a gradient for the scores.
+    # Training: N, scores (B, hw) and vectors (B, hw, D) to the number of cells to keep, the values (B, hw) that rank them, and `slope`
+    # (B, hw, D), added to DeMask's input: zero in the forward pass, with a gradient for the scores.
 
     def _train_as_released(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, None]:
-        """The N highest scores. A score's gradient is that of the kept feature which it multiplies."""
+        """Keeps the N highest scores. Only kept features give their scores a gradient."""
         return n, scores.detach(), None
 
     def _train_ours(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor]:
-        """At first all cells, falling to N half-way: the network learns to code before it learns to leave out. In the order of logits
-        with Gumbel noise, which fades to 0 at 80 %: each cell is at times kept and at times not. A score also has the gradient of what
-        a code instead of the token would change in its cell (to first order), less the mean of this over the image."""
+        """Keeps all cells at first, N from 50 % of training on. Ranks by logit plus Gumbel noise, which fades out at 80 %.
+
+        `slope` is a straight-through term: its gradient with respect to a score is the first-order effect of giving that cell a code
+        instead of the token, relative to the image's mean.
+        """
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
         order, noise = scores.detach(), 1 - self.progress / 0.8
         if noise > 0:
@@ -150,7 +147,7 @@ class MQVAE(nn.Module):
 
 
 class ScoreNet(nn.Module):
-    """Features (B, C, h, w) to scores (B, h, w) between 0 and 1, float32."""
+    """Features (B, C, h, w) to scores (B, h, w) in [0, 1], float32."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -160,15 +157,15 @@ class ScoreNet(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         h = F.relu(self.conv1(F.layer_norm(z, z.shape[1:])))
-        with torch.autocast(z.device.type, enabled=False):  # in half precision many scores would be the same
+        with torch.autocast(z.device.type, enabled=False):  # half precision would make many scores equal
             return self.norm(self.conv2(h.float())).squeeze(1).sigmoid()
 
 
 class DeMask(nn.Module):
     """Kept codes (B, N, D) at positions (B, N) to features of the whole grid (B, channels, h, w).
 
-    A learned token stands in the other cells. Attention weighs keys by a mask: 1 for cells with a code, and for the others
-    0.02, 0.02^(1/2), 0.02^(1/4), ... from block to block: information flows from kept cells first, and later between all.
+    Masked cells hold a learned token. Attention weights are multiplied by the key's mask: 1 if kept, else 0.02, 0.02^(1/2), 0.02^(1/4), ...
+    from block to block: information flows from kept cells first, later between all.
     """
 
     def __init__(self, dim: int, channels: int, layers: int, mask_init: float = 0.02):
@@ -177,8 +174,6 @@ class DeMask(nn.Module):
         self.token = nn.Parameter(torch.empty(dim).uniform_(-1 / dim, 1 / dim))
         self.post_quant = nn.Conv2d(dim, channels, 1)
         self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
-        if not 0 <= layers <= 1000:
-            raise ValueError(f"demask_layers must be between 0 and 1000; it is {layers}")
         self.blocks = nn.ModuleList(ResBlock(channels, channels) for _ in range(layers))
         self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
         self.last_block = ResBlock(channels, channels)
@@ -188,7 +183,7 @@ class DeMask(nn.Module):
         x = self.token.to(z_q).expand(B, cells, D).scatter(1, positions.unsqueeze(-1).expand(-1, -1, D), z_q)
         x = x if slope is None else x + slope.to(x)
         mask = z_q.new_full((B, cells), self.mask_init).scatter(1, positions, 1.0)           # (B, hw)
-        x = x.transpose(1, 2).contiguous().view(B, D, grid, grid)  # norms are slow on other strides
+        x = x.transpose(1, 2).contiguous().view(B, D, grid, grid)  # norms are slow on other memory layouts
         x = self.conv_in(self.post_quant(x))                                                 # (B, C, h, w)
         for block, attn in zip(self.blocks, self.attns):
             x = attn(block(x), key_weight=mask)

@@ -1,16 +1,16 @@
-"""Stackformer: generates the codes of an MQ-VAE, and where they go.
+"""Stackformer: generates the codes of an MQ-VAE and their positions.
 
     Stackformer     "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive Image Generation"
                     (Huang et al., CVPR 2023), sec. 3.3
 
-The N kept cells are a sequence of (code, position) pairs in raster order. A Code-Transformer reads the pairs so far and predicts
-the next code; a Position-Transformer reads its hidden states and that code, and predicts where it goes.
+A sequence is the (code, position) pairs of the N kept cells in raster order. The Code-Transformer reads the pairs so far and predicts
+the next code. The Position-Transformer reads its hidden states and that code, and predicts the position.
 
     model = Stackformer(codebook_size=1024, grid=32, num_codes=256, num_classes=1000)
     loss = model(codes, labels)["loss"]         # codes = {"indices": (B, 256), "positions": (B, 256)}, from MQVAE.encode
     codes = model.sample(8, labels=labels)      # for MQVAE.decode
 
-Needs torch and gpt.py.
+Differences from the release: start tokens have their own table and no logits; label dropout allows guidance. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, check_sampling, draw, filter_logits, uniforms
+from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, uniforms
 
 
 class Stackformer(CodeTransformer):
-    """Code-Transformer below, Position-Transformer above.
+    """Code-Transformer, then Position-Transformer.
 
-    codebook_size, grid, num_codes     K, side of the grid of cells, and N, how many of them have a code
+    codebook_size, grid, num_codes     K, the side of the grid of cells, and the number N of cells with a code
     num_classes, label_dropout         see CodeTransformer
     code_layers, position_layers       depth of each transformer
     n_head, n_embd, dropout            as in GPT
     """
 
-    def __init__(self, codebook_size: int, grid: int, num_codes: int, num_classes: int = 0, code_layers: int = 12,
-                 position_layers: int = 12, n_head: int = 16, n_embd: int = 1024, dropout: float = 0.1, label_dropout: float = 0.1):
+    def __init__(self, codebook_size: int, grid: int, num_codes: int, num_classes: Count = 0, code_layers: int = 12,
+                 position_layers: int = 12, n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
+                 label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
         self.codebook_size, self.grid, self.cells, self.length = codebook_size, grid, grid**2, num_codes
-        if not 0 < num_codes <= self.cells:
-            raise ValueError(f"num_codes must be between 1 and the {self.cells} cells of the grid; it is {num_codes}")
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb = nn.Embedding(codebook_size, n_embd)
-        self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last is where the start token is
+        self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last is the start token's
         self.index_emb = nn.Parameter(torch.zeros(num_codes, n_embd))
         self.drop = nn.Dropout(dropout)
         self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout)
@@ -54,7 +53,7 @@ class Stackformer(CodeTransformer):
         self.init_weights()
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "code", "position"}: the loss is the sum of the two mean cross-entropies, in nats."""
+        """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the loss being their sum."""
         logits = self.logits(codes, labels)
         code = F.cross_entropy(logits["indices"].flatten(0, 1).float(), codes["indices"].flatten())
         position = F.cross_entropy(logits["positions"].flatten(0, 1).float(), codes["positions"].flatten())
@@ -66,7 +65,7 @@ class Stackformer(CodeTransformer):
         if indices.shape[1:] != (self.length,) or positions.shape != indices.shape:
             raise ValueError(f"indices and positions must be (B, {self.length}); they are {tuple(indices.shape)} and "
                              f"{tuple(positions.shape)}")
-        starts = self._starts(len(indices), labels, indices.device)
+        starts = self.start_tokens(len(indices), labels, indices.device)
         embedded = self.code_emb(indices)                                                    # (B, N, C)
         x = torch.cat([self._first(starts).unsqueeze(1), (embedded + self.position_emb(positions))[:, :-1]], dim=1)
         h = self.code_blocks(self.drop(x + self.index_emb))                                  # (B, N, C)
@@ -75,7 +74,7 @@ class Stackformer(CodeTransformer):
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
-        """What the codes and positions of each image cost under this model, in bits (B,)."""
+        """Negative log-likelihood of each image's codes and positions, in bits (B,)."""
         logits = self.logits(codes, labels)
         nats = sum(F.cross_entropy(logits[k].transpose(1, 2).float(), codes[k], reduction="none") for k in ("indices", "positions"))
         return nats.sum(1) / math.log(2)
@@ -85,15 +84,15 @@ class Stackformer(CodeTransformer):
                top_p: float | None = None, cfg_scale: float = 1.0,
                generator: torch.Generator | list[torch.Generator] | None = None, temperature_pos: float | None = None,
                top_k_pos: int | None = None, top_p_pos: float | None = None) -> dict[str, Tensor]:
-        """n new images' codes, {"indices": (n, N), "positions": (n, N)}, positions ascending.
+        """Codes of n new images, {"indices": (n, N), "positions": (n, N)}, positions ascending.
 
-        As GPT.sample; temperature_pos (None: as temperature), top_k_pos and top_p_pos are for the positions. Only positions
-        after the last one that leave room for the codes to come are possible, as in the training data.
+        As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position must follow the last one and leave
+        room for the codes to come.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
         check_sampling(temperature_pos, top_k_pos, top_p_pos)
-        starts, guide = self._sampling_starts(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale)
         numbers = uniforms(n, 2 * self.length, generator, starts.device)
         code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
         indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
@@ -115,7 +114,7 @@ class Stackformer(CodeTransformer):
         return {"indices": indices, "positions": positions}
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
-        """Tokens (B,) that the model reads for the codes of each image."""
+        """Number of input tokens (B,) of each image."""
         return torch.full_like(codes["indices"][:, 0], self.length)
 
     def _first(self, starts: Tensor) -> Tensor:

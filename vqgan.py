@@ -1,28 +1,27 @@
-"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors are replaced by the nearest of K learned codes.
+"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors are quantized to the nearest of K learned codes.
 
     VQGAN               residual + attention encoder and decoder  "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.1
     VQVAE               four convolutions each way, for small images        "Neural Discrete Representation Learning"
                                                                                   (van den Oord et al., NeurIPS 2017)
-    VectorQuantizer     nearest code, straight-through gradient; codebook learned by gradient or by moving average (EMA),
-                        optionally between unit vectors (ViT-VQGAN) and with entropy regularisation
-    Encoder, Decoder    and their parts, which mqvae.py and dqvae.py share: DownPath, Neck, UpPath, Mid, ResBlock, Attention
+    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or moving average (EMA)
+    Encoder, Decoder    and their parts, shared with mqvae.py and dqvae.py: DownPath, Neck, UpPath, Mid, ResBlock, Attention
 
-Both models have the same interface. Images are float tensors (B, 3, H, W) in [-1, 1].
+Images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = VQGAN(image_size=256, quantizer=VectorQuantizer(codebook_size=1024, dim=256))
     out = model(images)                 # out.images, out.codes, out.losses, out.info
     codes = model.encode(images)        # {"indices": int64 (B, h, w)}
     images = model.decode(codes)
 
-LlamaGen's tokenizers (Sun et al., 2024) are VQGAN with attention at the last level only and an l2-normalised codebook:
-VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)). The GAN part is losses.py: nothing in
-here depends on it. This file needs torch and nothing else.
+LlamaGen's tokenizers (Sun et al., 2024) are VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)).
+Differences from the Taming Transformers release: beta weights the commitment loss (undo with legacy=True), and q, k, v are one
+convolution. Needs torch only; the GAN loss is in losses.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,10 +33,10 @@ from torch import Tensor
 class Output(NamedTuple):
     """What a stage-1 model returns."""
 
-    images: Tensor  # (B, 3, H, W), the reconstruction, about [-1, 1]
-    codes: dict[str, Tensor]  # int64 tensors: all that is needed to get the image back
-    losses: dict[str, Tensor]  # scalars to be added to the reconstruction loss
-    info: dict[str, Tensor]  # scalars to log, and (B, 1 or 3, h, w) maps in [-1, 1] to draw
+    images: Tensor  # (B, 3, H, W): the reconstruction
+    codes: dict[str, Tensor]  # int64; enough to decode the image
+    losses: dict[str, Tensor]  # scalars to add to the reconstruction loss
+    info: dict[str, Tensor]  # scalars to log; maps (B, 1 or 3, h, w) in [-1, 1] to draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,10 +44,9 @@ class Output(NamedTuple):
 
 
 class VQModel(nn.Module):
-    """Encoder, 1x1 conv, quantizer, 1x1 conv, decoder: what VQGAN and VQVAE have in common.
+    """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder.
 
-    `factor` is the side of the image over the side of the grid of codes. The last layer is kept apart from the decoder
-    because the adaptive GAN weight needs the gradients at its weight, and nothing before it.
+    `factor` is image side / grid side. `to_image` is separate from the decoder for the adaptive GAN weight, which needs its gradients.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module, squash: nn.Module,
@@ -64,20 +62,20 @@ class VQModel(nn.Module):
         self.squash = squash
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W) in [-1, 1] to an `Output`; its losses are `codebook` and `commitment` (and `entropy`)."""
+        """Images (B, 3, H, W) to an `Output` with losses codebook, commitment and, if weighted, entropy."""
         z_q, indices, losses, info = self.quantizer(self.latents(images))
         return Output(self._decode(z_q), {"indices": indices}, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] to codes {"indices": int64 (B, H / factor, W / factor)}."""
+        """Images (B, 3, H, W) to {"indices": int64 (B, H / factor, W / factor)}."""
         return {"indices": self.quantizer.nearest(self.latents(images))}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
-        """Codes {"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
+        """{"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
         return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the vectors that are quantized, (B, h, w, D). ValueError unless `factor` divides H and W."""
+        """Images (B, 3, H, W) to vectors (B, h, w, D). ValueError unless `factor` divides H and W."""
         check_size(images, self.factor)
         return self.pre_quant(self.encoder(images)).permute(0, 2, 3, 1)
 
@@ -86,28 +84,27 @@ class VQModel(nn.Module):
         return self.squash(self.to_image(self.decoder(z)))                                   # (B, 3, H, W)
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What the codes look like over their images: nothing here, a code for every cell."""
+        """Pictures of the codes: none for a plain grid."""
         return {}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """What the codes of each image cost, in bits (B,): log2 K per code."""
+        """Bits per image (B,): log2 K per code."""
         indices = codes["indices"].flatten(1)
         return torch.full_like(indices[:, 0], indices.shape[1], dtype=torch.float32) * math.log2(self.quantizer.codebook_size)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive GAN weight compares gradients."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
 
 class VQGAN(VQModel):
-    """The autoencoder of Taming Transformers (and of LlamaGen); f = 2 ** (len(ch_mult) - 1).
+    """The autoencoder of Taming Transformers and LlamaGen; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         side of the training images; with `attn_resolutions` it decides which levels get attention. Any
-                       other size that f divides works as well.
-    ch, ch_mult        channels of level i are ch * ch_mult[i]; ch must be a multiple of 32 (GroupNorm)
-    num_res_blocks     residual blocks per level (one more per level in the decoder)
-    z_channels         channels of the encoder's output, before the 1x1 conv to the code dimension
+    image_size         side of the training images: levels with a side in attn_resolutions get attention. Any size divisible by f works.
+    ch, ch_mult        level i has ch * ch_mult[i] channels, a multiple of 32 (GroupNorm)
+    num_res_blocks     per level; one more in the decoder
+    z_channels         of the encoder's output, before the 1x1 conv to the code dimension
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
@@ -121,16 +118,14 @@ class VQGAN(VQModel):
 
 
 class VQVAE(VQModel):
-    """The small VQ-VAE ("SimpleCNN") of the study of codebook collapse in visual-tokenizer-pytorch; f = 4.
+    """The small VQ-VAE ("SimpleCNN") of visual-tokenizer-pytorch's study of codebook collapse; f = 4.
 
-    ch                 channels; half of it at half resolution
-    num_res_blocks     residual blocks, in the encoder and in the decoder
+    ch                 channels; half as many at half resolution
+    num_res_blocks     in the encoder and in the decoder
     """
 
-    def __init__(self, ch: int = 256, num_res_blocks: int = 2, quantizer: VectorQuantizer | None = None):
-        if ch < 2 or not 0 <= num_res_blocks <= 1000:
-            raise ValueError("ch must be at least 2, because half of it is used as well, and num_res_blocks between 0 and 1000; they are "
-                             f"{ch} and {num_res_blocks}")
+    def __init__(self, ch: Annotated[int, (2, 2**31)] = 256, num_res_blocks: Annotated[int, (0, 2**31)] = 2,
+                 quantizer: VectorQuantizer | None = None):
         leaky = nn.LeakyReLU(0.01)
         encoder = nn.Sequential(
             nn.Conv2d(3, ch // 2, 4, 2, 1), leaky, nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky, nn.Conv2d(ch, ch, 3, 1, 1),
@@ -149,32 +144,29 @@ class VQVAE(VQModel):
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K codes.
 
-    codebook_size, dim K codes of this dimension; the codebook starts uniform in +-1/K
-    beta               weight of the commitment loss, beta * ||z - sg(e)||^2, beside the codebook loss ||sg(z) - e||^2
-    legacy             beta weights the codebook loss instead, as the Taming Transformers release does
+    codebook_size, dim K codes of this dimension, initially uniform in +-1/K
+    beta               commitment loss beta * ||z - sg(e)||^2, next to the codebook loss ||sg(z) - e||^2
+    legacy             beta weights the codebook loss instead (Taming Transformers release)
     l2_norm            compare unit vectors (ViT-VQGAN, LlamaGen)
-    ema_decay          None: the codebook learns by gradient. A number, such as 0.99: codes are moving averages of the
-                       vectors that chose them (VQ-VAE, appendix A.1), with Laplace smoothing by ema_eps
-    restart            with EMA: a code that less than one vector chose (moving average) becomes a random current vector
-    entropy_weight     weight of the mean entropy of each vector's softmax(-distance / entropy_temperature) minus the
-                       entropy of their mean (MaskGIT, LlamaGen): sharp choices, all codes in use. Not chunked: N x K floats.
-    queue_size         how many of the last codes are kept to measure how many different ones are in use
+    ema_decay          None: codebook trained by gradient. Else codes are moving averages of their vectors (VQ-VAE, appendix A.1), with
+                       Laplace smoothing by ema_eps
+    restart            EMA only: a code whose average count is below 1 becomes a random current vector
+    entropy_weight     confident choices, even codebook usage (MaskGIT, LlamaGen): mean entropy of p = softmax(-distance /
+                       entropy_temperature) minus entropy of the mean p. Needs N x K floats.
+    queue_size         number of recent codes that `usage` counts
 
-    Distances, losses and EMA are float32 whatever autocast says. Several processes hold the same codebook: EMA sums are
-    all-reduced, and restarted codes are drawn from the vectors of all processes. With gradient accumulation, set
-    `quantizer.accumulation_steps` to the number of forward passes in a step, the same in every step: the codebook is then updated at
-    the last of them from the vectors of all (which are kept so long), as if they had been one batch.
+    Computes in float32 even under autocast. EMA sums and restarts use the vectors of all processes, so codebooks stay equal. With gradient
+    accumulation, set `accumulation_steps` to the (constant) number of forward passes per step: the last one then updates the codebook from
+    all their vectors, as one large batch would.
     """
 
-    CHUNK = 2**25  # distances computed at a time, as floats (128 MB)
+    CHUNK = 2**25  # distances in memory at a time (128 MB)
 
     def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, legacy: bool = False,
-                 l2_norm: bool = False, ema_decay: float | None = None, ema_eps: float = 1e-5, restart: bool = True,
-                 entropy_weight: float = 0.0, entropy_temperature: float = 0.01, queue_size: int = 65536):
+                 l2_norm: bool = False, ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
+                 restart: bool = True, entropy_weight: float = 0.0, entropy_temperature: Annotated[float, (1e-9, 1e9)] = 0.01,
+                 queue_size: int = 65536):
         super().__init__()
-        if min(codebook_size, dim, queue_size) < 1 or (ema_decay is not None and not 0 <= ema_decay < 1):
-            raise ValueError("codebook_size, dim and queue_size must be at least 1, and ema_decay in [0, 1); "
-                             f"they are {codebook_size}, {dim}, {queue_size} and {ema_decay}")
         self.codebook_size, self.dim, self.beta, self.legacy, self.l2_norm = codebook_size, dim, beta, legacy, l2_norm
         self.ema_decay, self.ema_eps, self.restart = ema_decay, ema_eps, restart
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
@@ -183,19 +175,17 @@ class VectorQuantizer(nn.Module):
             codebook = F.normalize(codebook, dim=-1)
         self.codebook = nn.Parameter(codebook, requires_grad=ema_decay is None)
         if ema_decay is not None:
-            # With restarts the count starts at 0, so that most codes become vectors of the first batches. Without, it
-            # must start at 1, or codes that are not chosen at once would be divided by nothing and flung far away.
+            # From 0, most codes restart as vectors of the first batches. Without restarts, unused codes would be divided by almost 0.
             self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
             self.register_buffer("ema_sum", codebook.clone())
-        self.accumulation_steps, self._gathered = 1, []  # [(vectors (N, D), codes (N,), weights (N, 1))] since the last EMA update
-        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # the last codes; -1 = none yet
+        self.accumulation_steps, self._gathered = 1, []  # [(vectors (N, D), indices (N,), weights (N, 1))]
+        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # recent indices; -1: none yet
 
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
-        loss_weight, ema_weight (...): weight of each vector in the losses (a plain mean follows) and in the EMA sums;
-        codes do not restart as vectors of EMA weight 0.
-        info: `usage`, distinct codes in the queue over K; `perplexity` of this batch's codes.
+        loss_weight, ema_weight (...): weight of each vector in the losses (still plain means) and in EMA (0: not for restarts).
+        info: codebook `usage` in the queue, `perplexity` of the batch.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = self._normalize(z.float())
@@ -206,22 +196,22 @@ class VectorQuantizer(nn.Module):
                 self._record(indices)
                 if self.ema_decay is not None:
                     self._gather(z.detach(), indices, torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight)
-            z_q = z_q.detach() + (z - z.detach())  # straight-through: exactly z_q, with the gradient of z
+            z_q = z_q.detach() + (z - z.detach())  # straight-through: the value of z_q, the gradient of z
         return z_q, indices, losses, {"usage": self.usage(), "perplexity": self.perplexity(indices)}
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code, int64 (...), for vectors (..., D); never more than CHUNK distances in memory."""
+        """Vectors (..., D) to indices of the nearest codes, int64 (...)."""
         with torch.autocast(z.device.type, enabled=False):
             codes = self._normalize(self.codebook.float())
             vectors = self._normalize(z.float()).flatten(0, -2)
-            bias = codes.square().sum(1)  # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e, and ||z||^2 is the same for all codes
+            bias = codes.square().sum(1)  # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not matter
             rows = max(1, self.CHUNK // self.codebook_size)
             nearest = [torch.addmm(bias, part, codes.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
         return torch.cat(nearest).view(z.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes (..., D), float32, for indices (...)."""
+        """Indices (...) to codes (..., D), float32."""
         return self._normalize(F.embedding(indices, self.codebook.float()))
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -236,7 +226,7 @@ class VectorQuantizer(nn.Module):
         else:
             losses = {"codebook": codebook, "commitment": self.beta * commitment}
         if self.entropy_weight > 0 and self.training:
-            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook.clone())  # EMA changes it before the backward pass
+            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook.clone())  # EMA changes the codebook before backward
             distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
             log_p = F.log_softmax(-distance / self.entropy_temperature, dim=1)
             mean_p = log_p.exp().mean(0)
@@ -245,7 +235,7 @@ class VectorQuantizer(nn.Module):
         return losses
 
     def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
-        """Keeps the vectors of a forward pass, and updates the codebook from all of them at the last of `accumulation_steps`."""
+        """Collects vectors; updates the codebook every `accumulation_steps` calls."""
         self._gathered.append((z.flatten(0, -2), indices.flatten(), weight.to(z).reshape(-1, 1)))
         if len(self._gathered) >= self.accumulation_steps:
             self._ema_update(*map(torch.cat, zip(*self._gathered)))
@@ -253,10 +243,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
-        """One step of the moving averages, from vectors (N, D), the codes (N,) that they chose, and weights (N, 1)."""
-        stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors, and in the last column how many
+        """One EMA step from vectors (N, D), indices (N,) and weights (N, 1)."""
+        stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors; last column: counts
         stats.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
-        if _world() > 1:
+        if world_size() > 1:
             dist.all_reduce(stats)
         ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * stats[:, :-1]
         ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * stats[:, -1]
@@ -266,27 +256,26 @@ class VectorQuantizer(nn.Module):
             ema_count = ema_count.masked_fill(dead, 1.0)
         total = ema_count.sum()
         smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
-        finite = stats.isfinite().all()  # vectors that overflowed (fp16) must not enter the codebook
+        finite = stats.isfinite().all()  # keep fp16 overflows out of the codebook
         for old, new in ((self.ema_sum, ema_sum), (self.ema_count, ema_count), (self.codebook, ema_sum / smoothed.unsqueeze(1))):
             old.copy_(torch.where(finite, new, old))
 
     def _random_vectors(self, z: Tensor, weight: Tensor) -> Tensor:
-        """(K, D): different random rows of all processes' z (N, D), the same on every process; those without weight (N, 1)
-        only if there are no others."""
-        rank, total = (dist.get_rank() if _world() > 1 else 0), len(z) * _world()
+        """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows of zero weight (N, 1) come last."""
+        rank, total = (dist.get_rank() if world_size() > 1 else 0), len(z) * world_size()
         draw = torch.rand(total, device=z.device)
         counts = torch.zeros_like(draw)
         counts[rank * len(z):(rank + 1) * len(z)] = (weight > 0).squeeze(1).to(draw)
-        if _world() > 1:
+        if world_size() > 1:
             dist.broadcast(draw, 0)
             dist.all_reduce(counts)
-        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: use each several times, with noise
+        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: repeat them, with noise
         pick = (draw + counts).argsort(descending=True).repeat(tiles)[:self.codebook_size]
         mine = (pick // len(z) == rank).unsqueeze(1)
         vectors = torch.where(mine, z[pick % len(z)], 0.0)
         if tiles > 1 and rank == 0:
             vectors += torch.rand_like(vectors) * 0.01 / math.sqrt(self.dim)
-        if _world() > 1:
+        if world_size() > 1:
             dist.all_reduce(vectors)
         return vectors
 
@@ -296,9 +285,8 @@ class VectorQuantizer(nn.Module):
         self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
 
     def gradient_norms(self, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
-        """How strongly vectors (..., D) pull at the codes (...) that they chose: the norm (K,) of the codebook loss's gradient at
-        each code (of the codebook that they were chosen from, if it is another by now). It is 0 for a code that nobody chose, which
-        is how codes die. With EMA it is what the gradient would be."""
+        """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for vectors (..., D) and their indices (...)
+        into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die."""
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             codes = (self.codebook if codebook is None else codebook).detach().float().requires_grad_()
             error = self._normalize(F.embedding(indices, codes)) - self._normalize(z.detach().float())
@@ -306,24 +294,25 @@ class VectorQuantizer(nn.Module):
             return torch.autograd.grad((error.square() * weight).mean(), codes)[0].norm(dim=1)
 
     def uses(self) -> Tensor:
-        """How often each code, int64 (K,), is among the last `queue_size` that training chose (in this process)."""
+        """Counts of each code in this process's queue of recent training codes, int64 (K,)."""
         return torch.bincount(self.queue[self.queue >= 0], minlength=self.codebook_size)
 
     @torch.no_grad()
     def usage(self) -> Tensor:
-        """Distinct codes among the last `queue_size` that training chose (in this process), over K."""
+        """Codebook usage: distinct codes in this process's queue, over K."""
         seen = torch.zeros(self.codebook_size + 1, device=self.queue.device)
         return seen.index_fill_(0, self.queue.long() + 1, 1.0)[1:].mean()
 
     @torch.no_grad()
     def perplexity(self, indices: Tensor) -> Tensor:
-        """exp(entropy) of how often each code was chosen: K if all were chosen equally often, 1 if one always was."""
+        """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
         ones = torch.ones(indices.numel(), device=indices.device)
         p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
         return torch.exp(-(p * (p + 1e-10).log()).sum())
 
 
-def _world() -> int:
+def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -344,7 +333,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) to the features (B, C, H, W) from which the last layer makes the image."""
+    """(B, z_channels, h, w) to the input (B, C, H, W) of the last layer."""
 
     def __init__(self, up: UpPath, z_channels: int):
         super().__init__()
@@ -357,11 +346,11 @@ class Decoder(nn.Module):
 
 
 class DownPath(nn.Module):
-    """The downsampling half of the encoder: the features of every level, finest first, before they are downsampled."""
+    """The downsampling half of the encoder: features of every level, finest first."""
 
     def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
-        self.channels = _channels(ch, ch_mult)
+        self.channels = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
@@ -383,14 +372,14 @@ class UpPath(nn.Module):
 
     def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
-        self.channels = _channels(ch, ch_mult)[::-1]  # coarsest first
+        self.channels = [ch * m for m in ch_mult[::-1]]  # coarsest first
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([self.channels[0], *self.channels], self.channels)):
             if i > 0:
                 self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)))
             size = image_size // 2 ** (len(ch_mult) - 1 - i)
             self.levels.append(Level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
-        self.norm_out = _norm(self.channels[-1])
+        self.norm_out = group_norm(self.channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         for i, level in enumerate(self.levels):
@@ -399,12 +388,10 @@ class UpPath(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked for."""
+    """Residual blocks at one resolution, optionally each with attention."""
 
     def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
         super().__init__()
-        if not 1 <= num_res_blocks <= 1000:
-            raise ValueError(f"num_res_blocks must be between 1 and 1000; it is {num_res_blocks}")
         self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks))
         self.attns = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(num_res_blocks))
 
@@ -428,14 +415,12 @@ class Mid(nn.Module):
 
 
 class Neck(nn.Module):
-    """The end of the encoder: (B, channels, h, w) through the middle blocks to (B, z_channels, h, w)."""
+    """The end of the encoder, (B, channels, h, w) to (B, z_channels, h, w)."""
 
     def __init__(self, channels: int, z_channels: int):
         super().__init__()
-        if z_channels < 1:
-            raise ValueError(f"z_channels must be at least 1; it is {z_channels}")
         self.mid = Mid(channels)
-        self.norm_out = _norm(channels)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -443,13 +428,13 @@ class Neck(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 3x3 conv, twice; a 1x1 conv on the skip when channels change."""
+    """Norm, SiLU, 3x3 conv, twice; a 1x1 conv on the skip if the channels change."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.norm1 = _norm(c_in)
+        self.norm1 = group_norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = _norm(c_out)
+        self.norm2 = group_norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -464,23 +449,23 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) to the same. key_weight (B, h * w) multiplies the softmax weights of each key."""
+        """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies each key's attention weights, after the softmax."""
         B, C, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3)                # (B, 3, hw, C)
         q, k, v = qkv.contiguous().unbind(1)  # fused attention kernels want the channels last
         if key_weight is not None:
-            v = v * key_weight.unsqueeze(-1).to(v)  # sum_j p_ij m_j v_j: weighting a key's probability = weighting its value
+            v = v * key_weight.unsqueeze(-1).to(v)  # sum_j (p_ij m_j) v_j = sum_j p_ij (m_j v_j)
         a = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))   # (B, 1, hw, C)
         return x + self.out(a.squeeze(1).transpose(1, 2).reshape(B, C, h, w))
 
 
 class SimpleResBlock(nn.Module):
-    """ReLU, 3x3 conv, ReLU, 1x1 conv, without biases; the skip carries relu(x), as in the reference."""
+    """ReLU, 3x3 conv, ReLU, 1x1 conv, no biases. The skip carries relu(x), as in the release."""
 
     def __init__(self, ch: int):
         super().__init__()
@@ -492,16 +477,10 @@ class SimpleResBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    if channels % 32:
+        raise ValueError(f"channels must be a multiple of 32, because GroupNorm has 32 groups; there are {channels}")
     return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def _channels(ch: int, ch_mult: list[int]) -> list[int]:
-    if ch < 1 or ch % 32:
-        raise ValueError(f"ch must be a multiple of 32, because GroupNorm has 32 groups; it is {ch}")
-    if not ch_mult or min(ch_mult) < 1:
-        raise ValueError(f"ch_mult must have a number of at least 1 for each level; it is {list(ch_mult)}")
-    return [ch * m for m in ch_mult]
 
 
 def check_size(images: Tensor, factor: int) -> None:

@@ -11,7 +11,7 @@ from losses import LeCam, PatchGAN, Stage1Loss, discriminator_loss, generator_lo
 
 
 def setup(**settings):
-    """A two-layer "model" and a discriminator, and what the generator's loss is given."""
+    """A two-layer "model", a discriminator, and the arguments of the generator's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -23,7 +23,7 @@ def setup(**settings):
     {}, {"adaptive_weight": False, "disc_weight": 0.5}, {"reconstruction": "l2", "gan": "non_saturating"},
     {"disc_weight_max": 1e-3}, {"gan": "vanilla", "disc_weight": 2.0}])
 def test_generator_gradient_is_that_of_the_plain_sum(settings):
-    """Against reconstruction + weight * GAN, differentiated in one go, with the weight of Taming Transformers' eq. 7."""
+    """Compares with autograd of reconstruction + weight * GAN, with the weight of Taming Transformers' eq. 7."""
     model, discriminator, images, out, criterion = setup(**settings)
     loss, parts = criterion.generator(images, out, model[2].weight, discriminator, step=0)
     loss.backward(retain_graph=True)

