@@ -5,18 +5,17 @@
     Tokens          codes as sequences; `order` and `unorder` convert between the two
     State           the sequences that `sample` has not finished yet
 
-A sequence holds the codes of the coarsest granularity, then those of the next. Each granularity opens with a start token (one per
-class), visits its cells in raster order, and closes with an end token. The Position-Transformer reads the tokens so far and predicts
-the next position: a cell or the end. The Content-Transformer reads its hidden states and that position, and predicts the code.
-Shapes: G granularities, R regions (cells of the coarsest grid), N cells of the finest grid, M slots (see Tokens).
+A sequence holds the codes of the coarsest granularity, then of the next. Each granularity opens with a start token (one per class), goes
+through its cells in raster order, and closes with an end token. The Position-Transformer reads the tokens so far and predicts the next
+position, a cell or the end. The Content-Transformer reads its hidden states and that position, and predicts the code.
+Shapes: G granularities, R regions (cells of the coarsest grid), N finest cells, M slots (see Tokens).
 
     model = DQTransformer(codebook_size=1024, grids=[16, 32], num_classes=1000)
     loss = model(codes, labels)["loss"]     # codes = {"indices": (B, 32, 32), "grain": (B, 16, 16)}, from DQVAE.encode
     codes = model.sample(8, labels=labels)  # for DQVAE.decode
 
-Differences from the release: losses and softmaxes cover real tokens only. Padding follows all of an image's tokens, so causal
-attention never sees it. The last coarse cell can be sampled. The finest positions are filled in, since the others imply them.
-Copy together with gpt.py.
+Differences from the release: losses and softmaxes cover real tokens only; padding comes last, where causal attention does not see it;
+the last coarse cell can be sampled; the finest positions are filled in, since the others imply them. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ class DQTransformer(CodeTransformer):
         self.mean_counts: Tensor | None = None  # (G,), see survey
 
     def _tabulate(self, order: str) -> None:
-        """Non-persistent buffers: `slot_*` (M,) for slots, `column_*` (G, N + G) for the columns of position_head, and `cover` (G, N), the
-        slot of the cell that covers each finest cell."""
+        """Non-persistent buffers: `slot_*` (M,), `column_*` (G, N + G) of position_head's columns, and `cover` (G, N), the slot that covers
+        each finest cell."""
         regions, finest, N, G, K = self.grids[0], self.grids[-1], self.cells[-1], self.grains, self.codebook_size
         tables, first, offset = [], 0, 0  # a granularity's first slot, and its first row in position_emb
 
@@ -165,19 +164,16 @@ class DQTransformer(CodeTransformer):
     def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
         """As CodeTransformer.survey. Also keeps the mean count of each granularity, which normalises the training loss.
 
-        With batches of similar length, dividing by the batch's own counts would give the codes of short images more weight. Call it in
-        every process; the counts are not saved with the weights.
+        In batches of similar length, dividing by the batch's own counts would overweight short images. Call it in every process; the
+        counts are not saved with the weights.
         """
         counts = torch.cat([self._counts(codes["grain"].flatten(1)) for codes in batches])   # (rows, G)
         self.mean_counts = counts.double().mean(0).float().to(self.index_emb.device)
         return counts.sum(1) + 2 * self.grains - 1
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "content", "position"}, in nats; the loss is the sum of the other two.
-
-        content: mean cross-entropy of all codes. position: mean cross-entropy of each granularity's positions and end, averaged over
-        granularities. After `survey`, the training loss divides by the mean counts instead of the batch's own.
-        """
+        """Codes and labels (B,) to {"loss", "content", "position"}, in nats: mean cross-entropy of codes, that of positions and ends (per
+        granularity, then averaged), and their sum. After `survey`, the training loss divides by mean counts, not the batch's."""
         content, position, counts = self._nats(codes, labels)
         content, position = sum(nats.sum() for nats in content), torch.stack([nats.sum() for nats in position])  # (), (G,)
         number, surveyed = counts.float().sum(0), self.training and self.mean_counts is not None  # (G,)
@@ -194,11 +190,8 @@ class DQTransformer(CodeTransformer):
         return {"loss": loss, "content": own[0].detach(), "position": own[1].detach()}
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, list[Tensor]]:
-        """Next-token logits under teacher forcing: lists with an entry per granularity, coarsest first.
-
-        content[g] (B, L_g, K); position[g] (B, L_g + 1, cells_g + 1), the end being the last column and step; length[g] (B,), the
-        number of codes. Rows are padded to L_g, the longest.
-        """
+        """Next-token logits under teacher forcing, a list entry per granularity, padded to its longest row L_g: content[g] (B, L_g, K);
+        position[g] (B, L_g + 1, cells_g + 1), whose last column and step are the end; length[g] (B,), the number of codes."""
         return self._logits(self.order(codes), labels)
 
     def _logits(self, tokens: Tokens, labels: Tensor | None) -> dict[str, list[Tensor]]:
@@ -219,8 +212,7 @@ class DQTransformer(CodeTransformer):
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image's codes and positions, in bits (B,). The finest positions are free: the others imply
-        them."""
+        """Negative log-likelihood of each image in bits (B,), without the finest positions, which the others imply."""
         content, position, _ = self._nats(codes, labels)
         return sum(nats.sum(1) for nats in content + position[:-1]) / math.log(2)
 
@@ -262,9 +254,8 @@ class DQTransformer(CodeTransformer):
                fine_positions: Literal["filled", "sampled"] = "filled") -> dict[str, Tensor]:
         """Codes of n new images, {"indices": (n, h, w), "grain": (n, h', w')}.
 
-        As GPT.sample. temperature_pos (default: temperature), top_k_pos and top_p_pos apply to positions, which keep the order of the
-        training data and cover the image exactly. fine_positions="sampled" samples the order of the finest cells too, as the release
-        does, although the other positions imply which they are.
+        As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). Positions keep the training data's order and cover
+        the image exactly. fine_positions="sampled" also samples the order of the finest cells, as the release does.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
@@ -318,8 +309,8 @@ class State:
         return self.model.embedding_indices(self.slot.repeat(self.copies), self.content.repeat(self.copies), self.starts)
 
     def possible(self, any_fine_order: bool) -> Tensor:
-        """Columns of position_head that may come next, (rows, N + G): the first owed cell, or the end if none is owed; and before that,
-        cells that open a region."""
+        """Columns of position_head that may come next, (rows, N + G): the first owed cell or else the end, and cells before it that open an
+        undecided region."""
         model, g = self.model, self.model.slot_grain[self.slot]
         slots = model.column_slot[g]                                                         # (rows, N + G)
         end = slots.amax(1, keepdim=True)                                                    # (rows, 1)
@@ -333,8 +324,8 @@ class State:
     def move(self, column: Tensor) -> None:
         """Moves to the drawn column (rows,) of position_head, or from an end to the next granularity's start.
 
-        A region's first code decides its granularity; the finest granularity's start takes all undecided regions. All cells of a region are
-        then owed: they must get a code before the end.
+        A region's first code decides its granularity; the finest's start takes all undecided regions. The region's other cells are then
+        owed: they must get codes before the end.
         """
         model, ended = self.model, self.model.slot_kind[self.slot] == END
         following = (self.slot + 1).clamp(max=len(model.slot_kind) - 1)

@@ -2,19 +2,19 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   predicts each region's granularity from the encoder's features; a budget loss keeps it to the ratios
-    DQVAE.entropy   ... or the entropy of its pixels decides, with thresholds calibrated on the training images
+    FeatureRouter   each region's granularity, learned from the encoder's features; a budget loss keeps it to the ratios
+    DQVAE.entropy   ... or from the entropy of its pixels, with thresholds calibrated on training images
 
-A region is a cell of the coarsest grid. With factors [16, 8], a coarse region has 1 code and a fine region 2 x 2. Interface as in
-vqgan.py; images are float tensors (B, 3, S, S) in [-1, 1].
+A region is a cell of the coarsest grid. With factors [16, 8], coarse regions have 1 code and fine ones 2 x 2. Interface as in vqgan.py;
+images are float tensors (B, 3, S, S) in [-1, 1].
 
     model = DQVAE(image_size=256, factors=[16, 8], ratios=[0.5])
     codes = model.encode(images)        # {"indices": int64 (B, 32, 32), "grain": int64 (B, 16, 16), 0 = coarsest}
     images = model.decode(codes)
 
-`grain` is the granularity map. `indices` use the finest grid: a coarser code is repeated over its cells.
-Differences from the release: how the router is trained (compare `_train_ours` and `_train_as_released`), that a repeated code counts
-once in EMA, and how thresholds are calibrated. release_training=True undoes the first two. Copy together with vqgan.py.
+`grain` is the granularity map. `indices` are on the finest grid; a coarser code is repeated over its cells.
+Differences from the release: the router's training (`_train_ours`) and ema_weighted, both undone by release_training=True; thresholds are
+calibrated with the router's own bins. Copy with vqgan.py.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of granulariti
 class DQVAE(nn.Module):
     """Encoder with one output per granularity, router, quantizer, decoder.
 
-    image_size         side S of the images; other sizes are refused, because the decoder has learned positions
-    factors            image side over grid side of each granularity, coarsest first: [16, 8] or [32, 16, 8]
-    ratios             target share of regions of each granularity but the coarsest: [0.5] = half of them fine,
-                       [0.3, 0.3] = 30 % medium, 30 % fine
-    router             "feature" or "entropy"
-    budget_weight      gamma, the weight of the feature router's budget loss
-    ema_weighted       a code repeated over 4 (16) cells counts once in EMA, as in the losses; False: 4 (16) times, as in the release
-    release_training   train with the release's gradients, and with ema_weighted=False; also an attribute
+    image_size         side S of the images; no other works, because the decoder has learned positions
+    factors            image side / grid side of each granularity, coarsest first: [16, 8] or [32, 16, 8]
+    ratios             target share of regions of each granularity but the coarsest: [0.3, 0.3] = 30 % medium, 30 % fine
+    budget_weight      gamma of the feature router's budget loss
+    ema_weighted       a code repeated over 4 (16) cells counts once in EMA, as in the losses; False: 4 (16) times (release)
+    release_training   train with the release's gradients and ema_weighted=False; also an attribute
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    of the encoder, as in VQGAN
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts at the finest grid
     """
@@ -79,10 +77,10 @@ class DQVAE(nn.Module):
             raise ValueError(f"image_size must be divisible by the coarsest factor, {coarsest}; it is {image_size}")
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, S, S) to an `Output` with losses `codebook`, `commitment` and, for the feature router, `budget`."""
+        """Images (B, 3, S, S) to an `Output` with losses codebook, commitment and, for the feature router, budget."""
         z, gate, grain = self._route(images)
         cells = self.to_finest(grain)                                                       # (B, h, w)
-        weight = torch.pow(4.0, cells - (self.grains - 1))  # a code repeated over 4 cells has weight 1/4 in each
+        weight = torch.pow(4.0, cells - (self.grains - 1))  # 1/4 for a code repeated over 4 cells
         once = self.first_cells(cells) if self.ema_weighted and not self.release_training else None
         z_q, indices, losses, info = self.quantizer(z, weight, once)
         codes = {"indices": self._same_within_code(indices, cells), "grain": grain}
@@ -97,7 +95,7 @@ class DQVAE(nn.Module):
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, S, S) to codes {"indices": int64 (B, h, w), "grain": int64 (B, h', w')} on the finest and coarsest grid."""
+        """Images (B, 3, S, S) to {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the finest and coarsest grid."""
         z, _, grain = self._route(images)
         return {"indices": self._same_within_code(self.quantizer.nearest(z), self.to_finest(grain)), "grain": grain}
 
@@ -106,40 +104,38 @@ class DQVAE(nn.Module):
         return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Pictures of the codes over their images (B, 3, S, S): {"grain_map": (B, 3, S, S)}, coarse in blue, fine in red."""
+        """{"grain_map": (B, 3, S, S)}: the images, coarse regions in blue, fine ones in red."""
         colours = torch.tensor(COLOURS[:1] + COLOURS[-(self.grains - 1):], device=images.device)
         tint = F.interpolate(colours[codes["grain"]].permute(0, 3, 1, 2) * 2 - 1, images.shape[-2:])
         return {"grain_map": 0.55 * images.mean(1, keepdim=True) + 0.45 * tint}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """Size of each image's codes in bits (B,): log2 K per code, plus log2 G per region for its granularity."""
+        """Bits per image (B,): log2 K per code, and log2 G per region for its granularity."""
         grain = codes["grain"]
         return self._count(grain) * math.log2(self.quantizer.codebook_size) + grain[0].numel() * math.log2(self.grains)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients the adaptive GAN weight compares."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
     @torch.no_grad()
     def entropy(self, images: Tensor) -> Tensor:
-        """Entropy of the grey values in each region, in nats (B, h', w'), float32; for images (B, 3, H, W).
-
-        The histogram has 32 bins, linspace(-1, 1), and a Gaussian kernel of sigma 0.01.
-        """
+        """Images (B, 3, H, W) to the entropy of each region's grey values, in nats (B, h', w'), float32: 32 bins, linspace(-1, 1), with a
+        Gaussian kernel of sigma 0.01."""
         check_size(images, self.factor)
         with torch.autocast(images.device.type, enabled=False):
             r, g, b = images.float().split(1, dim=1)
             grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                                      # (B, 1, H, W)
-            # One bin at a time: no (pixels x bins) tensor.
+            # One bin at a time saves memory.
             p = torch.cat([F.avg_pool2d(torch.exp(-0.5 * ((grey - bin_) / 0.01).square()), self.factor)
                            for bin_ in torch.linspace(-1, 1, 32).tolist()], dim=1)           # (B, 32, h', w')
             return torch.special.entr(p / p.sum(1, keepdim=True)).sum(1)  # entr(0) = 0, even if subnormals are flushed
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> dict:
-        """Sets the entropy router's thresholds to those that give `ratios` on batches of images (B, 3, S, S). Returns them with their
-        settings, to be saved. The feature router needs none: {}."""
+        """Sets the entropy router's thresholds so that `ratios` hold on batches of images (B, 3, S, S). Returns them with their settings,
+        for a file; {} for the feature router."""
         if self.router is not None:
             return {}
         entropy = [self.entropy(images).flatten().cpu() for images in batches]
@@ -153,7 +149,7 @@ class DQVAE(nn.Module):
                 "regions": len(entropy)}
 
     def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
-        """Sets ascending thresholds, one fewer than granularities, that were calibrated for regions of `patch_size` pixels."""
+        """Sets ascending thresholds (G - 1), calibrated for regions of `patch_size` pixels."""
         if self.router is not None:
             raise ValueError("thresholds are for the entropy router; this model routes by features")
         if patch_size != self.factor:
@@ -164,7 +160,7 @@ class DQVAE(nn.Module):
         self.thresholds.copy_(torch.tensor(thresholds))
 
     def _route(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images to vectors (B, h, w, D), the feature router's gate (B, G, h', w') for the budget loss, and the grain (B, h', w')."""
+        """Images to vectors (B, h, w, D), the feature router's gate (B, G, h', w') and the grain (B, h', w')."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         features = self.down(images)[-1:-self.grains - 1:-1]
@@ -179,21 +175,19 @@ class DQVAE(nn.Module):
             z = self._select(features, grain)
         return self.pre_quant(z).permute(0, 2, 3, 1), gate, grain
 
-    # Training of the feature router: logits (B, G, h', w') and features of each granularity (B, z, h, w) to the features to quantize
-    # (B, z, h, w), the gate for the budget loss (B, G, h', w') and the grain (B, h', w').
+    # Training of the feature router: logits (B, G, h', w') and each granularity's features (B, z, h, w) to the features to quantize
+    # (B, z, h, w), the gate for the budget loss (B, G, h', w'), and the grain (B, h', w').
 
     def _train_as_released(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples granularities and multiplies the chosen feature by its gate. The budget counts the samples."""
+        """Samples granularities and multiplies the feature by its gate. The budget counts samples."""
         gate = F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
         grain = gate.argmax(1)
         chosen = gate.gather(1, grain.unsqueeze(1))                                          # (B, 1, h', w')
         return self._select(features, grain) * F.interpolate(chosen, features[0].shape[-2:]), gate, grain
 
     def _train_ours(self, logits: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples granularities. The gate's gradient is that of sum_g gate_g * feature_g, which compares all granularities.
-
-        The budget counts the argmax, which evaluation uses. Counting the samples left evaluation at 49 % fine for a target of 60 %.
-        """
+        """Samples granularities. The gradient is that of sum_g gate_g * feature_g, which compares all granularities. The budget counts the
+        argmax, as evaluation does; counting samples left evaluation at 49 % fine for a target of 60 %."""
         gate, soft = F.gumbel_softmax(logits, tau=1, hard=True, dim=1), logits.softmax(1)
         grain = gate.argmax(1)
         slope = F.interpolate(gate - gate.detach(), features[0].shape[-2:])                  # (B, G, h, w); straight-through: zeros
@@ -214,7 +208,7 @@ class DQVAE(nn.Module):
         return z
 
     def _budget(self, gate: Tensor) -> Tensor:
-        """The release's budget loss. Its code counts, such as sum(g0 + 4 g1), reduce to the mean gate of each granularity."""
+        """The release's loss. Its code counts, such as sum(g0 + 4 g1), reduce to each granularity's mean gate."""
         shares = gate.mean((0, 2, 3))
         error = [(shares[g] - ratio).square() for g, ratio in enumerate(self.ratios, 1)]
         if self.grains == 2:
@@ -231,13 +225,13 @@ class DQVAE(nn.Module):
         return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
     def first_cells(self, cells: Tensor) -> Tensor:
-        """1 at the first of the cells that a code is repeated over, else 0, (B, h, w)."""
+        """1 at the first cell of each code, else 0, (B, h, w)."""
         times = torch.pow(2, self.grains - 1 - cells)
         line = torch.arange(cells.shape[1], device=cells.device)
         return ((line.view(-1, 1) % times == 0) & (line % times == 0)).float()
 
     def _same_within_code(self, indices: Tensor, cells: Tensor) -> Tensor:
-        """Copies each code's first cell to its others: their vectors are equal, but kernels may round them differently."""
+        """Copies each code's first cell to its others, whose equal vectors kernels may round differently."""
         for g in range(self.grains - 1):
             times = self.factors[g] // self.factors[-1]
             first = indices[:, ::times, ::times].repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -270,7 +264,7 @@ def one_hot(grain: Tensor, grains: int) -> Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Adds Fourier features of (x, y) and a learned vector per row and per column to (B, C, S, S)."""
+    """Adds Fourier features of (x, y) and learned vectors per row and column to (B, C, S, S)."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()

@@ -1,18 +1,18 @@
-"""GPT over the codes of a VQGAN or VQ-VAE, and what it shares with Stackformer and DQ-Transformer.
+"""GPT over the codes of a VQGAN or VQ-VAE, and what Stackformer and DQ-Transformer share with it.
 
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
     CodeTransformer         base class of all three: class labels, classifier-free guidance
     Blocks, Cache           pre-norm transformer blocks (minGPT's), and their key-value cache
-    Guidance, NotFinite     classifier-free guidance while sampling, and the error if logits are NaN or infinite
-    filter_logits, draw     temperature, top-k, top-p; inverse-CDF sampling from one random number per row
+    Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
+    filter_logits, draw     temperature, top-k, top-p; sampling
     parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
     loss = model({"indices": indices}, labels)["loss"]            # indices: int64 (B, 16, 16), labels: int64 (B,)
     codes = model.sample(8, labels=labels, top_k=100, cfg_scale=3.0)    # {"indices": (8, 16, 16)}, for vqgan.decode(codes)
 
-num_classes=0 makes an unconditional model. Differences from the release: start tokens have a table of their own and no logits, and
-label dropout allows guidance. Needs torch only.
+Unconditional with num_classes=0. Differences from the release: start tokens have their own table and no logits; label dropout allows
+guidance. Needs torch only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ Probability = Annotated[float, (0, 0.999)]
 class CodeTransformer(nn.Module):
     """Base of GPT, Stackformer and DQTransformer.
 
-    A sequence opens with a start token, one per class. In training, each label is replaced by the null class with probability
-    `label_dropout`. Classifier-free guidance (Ho & Salimans, 2022) and sampling without labels use the null class. It is the only
-    class of an unconditional model.
+    A sequence opens with a start token, one per class. In training, labels become the null class with probability `label_dropout`, for
+    classifier-free guidance (Ho & Salimans, 2022) and sampling without labels. An unconditional model has the null class only.
     """
 
     def __init__(self, num_classes: Count, label_dropout: Probability):
@@ -76,7 +75,7 @@ class CodeTransformer(nn.Module):
         return torch.cat([starts, self.start_tokens(n, None, device)]), Guidance(cfg_scale, 2)
 
     def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-        """Reads all training codes once before training. Returns the number of tokens of each row (rows,)."""
+        """Reads all training codes before training. Returns each row's number of tokens (rows,)."""
         return torch.cat([self.lengths(codes) for codes in batches])
 
     def init_weights(self) -> None:
@@ -138,9 +137,9 @@ class GPT(CodeTransformer):
 
         labels         (n,) classes; None: the null class
         temperature    0: always the most likely code
-        top_k, top_p   restrict to the k most likely codes, or to the fewest with this total probability
-        cfg_scale      classifier-free guidance: null + scale * (conditional - null)
-        generator      one, or one per row. A row depends on its own random numbers only, not on n
+        top_k, top_p   only the k most likely codes, or the fewest with this total probability
+        cfg_scale      guidance: null + scale * (conditional - null)
+        generator      one, or one per row; a row depends on its own random numbers only
         """
         check_sampling(temperature, top_k, top_p)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
@@ -186,8 +185,8 @@ class Blocks(nn.Module):
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-        """One decoding step, (B, C) to (B, C). The other arguments come from `Cache.at`. Their shapes change only every `Cache.window`
-        steps, so this function can be compiled or captured in a CUDA graph."""
+        """One decoding step, (B, C) to (B, C), given `Cache.at(t)`. Shapes change only every `Cache.window` steps, so this can be compiled
+        or captured in a CUDA graph."""
         x = x.unsqueeze(1)
         for layer, layer_kv in zip(self.layers, kv):
             x = layer(x, layer_kv, t, mask)
@@ -236,10 +235,10 @@ class Cache:
         dtype = torch.get_autocast_dtype(weight.device.type) if half else weight.dtype
         self.kv = torch.zeros(len(blocks.layers), 2, rows, blocks.n_head, length, blocks.head_dim, dtype=dtype, device=weight.device)
         self.steps = torch.arange(length, device=weight.device)
-        self.window = 64 if weight.is_cuda else 16  # attention covers a multiple of this, future tokens masked: few shapes, little waste
+        self.window = 64 if weight.is_cuda else 16  # attention covers multiples of this, the future masked: few shapes, little waste
 
     def at(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For token number t: keys and values of the window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
+        """For token t: keys and values of the window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
         window = min(len(self.steps), (t // self.window + 1) * self.window)
         now = self.steps[t:t + 1]
         return self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0)
@@ -250,7 +249,7 @@ class Cache:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """For AdamW: weight decay on the weights of linear layers, not on biases, norms and embeddings."""
+    """For AdamW: decays the weights of linear layers, not biases, norms and embeddings."""
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in parameters if id(p) in decay], "weight_decay": weight_decay},
@@ -266,8 +265,8 @@ class NotFinite(ValueError):
 
 
 class Guidance:
-    """Classifier-free guidance: null + scale * (conditional - null). Records whether all logits were finite; `check` asks once, at the
-    end of sampling, because it waits for the GPU."""
+    """Classifier-free guidance: null + scale * (conditional - null). Also records whether logits were finite; `check` waits for the GPU, so
+    it is called once, after sampling."""
 
     def __init__(self, scale: float, copies: int):
         self.scale, self.copies, self.finite = scale, copies, True  # copies of a row: 2 are conditional and null
@@ -321,8 +320,7 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:
-    """Random numbers (n, count) in [0, 1), drawn row by row from the row's own generator or from the only one. A row's numbers do not
-    depend on n."""
+    """Random numbers (n, count) in [0, 1), row by row from the row's generator or the only one, so that they do not depend on n."""
     generators = generator if isinstance(generator, list) else [generator] * n
     if len(generators) != n:
         raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; there are {len(generators)}")

@@ -7,8 +7,8 @@
     LeCam               discriminator regularisation (Tseng et al., CVPR 2021)
     load_lpips          perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
 
-Differences from the Taming Transformers release: LPIPS runs without dropout, and the adaptive weight uses gradients averaged over all
-processes. Needs torch, and lpips for the perceptual loss only.
+Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from gradients averaged over processes. Needs
+torch, and lpips for the perceptual loss only.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ Step = Annotated[int, (0, 2**31)]  # the range that a config file may use
 
 
 class Stage1Loss(nn.Module):
-    """The loss of a stage-1 model and the loss of its discriminator.
+    """The losses of a stage-1 model and of its discriminator.
 
     reconstruction      pixel loss, on images in [-1, 1]
     perceptual_weight   weight of LPIPS-VGG; 0: LPIPS is not loaded
     gan                 kind of GAN loss, see discriminator_loss and generator_loss
-    disc_weight         weight of the GAN loss for the generator; 0: no discriminator
-    adaptive_weight     multiply it by ||grad reconstruction|| / ||grad GAN|| at the model's last layer
-    disc_weight_max     upper limit of the resulting weight
-    disc_start          step from which the discriminator is trained
-    gan_start           step from which the generator gets the GAN loss (default: disc_start). Start it later to spare the generator
-                        an untrained discriminator.
+    disc_weight         weight of the generator's GAN loss; 0: no discriminator
+    adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last layer
+    disc_weight_max     upper limit of the result
+    disc_start          first step of the discriminator's training
+    gan_start           first step of the generator's GAN loss (default: disc_start); later spares it an untrained discriminator
     disc_loss_weight    weight of the discriminator's loss
     lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
     """
@@ -61,11 +60,11 @@ class Stage1Loss(nn.Module):
                   scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss, for backward, and its parts, detached.
 
-        images (B, 3, H, W) in [-1, 1]; out: the model's `Output` for them; scale: the loss scale of fp16 training.
+        images (B, 3, H, W) in [-1, 1]; out: the model's `Output`; scale: fp16's loss scale.
 
-        The reconstruction and the GAN loss are backpropagated once each, to the reconstructed image. The adaptive weight and the update
-        share these gradients, so LPIPS and the discriminator run backward once and free their activations before the model does. The
-        loss is a surrogate with the right gradient; its value is in the parts.
+        Reconstruction and GAN loss are backpropagated to the reconstruction once each. The adaptive weight and the update share these
+        gradients, so LPIPS and the discriminator free their activations before the model's backward. The returned loss is a surrogate
+        with the right gradient; the value is in the parts.
         """
         recon = out.images.float()
         error = recon - images
@@ -173,7 +172,7 @@ class PatchGAN(nn.Sequential):
 def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
     """Frozen LPIPS with VGG-16: two batches of images in [-1, 1] to distances (B, 1, 1, 1).
 
-    FileNotFoundError if the VGG weights are neither on disk nor downloadable; its message suggests the setting `instead`.
+    FileNotFoundError if VGG's weights are neither on disk nor downloadable; the message suggests `instead`.
     """
     import lpips
 

@@ -5,15 +5,13 @@
     ScoreNet    importance score of each cell of the encoder's grid, 0 to 1
     DeMask      fills the masked cells from the kept ones
 
-The N cells of highest score are kept and quantized. Their positions are part of the codes. Interface as in vqgan.py; images are float
-tensors (B, 3, H, W) in [-1, 1].
+The N cells of highest score are kept and quantized. Interface as in vqgan.py; images are float tensors (B, 3, S, S) in [-1, 1].
 
     model = MQVAE(image_size=256, topk_ratio=0.25)
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
     images = model.decode(codes)
 
-Difference from the release: how scores are trained. Compare `_train_ours` and `_train_as_released`; release_training=True uses the
-latter. Copy together with vqgan.py.
+Difference from the release: how scores are trained (`_train_ours`; release_training=True: `_train_as_released`). Copy with vqgan.py.
 """
 
 from __future__ import annotations
@@ -32,14 +30,14 @@ from vqgan import Attention, DownPath, Encoder, Output, ResBlock, UpPath, Vector
 class MQVAE(nn.Module):
     """Encoder, mask, quantizer, de-mask, decoder; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         side S of the images; other sizes are refused, because codes do not tell the grid
+    image_size         side S of the images; no other works, because codes do not tell the grid
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
-    topk_ratio         share of the cells to keep: N = int(topk_ratio * h * w)
-    demask_layers      number of de-mask layers (residual block and masked attention)
+    topk_ratio         share of cells to keep, N = int(topk_ratio * h * w)
+    demask_layers      number of pairs of residual block and masked attention
     release_training   train with the release's gradients; also an attribute
 
-    Before each training step, set the attribute `progress` to the share of steps done (train_stage1.py does). Our training starts with
-    more than N cells and with noise; the default 1 trains as at the end.
+    Before each training step, set the attribute `progress` to the share of steps done: `_train_ours` starts with more than N cells and
+    with noise. The default 1 trains as at the end.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
@@ -80,8 +78,7 @@ class MQVAE(nn.Module):
         return Output(recon, codes, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, S, S) to codes {"indices": int64 (B, N), "positions": int64 (B, N)}. Positions count the grid's cells row by row
-        and ascend."""
+        """Images (B, 3, S, S) to {"indices": int64 (B, N), "positions": int64 (B, N)}; positions are raster order, ascending."""
         vectors, _, positions, _ = self._mask(images)
         return {"indices": self.quantizer.nearest(self._kept(vectors, positions)), "positions": positions}
 
@@ -90,13 +87,13 @@ class MQVAE(nn.Module):
         return self._decode(self.quantizer.lookup(codes["indices"]), codes["positions"])
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Pictures of the codes over their images (B, 3, S, S): {"kept_map": (B, 3, S, S)}, dark at masked cells."""
+        """{"kept_map": (B, 3, S, S)}: the images, dark at masked cells."""
         mask = images.new_zeros(len(images), self.grid**2).scatter(1, codes["positions"], 1.0)
         mask = F.interpolate(mask.view(-1, 1, self.grid, self.grid), images.shape[-2:])
         return {"kept_map": images * mask + (0.25 * images - 0.75) * (1 - mask)}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """Size of each image's codes in bits (B,): log2 K per code, plus log2 C(h * w, N) for the positions."""
+        """Bits per image (B,): log2 K per code, and log2 C(h * w, N) for the positions."""
         indices, cells = codes["indices"], self.grid**2
         n = indices.shape[1]
         choose = (math.lgamma(cells + 1) - math.lgamma(n + 1) - math.lgamma(cells - n + 1)) / math.log(2)
@@ -105,11 +102,11 @@ class MQVAE(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients the adaptive GAN weight compares."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
     def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images to vectors (B, hw, D) and scores (B, h, w) of all cells, positions (B, N) to keep, and `slope` (see below)."""
+        """Images to vectors (B, hw, D) and scores (B, h, w) of all cells, kept positions (B, N), and `slope` (below)."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
         z = self.encoder(images)                                                             # (B, C, h, w)
@@ -122,16 +119,16 @@ class MQVAE(nn.Module):
         return vectors, scores, order.topk(n, dim=1).indices.sort(dim=1).values, slope
 
     # Training: N, scores (B, hw) and vectors (B, hw, D) to the number of cells to keep, the values (B, hw) that rank them, and `slope`
-    # (B, hw, D), which DeMask adds to its input: zero in the forward pass, but with a gradient for the scores.
+    # (B, hw, D), added to DeMask's input: zero in the forward pass, with a gradient for the scores.
 
     def _train_as_released(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, None]:
-        """Keeps the N highest scores. A score gets the gradient of the feature it multiplies, if that is kept."""
+        """Keeps the N highest scores. Only kept features give their scores a gradient."""
         return n, scores.detach(), None
 
     def _train_ours(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Keeps all cells at first, falling to N at 50 % of training. Ranks them by logit plus Gumbel noise, which fades to 0 at 80 %.
+        """Keeps all cells at first, N from 50 % of training on. Ranks by logit plus Gumbel noise, which fades out at 80 %.
 
-        `slope` is a straight-through term. Its gradient with respect to a score is the first-order effect of giving that cell a code
+        `slope` is a straight-through term: its gradient with respect to a score is the first-order effect of giving that cell a code
         instead of the token, relative to the image's mean.
         """
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
@@ -167,8 +164,8 @@ class ScoreNet(nn.Module):
 class DeMask(nn.Module):
     """Kept codes (B, N, D) at positions (B, N) to features of the whole grid (B, channels, h, w).
 
-    Masked cells hold a learned token. Attention weights are multiplied by the key's mask: 1 for kept cells; for masked cells 0.02, then
-    0.02^(1/2), 0.02^(1/4), ... in later blocks. Information first flows from kept cells, later between all.
+    Masked cells hold a learned token. Attention weights are multiplied by the key's mask: 1 if kept, else 0.02, 0.02^(1/2), 0.02^(1/4), ...
+    from block to block: information flows from kept cells first, later between all.
     """
 
     def __init__(self, dim: int, channels: int, layers: int, mask_init: float = 0.02):

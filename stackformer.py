@@ -3,15 +3,14 @@
     Stackformer     "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive Image Generation"
                     (Huang et al., CVPR 2023), sec. 3.3
 
-A sequence holds the (code, position) pairs of the N kept cells in raster order. The Code-Transformer reads the pairs so far and
-predicts the next code. The Position-Transformer reads its hidden states and that code, and predicts the code's position.
+A sequence is the (code, position) pairs of the N kept cells in raster order. The Code-Transformer reads the pairs so far and predicts
+the next code. The Position-Transformer reads its hidden states and that code, and predicts the position.
 
     model = Stackformer(codebook_size=1024, grid=32, num_codes=256, num_classes=1000)
     loss = model(codes, labels)["loss"]         # codes = {"indices": (B, 256), "positions": (B, 256)}, from MQVAE.encode
     codes = model.sample(8, labels=labels)      # for MQVAE.decode
 
-Differences from the release: start tokens have a table of their own and no logits, and label dropout allows guidance. Copy together
-with gpt.py.
+Differences from the release: start tokens have their own table and no logits; label dropout allows guidance. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Stackformer(CodeTransformer):
         self.init_weights()
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "code", "position"}: two mean cross-entropies in nats, and the loss, their sum."""
+        """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the loss being their sum."""
         logits = self.logits(codes, labels)
         code = F.cross_entropy(logits["indices"].flatten(0, 1).float(), codes["indices"].flatten())
         position = F.cross_entropy(logits["positions"].flatten(0, 1).float(), codes["positions"].flatten())
@@ -87,8 +86,8 @@ class Stackformer(CodeTransformer):
                top_k_pos: int | None = None, top_p_pos: float | None = None) -> dict[str, Tensor]:
         """Codes of n new images, {"indices": (n, N), "positions": (n, N)}, positions ascending.
 
-        As GPT.sample. temperature_pos (default: temperature), top_k_pos and top_p_pos apply to positions. A position must follow the
-        last one and leave room for the codes to come.
+        As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position must follow the last one and leave
+        room for the codes to come.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)

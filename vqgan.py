@@ -1,12 +1,12 @@
-"""VQ-VAE and VQGAN: convolutional autoencoders that quantize each latent vector to the nearest of K learned codes.
+"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors are quantized to the nearest of K learned codes.
 
     VQGAN               residual + attention encoder and decoder  "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.1
     VQVAE               four convolutions each way, for small images        "Neural Discrete Representation Learning"
                                                                                   (van den Oord et al., NeurIPS 2017)
-    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or by moving average (EMA)
+    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or moving average (EMA)
     Encoder, Decoder    and their parts, shared with mqvae.py and dqvae.py: DownPath, Neck, UpPath, Mid, ResBlock, Attention
 
-Both models have the same interface. Images are float tensors (B, 3, H, W) in [-1, 1].
+Images are float tensors (B, 3, H, W) in [-1, 1].
 
     model = VQGAN(image_size=256, quantizer=VectorQuantizer(codebook_size=1024, dim=256))
     out = model(images)                 # out.images, out.codes, out.losses, out.info
@@ -14,8 +14,8 @@ Both models have the same interface. Images are float tensors (B, 3, H, W) in [-
     images = model.decode(codes)
 
 LlamaGen's tokenizers (Sun et al., 2024) are VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)).
-Differences from the Taming Transformers release: beta weights the commitment loss (legacy=True: the codebook loss, as in the release),
-and one convolution computes q, k and v. Needs torch only; the GAN loss is in losses.py.
+Differences from the Taming Transformers release: beta weights the commitment loss (undo with legacy=True), and q, k, v are one
+convolution. Needs torch only; the GAN loss is in losses.py.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from torch import Tensor
 class Output(NamedTuple):
     """What a stage-1 model returns."""
 
-    images: Tensor  # (B, 3, H, W), the reconstruction, about [-1, 1]
+    images: Tensor  # (B, 3, H, W): the reconstruction
     codes: dict[str, Tensor]  # int64; enough to decode the image
     losses: dict[str, Tensor]  # scalars to add to the reconstruction loss
-    info: dict[str, Tensor]  # scalars to log, and (B, 1 or 3, h, w) maps in [-1, 1] to draw
+    info: dict[str, Tensor]  # scalars to log; maps (B, 1 or 3, h, w) in [-1, 1] to draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Output(NamedTuple):
 class VQModel(nn.Module):
     """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder.
 
-    `factor` is the image side over the grid side. The last layer is separate: the adaptive GAN weight needs the gradients there.
+    `factor` is image side / grid side. `to_image` is separate from the decoder for the adaptive GAN weight, which needs its gradients.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module, squash: nn.Module,
@@ -62,20 +62,20 @@ class VQModel(nn.Module):
         self.squash = squash
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W) in [-1, 1] to an `Output` with losses `codebook`, `commitment` and, if weighted, `entropy`."""
+        """Images (B, 3, H, W) to an `Output` with losses codebook, commitment and, if weighted, entropy."""
         z_q, indices, losses, info = self.quantizer(self.latents(images))
         return Output(self._decode(z_q), {"indices": indices}, losses, info)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] to codes {"indices": int64 (B, H / factor, W / factor)}."""
+        """Images (B, 3, H, W) to {"indices": int64 (B, H / factor, W / factor)}."""
         return {"indices": self.quantizer.nearest(self.latents(images))}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
-        """Codes {"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
+        """{"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
         return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the vectors to quantize, (B, h, w, D). ValueError unless `factor` divides H and W."""
+        """Images (B, 3, H, W) to vectors (B, h, w, D). ValueError unless `factor` divides H and W."""
         check_size(images, self.factor)
         return self.pre_quant(self.encoder(images)).permute(0, 2, 3, 1)
 
@@ -84,27 +84,27 @@ class VQModel(nn.Module):
         return self.squash(self.to_image(self.decoder(z)))                                   # (B, 3, H, W)
 
     def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Pictures of the codes over their images: none for a plain grid of codes."""
+        """Pictures of the codes: none for a plain grid."""
         return {}
 
     def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """Size of each image's codes in bits (B,): log2 K per code."""
+        """Bits per image (B,): log2 K per code."""
         indices = codes["indices"].flatten(1)
         return torch.full_like(indices[:, 0], indices.shape[1], dtype=torch.float32) * math.log2(self.quantizer.codebook_size)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients the adaptive GAN weight compares."""
+        """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
 
 class VQGAN(VQModel):
-    """The autoencoder of Taming Transformers and LlamaGen; factor f = 2 ** (len(ch_mult) - 1).
+    """The autoencoder of Taming Transformers and LlamaGen; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         side of the training images: levels of a side in `attn_resolutions` get attention. Any size divisible by f works.
+    image_size         side of the training images: levels with a side in attn_resolutions get attention. Any size divisible by f works.
     ch, ch_mult        level i has ch * ch_mult[i] channels, a multiple of 32 (GroupNorm)
-    num_res_blocks     residual blocks per level (one more in the decoder)
-    z_channels         channels of the encoder's output, before the 1x1 conv to the code dimension
+    num_res_blocks     per level; one more in the decoder
+    z_channels         of the encoder's output, before the 1x1 conv to the code dimension
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
@@ -120,8 +120,8 @@ class VQGAN(VQModel):
 class VQVAE(VQModel):
     """The small VQ-VAE ("SimpleCNN") of visual-tokenizer-pytorch's study of codebook collapse; f = 4.
 
-    ch                 channels; half of them at half resolution
-    num_res_blocks     residual blocks, in the encoder and in the decoder
+    ch                 channels; half as many at half resolution
+    num_res_blocks     in the encoder and in the decoder
     """
 
     def __init__(self, ch: Annotated[int, (2, 2**31)] = 256, num_res_blocks: Annotated[int, (0, 2**31)] = 2,
@@ -145,22 +145,22 @@ class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K codes.
 
     codebook_size, dim K codes of this dimension, initially uniform in +-1/K
-    beta               weight of the commitment loss, beta * ||z - sg(e)||^2, next to the codebook loss ||sg(z) - e||^2
-    legacy             beta weights the codebook loss instead, as in the Taming Transformers release
+    beta               commitment loss beta * ||z - sg(e)||^2, next to the codebook loss ||sg(z) - e||^2
+    legacy             beta weights the codebook loss instead (Taming Transformers release)
     l2_norm            compare unit vectors (ViT-VQGAN, LlamaGen)
-    ema_decay          None: the codebook is trained by gradient. A number, such as 0.99: codes are moving averages of the vectors that
-                       chose them (VQ-VAE, appendix A.1), with Laplace smoothing by ema_eps
+    ema_decay          None: codebook trained by gradient. Else codes are moving averages of their vectors (VQ-VAE, appendix A.1), with
+                       Laplace smoothing by ema_eps
     restart            EMA only: a code whose average count is below 1 becomes a random current vector
-    entropy_weight     weight of an entropy loss (MaskGIT, LlamaGen) for confident choices and even codebook usage: the mean entropy of
-                       p = softmax(-distance / entropy_temperature), minus the entropy of the mean p. Needs N x K floats.
-    queue_size         how many recent codes `usage` looks at
+    entropy_weight     confident choices, even codebook usage (MaskGIT, LlamaGen): mean entropy of p = softmax(-distance /
+                       entropy_temperature) minus entropy of the mean p. Needs N x K floats.
+    queue_size         number of recent codes that `usage` counts
 
-    Computes in float32 even under autocast. With several processes, EMA sums are all-reduced and restarts draw from all processes'
-    vectors, so codebooks stay equal. With gradient accumulation, set the attribute `accumulation_steps` to the number of forward passes
-    per step, always the same: vectors are kept, and the last pass updates the codebook as one large batch would.
+    Computes in float32 even under autocast. EMA sums and restarts use the vectors of all processes, so codebooks stay equal. With gradient
+    accumulation, set `accumulation_steps` to the (constant) number of forward passes per step: the last one then updates the codebook from
+    all their vectors, as one large batch would.
     """
 
-    CHUNK = 2**25  # distances computed at a time (128 MB)
+    CHUNK = 2**25  # distances in memory at a time (128 MB)
 
     def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, legacy: bool = False,
                  l2_norm: bool = False, ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
@@ -175,8 +175,7 @@ class VectorQuantizer(nn.Module):
             codebook = F.normalize(codebook, dim=-1)
         self.codebook = nn.Parameter(codebook, requires_grad=ema_decay is None)
         if ema_decay is not None:
-            # With restarts, counts start at 0, so most codes become vectors of the first batches. Without, they start at 1: at 0, a code
-            # that is not chosen at once would be divided by almost nothing.
+            # From 0, most codes restart as vectors of the first batches. Without restarts, unused codes would be divided by almost 0.
             self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
             self.register_buffer("ema_sum", codebook.clone())
         self.accumulation_steps, self._gathered = 1, []  # [(vectors (N, D), indices (N,), weights (N, 1))]
@@ -185,8 +184,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
-        loss_weight, ema_weight (...): weight of each vector in the losses (still plain means) and in EMA; weight 0 excludes it from
-        restarts. info: codebook `usage` in the queue, and `perplexity` of this batch.
+        loss_weight, ema_weight (...): weight of each vector in the losses (still plain means) and in EMA (0: not for restarts).
+        info: codebook `usage` in the queue, `perplexity` of the batch.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = self._normalize(z.float())
@@ -202,7 +201,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to indices of the nearest codes, int64 (...), with at most CHUNK distances in memory."""
+        """Vectors (..., D) to indices of the nearest codes, int64 (...)."""
         with torch.autocast(z.device.type, enabled=False):
             codes = self._normalize(self.codebook.float())
             vectors = self._normalize(z.float()).flatten(0, -2)
@@ -236,7 +235,7 @@ class VectorQuantizer(nn.Module):
         return losses
 
     def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
-        """Keeps the vectors of a forward pass. Every `accumulation_steps` passes, updates the codebook from all of them."""
+        """Collects vectors; updates the codebook every `accumulation_steps` calls."""
         self._gathered.append((z.flatten(0, -2), indices.flatten(), weight.to(z).reshape(-1, 1)))
         if len(self._gathered) >= self.accumulation_steps:
             self._ema_update(*map(torch.cat, zip(*self._gathered)))
@@ -244,7 +243,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
-        """One EMA step from vectors (N, D), the indices (N,) of their codes, and weights (N, 1)."""
+        """One EMA step from vectors (N, D), indices (N,) and weights (N, 1)."""
         stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors; last column: counts
         stats.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
         if _world() > 1:
@@ -257,13 +256,12 @@ class VectorQuantizer(nn.Module):
             ema_count = ema_count.masked_fill(dead, 1.0)
         total = ema_count.sum()
         smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
-        finite = stats.isfinite().all()  # vectors that overflowed in fp16 must not enter the codebook
+        finite = stats.isfinite().all()  # keep fp16 overflows out of the codebook
         for old, new in ((self.ema_sum, ema_sum), (self.ema_count, ema_count), (self.codebook, ema_sum / smoothed.unsqueeze(1))):
             old.copy_(torch.where(finite, new, old))
 
     def _random_vectors(self, z: Tensor, weight: Tensor) -> Tensor:
-        """Random vectors (K, D), the same on every process: distinct rows of all processes' z (N, D). Rows of weight (N, 1) zero are used
-        only if there are no others."""
+        """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows of zero weight (N, 1) come last."""
         rank, total = (dist.get_rank() if _world() > 1 else 0), len(z) * _world()
         draw = torch.rand(total, device=z.device)
         counts = torch.zeros_like(draw)
@@ -288,7 +286,7 @@ class VectorQuantizer(nn.Module):
 
     def gradient_norms(self, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
         """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for vectors (..., D) and their indices (...)
-        in `codebook` (default: the current one). It is 0 for a code that no vector chose, which is how codes die."""
+        into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die."""
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             codes = (self.codebook if codebook is None else codebook).detach().float().requires_grad_()
             error = self._normalize(F.embedding(indices, codes)) - self._normalize(z.detach().float())
@@ -296,7 +294,7 @@ class VectorQuantizer(nn.Module):
             return torch.autograd.grad((error.square() * weight).mean(), codes)[0].norm(dim=1)
 
     def uses(self) -> Tensor:
-        """How often each code occurs in this process's queue of recent training codes, int64 (K,)."""
+        """Counts of each code in this process's queue of recent training codes, int64 (K,)."""
         return torch.bincount(self.queue[self.queue >= 0], minlength=self.codebook_size)
 
     @torch.no_grad()
@@ -307,7 +305,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def perplexity(self, indices: Tensor) -> Tensor:
-        """exp(entropy) of the distribution of indices: between 1 (a single code) and K (uniform)."""
+        """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
         ones = torch.ones(indices.numel(), device=indices.device)
         p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
         return torch.exp(-(p * (p + 1e-10).log()).sum())
@@ -347,7 +345,7 @@ class Decoder(nn.Module):
 
 
 class DownPath(nn.Module):
-    """The downsampling half of the encoder. Returns the features of every level, finest first."""
+    """The downsampling half of the encoder: features of every level, finest first."""
 
     def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
@@ -455,7 +453,7 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies the attention weights of each key after the softmax."""
+        """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies each key's attention weights, after the softmax."""
         B, C, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3)                # (B, 3, hw, C)
         q, k, v = qkv.contiguous().unbind(1)  # fused attention kernels want the channels last
