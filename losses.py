@@ -31,15 +31,15 @@ class Stage1Loss(nn.Module):
     """The losses of a stage-1 model and of its discriminator.
 
     reconstruction      pixel loss, on images in [-1, 1]
-    perceptual_weight   of LPIPS-VGG; 0: not loaded
-    gan                 see discriminator_loss and generator_loss
-    disc_weight         of the generator's GAN loss; 0: no discriminator
+    perceptual_weight   weight of LPIPS-VGG; 0: LPIPS is not loaded
+    gan                 kind of GAN loss, see discriminator_loss and generator_loss
+    disc_weight         weight of the generator's GAN loss; 0: no discriminator
     adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last layer
     disc_weight_max     upper limit of the result
     disc_start          first step of the discriminator's training
     gan_start           first step of the generator's GAN loss (default: disc_start); later spares it an untrained discriminator
-    disc_loss_weight    of the discriminator's loss
-    lecam_weight        of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
+    disc_loss_weight    weight of the discriminator's loss
+    lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
     """
 
     def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0, gan: GAN = "hinge",
