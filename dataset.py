@@ -223,10 +223,6 @@ def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[
         yield to_float(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where images come from
-
-
 class Source(Protocol):
     """The images of one split. To add a dataset, write a function that returns one, usually a `Files`."""
 

@@ -388,9 +388,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
 LABELS = {  # and the format; those with "+" come with their spread
     "images": ("images", "d"), "psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "rfid": ("rFID", ".2f"),
     "usage": ("codes in use", ".1%"), f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"), "perplexity": ("perplexity", ".1f"),

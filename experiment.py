@@ -329,10 +329,6 @@ def own_folder(run: Path, *parts: str) -> Path:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run folder, for the other scripts and for users
-
-
 def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") -> tuple[nn.Module, dict]:
     """The model of a run folder, in eval mode on the CPU, and its config.
 
@@ -390,10 +386,6 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: di
     shutil.rmtree(folder, ignore_errors=True)
     write_weights(folder / "checkpoints/step_00000000", {name: whole_state(module) for name, module in modules.items()} | (more or {}))
     write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What both training scripts need
 
 
 def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch: float) -> float:
