@@ -47,7 +47,7 @@ class Checkpoints:
                  stateful: list[nn.Module], optimizer: torch.optim.Optimizer | None):
         self.accelerator, self.folder, self.limit, self.modules, self.optimizer = accelerator, folder, limit, modules, optimizer
         self.is_main, self.sharded = accelerator.is_main_process, optimizer is not None
-        self.best, self.agreed = -math.inf, 0  # the best score; the step at which the processes last held the same model
+        self.best, self.agreed = -math.inf, 0  # the best score; the last step at which all processes held the same weights
         accelerator.register_for_checkpointing(*stateful)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -56,10 +56,10 @@ class Checkpoints:
         weights.clear()  # accelerate would name them by number, and by how many processes there were
         modules = self.modules if self.is_main or self.sharded else {}
         files = {f"{name}.safetensors": whole_state(module, self.is_main) for name, module in modules.items()}
-        if self.sharded:  # as accelerate saves one that is not sharded
+        if self.sharded:  # in accelerate's format
             state = self.optimizer.state_dict()
             state["state"] = {i: {k: _whole(v, self.is_main) for k, v in values.items()} for i, values in state["state"].items()}
-        if self.is_main:  # writing may fail, so all that the processes do together is done
+        if self.is_main:  # after all that the processes do together, because writing may fail
             for name, tensors in files.items():
                 save_file(tensors, f"{folder}/{name}")
             if self.sharded:
@@ -133,8 +133,8 @@ class Checkpoints:
         self.agreed = step
 
     def load(self, wanted: str | None) -> dict:
-        """Loads `wanted` (a path, "auto" for the newest whole one, None for none); its checkpoint.json, {"step": 0} without one. Later
-        checkpoints are set aside."""
+        """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what is in its checkpoint.json, or
+        {"step": 0}. Later checkpoints are renamed to abandoned_*."""
         found = [None, None]  # the checkpoint, and what is wrong
         if self.is_main and wanted == "auto":
             found[0] = newest_whole(self.folder, self.accelerator.print)
@@ -171,7 +171,7 @@ class Checkpoints:
     def _tidy(self, step: int) -> None:
         for unfinished in self.folder.glob(".step_*"):  # when the run was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        for later in list_checkpoints(self.folder):  # damaged, or of a future that this run does not continue
+        for later in list_checkpoints(self.folder):  # damaged, or later than what was resumed
             if later.name > f"step_{step:08d}":
                 abandoned = later.with_name(f"abandoned_{later.name}")
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -243,7 +243,7 @@ def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None
 def write_manifest(checkpoint: Path, step: int, **more: int) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
     (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, **more, "files": files}, indent=1))
-    for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before it takes the place of another
+    for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before the folder is renamed
         _sync(path)
 
 

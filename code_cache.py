@@ -72,7 +72,8 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
 
 
 def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int) -> str:
-    """A name for all that the codes depend on: weights, names of the images, data settings. The folder of the images may move."""
+    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings. A folder of image
+    files may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not name.startswith(("quantizer.ema_", "quantizer.queue")):
@@ -81,7 +82,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
     names = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    data = {k: v for k, v in data.items() if k != "root"}
+    data = {k: v for k, v in data.items() if k != "root" or not isinstance(dataset.source, Files)}
     return hashlib.sha256(json.dumps([weights.hexdigest(), names, data, views]).encode()).hexdigest()[:16]
 
 
@@ -97,7 +98,7 @@ class CodeCache:
     `encode` fills it, in several processes at once; what is `missing` after an interruption is done next. Then rows can be read:
     cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
 
-    folder         a folder inside it is named after `key`, in which everything must be that the codes depend on
+    folder, key    the files are in folder/key; the key must identify all that the codes depend on
     indices        which images of the dataset
     views          how many crops and flips of each
     example        the codes of some image (1, ...), for their names and shapes
@@ -122,7 +123,7 @@ class CodeCache:
                 size = self.rows * np.dtype(kind).itemsize * math.prod(shape)
                 path = self.folder / f"{name}.bin"
                 if not path.is_file() or path.stat().st_size != size:
-                    (self.folder / "done.bin").unlink(missing_ok=True)  # the last to be made: nothing is done yet
+                    (self.folder / "done.bin").unlink(missing_ok=True)  # created last: without it no row is done
                     make_file(path, size)
 
     def encode(self, rows: list[int], encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4,

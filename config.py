@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to checked settings, and from settings to what they describe.
+"""Reads YAML files and overrides into checked settings, and builds models and datasets from them.
 
     load_config         the config of a script: the file, key.sub=value overrides, defaults; or one sentence (UserError)
     check_config        the same for settings that were read already
@@ -42,13 +42,13 @@ class TrainSettings:
     seed: Annotated[int, (0, 2**32 - 1)] = 0
     train_batch_size: int = 12  # images per process and forward pass
     gradient_accumulation_steps: int = 1  # batch size x processes x this is the "global batch"
-    max_train_steps: int | None = None  # the length of the training,
+    max_train_steps: int | None = None  # give this
     num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None  # or this
     max_minutes: float | None = None  # save and stop, for clusters with time limits; --resume auto continues
     learning_rate: float | None = None
     base_lr: float | None = None  # or this: per image, multiplied by the global batch
     lr_scheduler: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
-    lr_warmup_steps: Count = 0  # the warm-up is the sum of both
+    lr_warmup_steps: Count = 0  # added to lr_warmup_epochs
     lr_warmup_epochs: float = 0.0
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.95
@@ -159,7 +159,7 @@ def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     """{argument: (type, default)} of the arguments that a config may set."""
     hints = typing.get_type_hints(target if is_dataclass(target) or not inspect.isclass(target) else target.__init__, include_extras=True)
     parameters = inspect.signature(target).parameters
-    return {key: (hints[key], p.default) for key, p in parameters.items() if key not in ("split", "uint8")}
+    return {key: (hints[key], p.default) for key, p in parameters.items() if key not in ("split", "uint8")}  # which the scripts set
 
 
 def setting_names(target: Callable, section: str) -> list[str]:
@@ -262,7 +262,7 @@ def parse_yaml(text: str) -> Any:
         else:
             return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        # Not only YAMLErrors: for the 99th of a month, for !!bool 3.
+        # PyYAML raises these too, for dates that do not exist or !!bool 3.
         problem = "valid YAML" + (f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else "")
     raise ValueError(problem)
 

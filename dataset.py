@@ -2,7 +2,7 @@
 
     make_dataset                a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
     train_loader, eval_loader   batches over several workers and processes; uint8 until they are on the device
-    SOURCES                     the datasets by name, and what `root` must hold; to add one, write a function beside the others
+    SOURCES                     the datasets by name, and what `root` must hold; to add one, see CONTRIBUTING.md
 
 Training order and augmentation follow from (seed, epoch, index) alone, not from the number of workers or from what ran before. That is
 what makes a resumed run equal to an uninterrupted one.
@@ -202,8 +202,8 @@ def worker_settings(num_workers: int, device: torch.device | str) -> dict:
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
-    """Schedulers and Ctrl-C signal every process, but the training process must save before its workers end. A second
-    SIGTERM, which it sends a worker that will not end, counts."""
+    """Schedulers and Ctrl-C signal every process, but the training process must save before its workers end. A second SIGTERM, from the
+    training process, ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -211,7 +211,7 @@ def _leave_signals_to_the_trainer(_: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """After an error Python sends its workers one SIGTERM and waits for them, which would be for ever."""
+    """At exit Python sends its workers one SIGTERM, which they ignore, and would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:
@@ -224,16 +224,16 @@ def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[
 
 
 class Source(Protocol):
-    """The images of one split. To add a dataset, write a function that returns one, usually a `Files`."""
+    """The images of one split: `Files`, `Arrays`, or any class with these."""
 
     labels: Sequence[int]
     classes: list[str]  # the names of the labels
 
     def load(self, index: int) -> Image.Image | Tensor:
-        """An RGB image of any size, or a uint8 tensor (3, S, S) of the right one."""
+        """An RGB image of any size; or a uint8 tensor (3, S, S) of the right size, which is neither cropped nor flipped."""
 
     def name(self, index: int) -> str:
-        """For messages."""
+        """For messages, and for the code cache: unique, and the same in every run."""
 
 
 @dataclass

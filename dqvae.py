@@ -2,8 +2,8 @@
 
     DQVAE           "Towards Accurate Image Coding: Improved Autoregressive Image Generation with Dynamic Vector
                     Quantization" (Huang et al., CVPR 2023), sec. 3.2, for two or three granularities
-    FeatureRouter   each region's granularity, learned: it predicts the error that each granularity would leave in a region
-    DQVAE.entropy   ... or from the entropy of its pixels. Either way, thresholds give the ratios
+    FeatureRouter   predicts the error that each granularity would leave in a region; where it falls most, the region is refined
+    DQVAE.entropy   the alternative without learning: entropy of a region's pixels. Thresholds on either give the ratios
 
 A region is a cell of the coarsest grid. With factors [16, 8], coarse regions have 1 code and fine ones 2 x 2. Interface as in vqgan.py;
 images are float tensors (B, 3, S, S) in [-1, 1].
@@ -185,7 +185,8 @@ class DQVAE(nn.Module):
             z = z * F.interpolate(routing.gather(1, grain.unsqueeze(1)), z.shape[-2:])
         return self.pre_quant(z).permute(0, 2, 3, 1), grain, routing
 
-    # The feature router: features of each granularity to the grain (B, h', w'), and to what its loss is computed from (B, G, h', w').
+    # The feature router, trained as in the release or as ours: features of each granularity to the grain (B, h', w') and the gate or the
+    # predicted errors (B, G, h', w').
 
     def _train_as_released(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Samples granularities. The gate multiplies the feature, and the budget counts it."""
@@ -202,7 +203,7 @@ class DQVAE(nn.Module):
             gain = errors[:, 0] - errors[:, -1]                                              # (B, h', w')
             if not self.training:
                 grain = (gain.unsqueeze(-1) > self.thresholds).sum(-1)
-                return torch.where(self.thresholds.isnan().any(), errors.argmax(1), grain), errors  # older runs have no thresholds
+                return torch.where(self.thresholds.isnan().any(), errors.argmax(1), grain), errors  # in runs from before: logits
             shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
             thresholds = torch.stack([gain.flatten().quantile(1 - share) for share in shares])
             grain, noise = (gain.unsqueeze(-1) > thresholds).sum(-1), torch.rand_like(gain)

@@ -88,7 +88,7 @@ class Run:
                             "processes; choose a smaller train.train_batch_size")
         self.dataset, self.global_batch = dataset, together * train["gradient_accumulation_steps"]
         self.steps_per_epoch = len(dataset) / self.global_batch
-        self.max_steps = train["max_train_steps"] or round(train["num_train_epochs"] * self.steps_per_epoch)
+        self.max_steps = train["max_train_steps"] or max(1, round(train["num_train_epochs"] * self.steps_per_epoch))
 
     # FSDP
 
@@ -103,7 +103,7 @@ class Run:
         model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.sharded:
             self.optimizer = optimizer
-            self.accelerator.free_memory()  # forgets both, whose shards it would save; Checkpoints saves them whole
+            self.accelerator.free_memory()  # or it would save the shards too; Checkpoints saves whole tensors
             if ema is not None:
                 ema.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
         return model, optimizer
@@ -112,7 +112,7 @@ class Run:
         """The module; if it is sharded, an ordinary copy with all its weights, for what reads weights outside of forward."""
         if not self.sharded:
             return module
-        with torch.random.fork_rng(devices=[]):  # its first weights, which are not kept, must not take random numbers
+        with torch.random.fork_rng(devices=[]):  # building it must not advance the random numbers
             copy = make_model(self.config)
         copy.load_state_dict(whole_state(module))
         return copy.to(self.accelerator.device)
@@ -154,8 +154,8 @@ class Run:
 
     def steps(self, step: int, optimizers: list[torch.optim.Optimizer], report: Callable[[int], str],
               order: Callable[[int], Iterable[list[tuple[int, int]]]]) -> Iterator[int]:
-        """Yields the number of each step that is still to do, from `step`, for the script to take it. Between them: learning rate, bad
-        steps and averaged weights; at intervals a log line, a report and a checkpoint; the reasons to stop.
+        """Yields the number of each remaining step, from `step`, and the script trains it. Around it: learning rate, guard, averaged
+        weights; at intervals logging, validation and checkpoints; the reasons to stop.
 
         report(step)    validates, and returns a sentence
         order(start)    the (epoch, index) of all processes' images from batch number `start`, to name those of bad steps
@@ -191,12 +191,12 @@ class Run:
                                 | {k: f"{values[k]:.0%}" for k in ("usage", "padding") if k in values})
                 logged_at, logged = time.monotonic(), step
                 self.guard.stop_if_too_many(self.dataset, order)
+            paused = time.monotonic()
             if step % train["validation_steps"] == 0 and step < self.max_steps:
-                paused = time.monotonic()
                 report(step)
-                logged_at += time.monotonic() - paused
             if step % train["checkpointing_steps"] == 0 or last:
                 self.save(step)
+            logged_at += time.monotonic() - paused
         bar.close()
         if stop is not None:
             accelerate.print(f"stopped by {stop} at step {step} of {self.max_steps}, saved; --resume auto continues")
@@ -289,8 +289,8 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
 
 
 def check_folder(folder: Path, config: dict, resume: str | None) -> None:
-    """Refuses to start where there are checkpoints, to continue those of other networks, to follow links, and to write over files that
-    are not of a run."""
+    """UserError if the folder holds checkpoints that are not resumed, another network's, links that lead out of it, or files that are not
+    a run's."""
     own_folder(folder, "checkpoints", "checkpoints/.step_*", "samples", "tensorboard", "tensorboard/*", "codebook", "stage1")
     try:
         run_config(folder)
@@ -302,6 +302,8 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
     if resume is None and list_checkpoints(folder / "checkpoints"):
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
     source = folder if resume == "auto" else Path(resume or "").parent.parent
+    if resume not in (None, "auto") and source.resolve() != folder.resolve() and list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"{folder} already holds checkpoints of another run than {source}; choose another train.output_dir")
     if resume is None or not (source / "config.yaml").is_file():
         return
     before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), config))
@@ -319,7 +321,7 @@ def _networks(config: dict) -> dict[str, Any]:
 
 
 def own_folder(run: Path, *parts: str) -> Path:
-    """A run folder, before its `parts` (glob patterns) are written to. UserError if one is a link that leads out of the folder: a run
+    """The run folder, before its `parts` (glob patterns) are written to. UserError if one is a link that leads out of the folder: a run
     folder from someone else must not redirect our writes. (The run folder may itself be a link.)"""
     for path in (path for part in parts for path in run.glob(part)):
         target = os.path.realpath(path)

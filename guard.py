@@ -1,8 +1,9 @@
-"""What a bad step may not do. A step whose loss or gradient is not finite changes no weights, codebook or statistics, on any process.
+"""Skips and undoes training steps whose loss or gradient is not finite, on all processes alike.
 
     Guard       one for each run: begin, backward, clip and end around a step; stop_if_too_many at a log line
 
-Everything stays on the device until then: no step waits for the GPU.
+Weights, optimizers, codebook and statistics are then as before the step; averaged weights move on towards the unchanged weights. Flags stay
+on the device until a log line, so no step waits for the GPU (except under fp16, whose scaler does).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Guard:
     """Skips, undoes and counts bad steps.
 
     folder, train   the run folder, and the config's section `train`
-    modules         name to module; each may have an optimizer of its own, whose bad step leaves the others theirs
+    modules         name to module; each may have an optimizer of its own; a bad step of one does not undo the others'
     stateful        modules of buffers that follow the discriminator's steps (LeCam's averages)
     """
 
@@ -52,7 +53,7 @@ class Guard:
         self.kept = {name: [v.detach().clone() for v in moving] for name, moving in self.moving.items()}
 
     def backward(self, loss: Tensor) -> None:
-        """A loss that is not finite makes the gradients so, on all processes."""
+        """A loss that is not finite becomes NaN, so that all processes see NaN gradients."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def follow_scale(self, module: nn.Module) -> None:
@@ -63,7 +64,7 @@ class Guard:
                     parameter.grad.mul_(self.scale / self.scale_before)
 
     def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clips the gradients of this optimizer's module and returns their norm from before. If the norm is not finite, which all
+        """Clips the gradients of this optimizer's module and returns the norm before clipping. If the norm is not finite, which all
         processes see alike, the optimizer's step does nothing. (accelerate's own clipping would undo the fp16 loss scale of all
         optimizers' gradients, including those that still accumulate.)"""
         self.accelerator.unscale_gradients(optimizer)
@@ -71,7 +72,7 @@ class Guard:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = ~norm.isfinite()
         self.bad[next(name for name, m in self.modules.items() if m is self.accelerator.unwrap_model(module))] = bad
-        if self.accelerator.scaler is None:  # which skips by itself
+        if self.accelerator.scaler is None:  # fp16's scaler skips by itself
             if optimizer.param_groups[0]["fused"]:
                 optimizer.optimizer.found_inf = bad.float()  # read on the device: the CPU need not wait for it
             elif bad:
@@ -109,6 +110,6 @@ class Guard:
             found = [{"step": step, "images": [[epoch, index, dataset.source.name(index)] for _ in range(self.accumulate)
                                                for epoch, index in next(images)]} for step in steps]
             write_file(path, json.dumps(found, indent=1) + "\n")
-        raise UserError(f"loss or gradient were not finite in the {len(steps)} steps up to {last}, more in a row than train.max_bad_steps; "
-                        f"they were skipped, and their images are listed in {path}: lower train.learning_rate or set "
+        raise UserError(f"the loss or a gradient was not finite in the {len(steps)} steps up to {last}, more in a row than "
+                        f"train.max_bad_steps; they were skipped, and their images are listed in {path}: lower train.learning_rate or set "
                         "train.max_grad_norm, and continue from the last checkpoint with --resume auto")

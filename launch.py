@@ -1,7 +1,7 @@
-"""From the command line to a script's `main`, and out again.
+"""Runs a script's `main`.
 
-    run_main    ends with one sentence where the user can mend something, and with a traceback where nobody thought of it;
-                starts processes on CPUs for `accelerate launch --cpu`; outlives a full disk under its output
+    run_main    expected errors end it with one sentence, others with a traceback. Starts the processes of `accelerate launch --cpu`, and
+                survives a full disk under its output
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(sentence)
         print(sentence or traceback.format_exc(), file=_Unfailing(sys.stderr))
     if torch.distributed.is_initialized():
-        # Taking apart a process group can wait for a thread that waits for Python's lock, which is held meanwhile.
-        # Everything is written: leave without taking anything apart.
+        # destroy_process_group can deadlock on Python's lock. Everything is written, so exit directly.
         end_workers()
         _Unfailing(sys.stdout).flush()
         _Unfailing(sys.stderr).flush()

@@ -49,6 +49,8 @@ class Stage1Loss(nn.Module):
         self.reconstruction, self.perceptual_weight, self.gan = reconstruction, perceptual_weight, gan
         self.disc_weight, self.adaptive_weight, self.disc_weight_max = disc_weight, adaptive_weight, disc_weight_max
         self.disc_start, self.gan_start = disc_start, disc_start if gan_start is None else gan_start
+        if self.gan_start < self.disc_start:
+            raise ValueError(f"gan_start must be at least disc_start; they are {gan_start} and {disc_start}")
         self.disc_loss_weight, self.lecam_weight = disc_loss_weight, lecam_weight
         self.lpips = load_lpips() if perceptual_weight > 0 else None
         self.lecam = LeCam()

@@ -60,7 +60,7 @@ class MQVAE(nn.Module):
             raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
         if not 1 <= int(topk_ratio * self.grid**2) < self.grid**2:
             raise ValueError(f"topk_ratio must be between 0 and 1 and keep at least one of {self.grid**2} cells; it is {topk_ratio}")
-        if quantizer.l2_norm:
+        if getattr(quantizer, "l2_norm", False):
             raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
 
     def forward(self, images: Tensor) -> Output:

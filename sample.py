@@ -125,7 +125,7 @@ def sampling_arguments(model: torch.nn.Module | type, settings: dict, labels: to
 
 
 def output(args: argparse.Namespace, state: Accelerator) -> tuple[Path, bool]:
-    """Where the images go, and whether that is a folder, which is made and holds no other images then."""
+    """Where the images go, and whether each is a file of its own. The folder is made, and images of an earlier call are removed."""
     seed = f"samples/seed_{args.seed}"
     out = Path(args.out).expanduser() if args.out else own_folder(Path(args.run), "samples", seed, f"{seed}/*") / seed
     single = out.suffix not in (".png", ".npz")
@@ -181,7 +181,7 @@ def draw(model: torch.nn.Module, stage1: torch.nn.Module, numbers: list[int], la
 
 def generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
     """The random numbers of each of a seed's images."""
-    # A CPU generator listens to 32 bits: the numbers of one seed are all different, and those of two seeds far apart.
+    # A CPU generator uses 32 bits of its seed. All numbers of one seed give different ones, those of two seeds are far apart.
     return [torch.Generator().manual_seed((seed * 2_654_435_761 + number) % 2**32) for number in numbers]
 
 

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
-        raw_model.progress = step / run.max_steps  # for MQ-VAE, whose training has a schedule
+        raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
-    """Says now what would otherwise end the run at its first step, or at the discriminator's."""
+    """Finds sizes that do not fit before the first step, or the discriminator's first."""
     if size % model.factor:
         raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
     if getattr(model, "image_size", size) != size:
@@ -131,7 +131,7 @@ def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.
 
 
 def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
-    """What a model must know of the training images before it starts; kept in its buffers, and as thresholds.json."""
+    """Computes the thresholds of an entropy router from training images, or reads them; kept in the model and as thresholds.json."""
     path, accelerator = run.train["calibration_file"], run.accelerator
 
     def batches():
@@ -204,7 +204,7 @@ def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -
                                  accelerator.num_processes, accelerator.device):
         with accelerator.autocast():
             out = model(images)
-        error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # of values 2 apart
+        error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # the range is 2
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
         scalars = {k: v for k, v in out.info.items() if v.ndim == 0 and k not in ("usage", "perplexity")}
         for key, value in {"psnr": psnr.mean(), "images": torch.ones_like(psnr[0]), **scalars}.items():

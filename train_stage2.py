@@ -125,7 +125,7 @@ def inherit_data(given: dict, resume: str | None) -> None:
 
 
 def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
-    """Where the stage-1 model is, and whether that is the copy that a run which continues has of its own."""
+    """Where the stage-1 model is, and whether that is the resumed run's own copy."""
     own = Path(str(config["train"]["output_dir"])).expanduser() / "stage1"
     copy_ = own if resume == "auto" else Path(resume or "").parent.parent / "stage1"
     if resume and (copy_ / "config.yaml").is_file():
@@ -152,7 +152,7 @@ def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict
 
 
 def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
-    """Checks what is not seen by sections alone, and adds the model's settings that follow from the codes and the classes."""
+    """Checks what depends on several sections, and adds the model's settings that follow from codes and classes."""
     name, size, conditional, sample = (config["model"]["name"], config["data"]["image_size"], config["train"]["class_conditional"],
                                        config["sample"])
     if conditional and len(classes) < 2:

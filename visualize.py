@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     command(codebook, images=True).add_argument("--history", action="store_true", help="fail if there is no record over training")
     sub = command(sequence, data=False, n=4)
     sub.add_argument("--seed", type=int, default=0, help="image i is image i of sample.py with this seed")
-    sub.add_argument("--class", dest="classes", help="class numbers or names, separated by commas (default: all, in turn)")
+    sub.add_argument("--classes", "--class", dest="classes", help="class numbers or names, separated by commas (default: all, in turn)")
     command(rate, several=True, images=True)
     command(interactive, n=16, suffix=".html")
 

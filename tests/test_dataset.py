@@ -1,5 +1,6 @@
 import pickle
 import warnings
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -294,3 +295,8 @@ def test_shapes_have_15_to_60_percent_detail_where_they_say(size):
         inside = detail[1:, 1:] & detail[:-1, :-1]
         outside = ~(detail[1:, 1:] | detail[:-1, :-1])
         assert change[inside].mean() > 3 * change[outside].mean()  # textured against smooth
+
+
+def test_every_source_can_be_named_in_a_config():
+    names = get_args(get_type_hints(make_dataset)["name"])
+    assert set(names) == {*dataset.SOURCES, "shapes"}

@@ -132,3 +132,8 @@ def test_missing_vgg_weights_are_one_sentence(monkeypatch, tmp_path):
     sentence = str(error.value)
     assert "vgg16-397923af.pth" in sentence and str(tmp_path) in sentence and "loss.perceptual_weight=0" in sentence
     assert "\n" not in sentence
+
+
+def test_the_generator_does_not_hear_a_discriminator_that_does_not_learn():
+    with pytest.raises(ValueError, match="gan_start must be at least disc_start; they are 3 and 5"):
+        Stage1Loss(perceptual_weight=0, disc_start=5, gan_start=3)

@@ -389,6 +389,15 @@ say("train.adam_beta2=1")
         assert line.startswith("error: ") and words in line, line
 
 
+def test_a_run_is_not_continued_over_another(train, tmp_path):
+    train("train.max_train_steps=3")
+    train("train.max_train_steps=3", f"train.output_dir={tmp_path}/other")
+    with pytest.raises(UserError, match="already holds checkpoints of another run than"):
+        train(f"train.output_dir={tmp_path}/other", resume=f"{tmp_path}/run/checkpoints/step_00000003")
+    assert (tmp_path / "other/checkpoints/step_00000003").is_dir()
+    train(f"train.output_dir={tmp_path}/third", resume=f"{tmp_path}/run/checkpoints/step_00000003")
+
+
 def test_unreadable_images_stop_the_run(train, tmp_path):
     for i in range(40):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
