@@ -67,7 +67,7 @@ def test_it_learns(train2, tmp_path):
     train2(write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=100", "train.learning_rate=1e-2", "train.validation_steps=10",
            "train.checkpointing_steps=100", "model.n_embd=32", "data.train_size=600", "data.val_size=50", "codes.cache_views=1")
     bits = [line["val_bits"] for line in metrics(tmp_path / "run2") if "val_bits" in line]
-    assert bits[-1] < 0.9 * bits[0]
+    assert bits[-1] < 0.95 * bits[0]
 
 
 EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "train.lr_scheduler=cosine", "train.lr_warmup_steps=2",
