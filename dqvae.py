@@ -198,6 +198,7 @@ class DQVAE(nn.Module):
         """Refines the regions where the predicted error falls most from the coarsest to the finest granularity. Thresholds on this gain
         give the ratios: in training those of the batch, in evaluation their moving average. Some regions are routed at random (40 % at
         first, 5 % from half-way), to see errors of all granularities."""
+        # contiguous: torch's GroupNorm crashes on CPUs if a channels-last input needs no gradient.
         errors = F.softplus(self.router([x.detach().contiguous() for x in features]))        # (B, G, h', w')
         with torch.no_grad():
             gain = errors[:, 0] - errors[:, -1]                                              # (B, h', w')
