@@ -232,9 +232,6 @@ def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> 
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# YAML that may not be ours
-
 MAX_YAML, MAX_DEPTH = 10**6, 20  # characters, and sections in sections
 
 

@@ -254,10 +254,6 @@ class Run:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run begins with
-
-
 def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this code is not made for."""
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.

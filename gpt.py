@@ -165,10 +165,6 @@ class GPT(CodeTransformer):
         return codes["indices"].flatten(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer blocks
-
-
 class Blocks(nn.Module):
     """A stack of causal transformer blocks, (B, T, C) to (B, T, C)."""
 
@@ -254,10 +250,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in parameters if id(p) in decay], "weight_decay": weight_decay},
             {"params": [p for p in parameters if id(p) not in decay], "weight_decay": 0.0}]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
 
 
 class NotFinite(ValueError):
