@@ -211,7 +211,8 @@ def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> 
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _checked(value, next(a for a in args if a is not type(None)), where)
+        kinds = [a for a in args if a is not type(None)]
+        return _checked(value, next((k for k in kinds if (typing.get_origin(k) is list) == isinstance(value, list)), kinds[0]), where)
     if origin is Literal:
         if value is False and "no" in args:  # which YAML reads as false
             return "no"

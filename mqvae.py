@@ -11,12 +11,14 @@ The N cells of highest score are kept and quantized. Interface as in vqgan.py; i
     codes = model.encode(images)        # {"indices": int64 (B, N), "positions": int64 (B, N), ascending}
     images = model.decode(codes)
 
+With topk_ratio=[0.1, 0.9], one model serves any rate: model.encode(images, ratio=0.4).
 Difference from the release: how scores are trained (`_train_ours`; release_training=True: `_train_as_released`). Copy with vqgan.py.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Annotated
 
 import torch
@@ -32,23 +34,26 @@ class MQVAE(nn.Module):
 
     image_size         side S of the images; no other works, because codes do not tell the grid
     ch, ch_mult, num_res_blocks, attn_resolutions, z_channels    as in VQGAN
-    topk_ratio         share of cells to keep, N = int(topk_ratio * h * w)
+    topk_ratio         share of cells to keep, N = int(topk_ratio * h * w); or a range [low, high], from which every training step takes its
+                       share by the attribute `rate` (0: low, 1: high), and from which users choose
     demask_layers      number of pairs of residual block and masked attention
     release_training   train with the release's gradients; also an attribute
 
     Before each training step, set the attribute `progress` to the share of steps done: `_train_ours` starts with more than N cells and
-    with noise. The default 1 trains as at the end.
+    with noise. The default 1 trains as at the end. With a range, set `rate` as well, to a random number that all processes share.
     """
 
     def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
-                 attn_resolutions: list[int] = (32,), z_channels: int = 256, topk_ratio: float = 0.25,
+                 attn_resolutions: list[int] = (32,), z_channels: int = 256, topk_ratio: float | list[float] = 0.25,
                  demask_layers: Annotated[int, (0, 2**31)] = 8, quantizer: VectorQuantizer | None = None, release_training: bool = False):
         super().__init__()
         size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
         quantizer, up = quantizer or VectorQuantizer(ema_decay=0.98), UpPath(num_res_blocks=num_res_blocks + 1, **size)
         self.factor = 2 ** (len(ch_mult) - 1)
         self.image_size, self.grid = image_size, image_size // self.factor
-        self.topk_ratio, self.release_training, self.progress = topk_ratio, release_training, 1.0
+        self.ratio_range = tuple(topk_ratio) if isinstance(topk_ratio, (list, tuple)) else (topk_ratio, topk_ratio)
+        self.topk_ratio = sum(self.ratio_range) / 2  # what is kept if nothing else is asked for
+        self.release_training, self.progress, self.rate = release_training, 1.0, 0.5
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
         self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
@@ -58,14 +63,16 @@ class MQVAE(nn.Module):
         self.to_image = nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1)
         if image_size % self.factor:
             raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
-        if not 1 <= int(topk_ratio * self.grid**2) < self.grid**2:
-            raise ValueError(f"topk_ratio must be between 0 and 1 and keep at least one of {self.grid**2} cells; it is {topk_ratio}")
+        low, high = self.ratio_range if len(self.ratio_range) == 2 else (1, 0)
+        if not (low <= high < 1 and 1 <= int(low * self.grid**2)):
+            raise ValueError(f"topk_ratio must be between 0 and 1, or two such numbers, the lower first, and keep at least one of "
+                             f"{self.grid**2} cells; it is {topk_ratio}")
         if getattr(quantizer, "l2_norm", False):
             raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
 
-    def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, S, S) to an `Output` with losses `codebook` and `commitment`."""
-        vectors, scores, positions, slope = self._mask(images)
+    def forward(self, images: Tensor, ratio: float | None = None) -> Output:
+        """Images (B, 3, S, S) to an `Output` with losses `codebook` and `commitment`. ratio: as in `encode`."""
+        vectors, scores, positions, slope = self._mask(images, ratio)
         z_q, indices, losses, info = self.quantizer(self._kept(vectors, positions))
         recon = self._decode(z_q, positions, slope)
         codes, n = {"indices": indices, "positions": positions}, positions.shape[1]
@@ -77,9 +84,10 @@ class MQVAE(nn.Module):
             info |= {"score_map": (2 * (scores - low) / (high - low + 1e-6) - 1).unsqueeze(1), **self.maps(codes, images)}
         return Output(recon, codes, losses, info)
 
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, S, S) to {"indices": int64 (B, N), "positions": int64 (B, N)}; positions are raster order, ascending."""
-        vectors, _, positions, _ = self._mask(images)
+    def encode(self, images: Tensor, ratio: float | None = None) -> dict[str, Tensor]:
+        """Images (B, 3, S, S) to {"indices": int64 (B, N), "positions": int64 (B, N)}; positions are raster order, ascending.
+        ratio: share of cells to keep, if not topk_ratio or the middle of its range."""
+        vectors, _, positions, _ = self._mask(images, ratio)
         return {"indices": self.quantizer.nearest(self._kept(vectors, positions)), "positions": positions}
 
     def decode(self, codes: dict[str, Tensor]) -> Tensor:
@@ -105,7 +113,7 @@ class MQVAE(nn.Module):
         """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
-    def _mask(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _mask(self, images: Tensor, ratio: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Images to vectors (B, hw, D) and scores (B, h, w) of all cells, kept positions (B, N), and `slope` (below)."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")
@@ -113,10 +121,21 @@ class MQVAE(nn.Module):
         scores = self.score_net(z)                                                           # (B, h, w)
         z, flat = z.flatten(2).transpose(1, 2), scores.flatten(1)                            # (B, hw, C), (B, hw)
         vectors = self.pre_quant(F.layer_norm(z, z.shape[-1:]) * flat.unsqueeze(-1))         # (B, hw, D)
-        n, order, slope = int(self.topk_ratio * flat.shape[1]), flat.detach(), None
+        n, order, slope = self._number(ratio, flat.shape[1]), flat.detach(), None
         if self.training:
             n, order, slope = (self._train_as_released if self.release_training else self._train_ours)(n, flat, vectors)
         return vectors, scores, order.topk(n, dim=1).indices.sort(dim=1).values, slope
+
+    def _number(self, ratio: float | None, cells: int) -> int:
+        """How many cells to keep."""
+        low, high = self.ratio_range
+        if ratio is None:
+            return int((low + self.rate * (high - low) if self.training else self.topk_ratio) * cells)
+        if not (0 < ratio < 1 and int(ratio * cells)):
+            raise ValueError(f"ratio must be between 0 and 1 and keep at least one of {cells} cells; it is {ratio}")
+        if not low - 1e-9 <= ratio <= high + 1e-9:
+            warnings.warn(f"ratio {ratio} is outside of what this model was trained for, {low} to {high}", stacklevel=4)
+        return int(ratio * cells)
 
     # Training: N, scores (B, hw) and vectors (B, hw, D) to the number of cells to keep, the values (B, hw) that rank them, and `slope`
     # (B, hw, D), added to DeMask's input: zero in the forward pass, with a gradient for the scores.

@@ -8,6 +8,7 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 import copy
 import io
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     # Loop
     for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
         raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
+        raw_model.rate = random.Random(f"{train['seed']} {step}").random()  # for an MQ-VAE of any rate
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):

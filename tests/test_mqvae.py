@@ -37,6 +37,36 @@ def test_contract(ratio):
 
 
 @torch.no_grad()
+def test_any_rate_equals_a_fixed_one_with_the_same_weights():
+    torch.manual_seed(0)
+    model, images = small(topk_ratio=[0.1, 0.9]).eval(), torch.rand(3, 3, 32, 32) * 2 - 1
+    for ratio in (0.1, 0.3, 0.9, None):
+        fixed = small(topk_ratio=ratio or 0.5).eval()
+        fixed.load_state_dict(model.state_dict())
+        want, codes = fixed.encode(images), model.encode(images, ratio)
+        assert all(torch.equal(codes[k], want[k]) for k in want) and codes["indices"].shape == (3, int((ratio or 0.5) * 256))
+        assert torch.equal(model.decode(codes), model(images, ratio).images) and torch.equal(fixed(images).images, model.decode(codes))
+        rows = [model.encode(images[i:i + 1], ratio) for i in range(3)]
+        assert all(torch.equal(torch.cat([row[k] for row in rows]), codes[k]) for k in codes)
+    with pytest.warns(UserWarning, match="ratio 0.95 is outside of what this model was trained for, 0.1 to 0.9"):
+        model.encode(images, 0.95)
+    for ratio in (0.0, 1.0, 0.001):
+        with pytest.raises(ValueError, match="ratio must be between 0 and 1 and keep at least one of 256 cells"):
+            model.encode(images, ratio)
+    for bad in ([0.5, 0.2], [0.2, 1.0], [0.2, 0.4, 0.6], [0.0, 0.5]):
+        with pytest.raises(ValueError, match="topk_ratio must be between 0 and 1, or two such numbers"):
+            small(topk_ratio=bad)
+
+
+def test_every_training_step_takes_its_rate():
+    model, images = small(topk_ratio=[0.25, 0.75]), torch.rand(2, 3, 32, 32) * 2 - 1
+    for rate, n in ((0.0, 64), (0.5, 128), (1.0, 192)):
+        model.rate = rate
+        assert model(images).codes["indices"].shape == (2, n)
+    assert model.eval()(images).codes["indices"].shape == (2, 128)
+
+
+@torch.no_grad()
 def test_the_highest_scores_are_kept():
     model, images = small().eval(), torch.rand(2, 3, 32, 32) * 2 - 1
     scores = model.score_net(model.encoder(images)).flatten(1)

@@ -389,6 +389,18 @@ say("train.adam_beta2=1")
         assert line.startswith("error: ") and words in line, line
 
 
+def test_a_run_of_any_rate_resumes_exactly(train, tmp_path):
+    config = write_tiny(tmp_path, model=TINY_MODELS["mqvae"])
+    words = ["model.topk_ratio=[0.1,0.9]", "loss.disc_weight=0", "train.logging_steps=1"]
+    train(*words, f"train.output_dir={tmp_path}/whole", config=config)
+    train(*words, "train.max_minutes=0", config=config)
+    train(*words, resume="auto", config=config)
+    one, other = weights(tmp_path / "whole", 6), weights(tmp_path / "run", 6)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    kept = [line["kept_ratio"] for line in metrics(tmp_path / "whole") if "kept_ratio" in line]
+    assert len(set(kept)) > 3 and kept == [line["kept_ratio"] for line in metrics(tmp_path / "run") if "kept_ratio" in line]
+
+
 def test_a_run_is_not_continued_over_another(train, tmp_path):
     train("train.max_train_steps=3")
     train("train.max_train_steps=3", f"train.output_dir={tmp_path}/other")
