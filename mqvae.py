@@ -64,7 +64,7 @@ class MQVAE(nn.Module):
         if image_size % self.factor:
             raise ValueError(f"image_size must be divisible by {self.factor}; it is {image_size}")
         low, high = self.ratio_range if len(self.ratio_range) == 2 else (1, 0)
-        if not (low <= high < 1 and 1 <= int(low * self.grid**2)):
+        if not (low <= high < 1 and int(low * self.grid**2) >= 1):
             raise ValueError(f"topk_ratio must be between 0 and 1, or two such numbers, the lower first, and keep at least one of "
                              f"{self.grid**2} cells; it is {topk_ratio}")
         if getattr(quantizer, "l2_norm", False):
