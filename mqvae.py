@@ -113,7 +113,7 @@ class MQVAE(nn.Module):
         """Where the adaptive GAN weight compares gradients."""
         return self.to_image.weight
 
-    def _mask(self, images: Tensor, ratio: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _mask(self, images: Tensor, ratio: float | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Images to vectors (B, hw, D) and scores (B, h, w) of all cells, kept positions (B, N), and `slope` (below)."""
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}); they are {tuple(images.shape)}")

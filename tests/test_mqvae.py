@@ -141,7 +141,7 @@ def test_demask_equals_the_formula():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.003, 1.0, -0.1, 1.5])
 def test_bad_ratios_are_one_sentence(ratio):
-    with pytest.raises(ValueError, match="topk_ratio must be between 0 and 1 and keep at least one of 256 cells"):
+    with pytest.raises(ValueError, match="topk_ratio must be between 0 and 1.* keep at least one of 256 cells"):
         small(topk_ratio=ratio)
 
 
