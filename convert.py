@@ -109,10 +109,6 @@ def _of_stage(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the releases ship: checkpoints and YAML files
-
-
 def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) -> dict[str, Tensor]:
     """The named tensors of a .safetensors file, a Lightning checkpoint (`state_dict`) or a LlamaGen checkpoint (`model`).
 

@@ -57,10 +57,6 @@ def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kinds: each maps the release's config to our settings and the rules for its weights
-
-
 def _vqgan_taming(config: dict) -> tuple[dict, list[Rule]]:
     net = config["ddconfig"]
     settings = {"name": "vqgan", "image_size": net["resolution"], **_net(net),

@@ -421,10 +421,6 @@ def cell_map(ranks: Tensor, done: int, total: int, side: int) -> np.ndarray:
     return (colours * 255).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by the commands
-
-
 def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:
     """(model, name, kind) of each stage-1 run, and the images of the first."""
     configs = [run_config(folder) for folder in args.run]

@@ -39,10 +39,6 @@ class Output(NamedTuple):
     info: dict[str, Tensor]  # scalars to log; maps (B, 1 or 3, h, w) in [-1, 1] to draw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-
-
 class VQModel(nn.Module):
     """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder.
 
@@ -135,10 +131,6 @@ class VQVAE(VQModel):
             leaky, nn.Conv2d(ch, ch, 3, 1, 1), leaky, nn.ConvTranspose2d(ch, ch // 2, 4, 2, 1), leaky)
         super().__init__(encoder, decoder, to_image=nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), squash=nn.Tanh(),
                          z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantizer
 
 
 class VectorQuantizer(nn.Module):
@@ -314,10 +306,6 @@ class VectorQuantizer(nn.Module):
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of the encoder and of the decoder
 
 
 class Encoder(nn.Module):
