@@ -149,8 +149,7 @@ class DQVAE(nn.Module):
         if not entropy:
             raise ValueError("calibration of the thresholds needs at least one image")
         entropy = torch.cat(entropy).sort().values
-        shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # share of regions above each threshold
-        thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in shares]
+        thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in self._shares()]
         self.set_thresholds(thresholds, self.factor)
         return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios, "thresholds": thresholds,
                 "regions": len(entropy)}
@@ -205,10 +204,9 @@ class DQVAE(nn.Module):
             if not self.training:
                 grain = (gain.unsqueeze(-1) > self.thresholds).sum(-1)
                 return torch.where(self.thresholds.isnan().any(), errors.argmax(1), grain), errors  # in runs from before: logits
-            shares = [sum(self.ratios[g:]) for g in range(self.grains - 1)]  # of regions above each threshold
-            thresholds = torch.stack([gain.flatten().quantile(1 - share) for share in shares])
+            thresholds = torch.stack([gain.flatten().quantile(1 - share) for share in self._shares()])
             grain, noise = (gain.unsqueeze(-1) > thresholds).sum(-1), torch.rand_like(gain)
-            anything = sum((noise < share).long() for share in shares)
+            anything = sum((noise < share).long() for share in self._shares())
             if world_size() > 1:
                 dist.all_reduce(thresholds)
                 thresholds /= world_size()
@@ -222,6 +220,10 @@ class DQVAE(nn.Module):
         error = F.avg_pool2d((recon.detach().float() - images).square().mean(1), self.factor)  # (B, h', w')
         predicted = errors.gather(1, grain.unsqueeze(1)).squeeze(1)
         return 0.1 * (predicted - error / error.mean().clamp(min=1e-12)).square().mean()
+
+    def _shares(self) -> list[float]:
+        """Of the regions, above each threshold."""
+        return [sum(self.ratios[g:]) for g in range(self.grains - 1)]
 
     def _grain_of_entropy(self, images: Tensor) -> Tensor:
         if not self._calibrated and self.thresholds.isnan().any():
