@@ -45,7 +45,8 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
         folder = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
-    K, key = stage1.quantizer.codebook_size, cache_key(stage1, dataset, run.config["data"], indices, views)
+    rate = [x for x in (settings["ratios"] or settings["ratio"],) if x]
+    K, key = stage1.quantizer.codebook_size, cache_key(stage1, dataset, run.config["data"], indices, views, rate)
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, K)
     if run.is_main:
         others = [p.name for p in folder.glob(f"{split}_*") if p.name != cache.folder.name]
@@ -71,9 +72,9 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
     return cache
 
 
-def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int) -> str:
-    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings. A folder of image
-    files may move."""
+def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int, rate: list) -> str:
+    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, and the rate if one
+    was chosen ([] if not). A folder of image files may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not name.startswith(("quantizer.ema_", "quantizer.queue")):
@@ -83,11 +84,11 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
     names = hashlib.sha256("\n".join(names).encode()).hexdigest()
     data = {k: v for k, v in data.items() if k != "root" or not isinstance(dataset.source, Files)}
-    return hashlib.sha256(json.dumps([weights.hexdigest(), names, data, views]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([weights.hexdigest(), names, data, views, *rate]).encode()).hexdigest()[:16]
 
 
 def image(dataset: ImageDataset, index: int) -> Tensor:
-    """(3, S, S) in [-1, 1]."""
+    """(3, H, W) in [-1, 1]."""
     pixels = dataset[index][0]
     return to_float(pixels) if pixels.dtype == torch.uint8 else pixels
 
@@ -128,7 +129,7 @@ class CodeCache:
 
     def encode(self, rows: list[int], encode: Callable[[Tensor], dict[str, Tensor]], batch_size: int, num_workers: int = 4,
                device: torch.device | str = "cpu") -> Iterator[int]:
-        """Encodes these rows by `encode` (images (B, 3, S, S) to codes); yields the number of rows after each batch. What is
+        """Encodes these rows by `encode` (images (B, 3, H, W) to codes); yields the number of rows after each batch. What is
         written is on the disk before it counts as done."""
         batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
         n, synced = len(self.indices), time.monotonic()

@@ -12,6 +12,7 @@ finite and not negative, unless the annotation says otherwise: Annotated[int, (l
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import inspect
 import types
@@ -136,7 +137,7 @@ def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dic
         choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
         config[name] = choice | _fill(target, section, name, valid)
     if "image_size" in config.get("model", {}) and "image_size" not in given["model"]:
-        config["model"]["image_size"] = config["data"]["image_size"]
+        config["model"]["image_size"] = copy.copy(config["data"]["image_size"])  # of one list, YAML would write an alias
     return config
 
 

@@ -1,6 +1,6 @@
 """The one dataset module: datasets, transforms and loaders.
 
-    make_dataset                a torch Dataset of (image, label): float (3, S, S) in [-1, 1], int
+    make_dataset                a torch Dataset of (image, label): float (3, H, W) in [-1, 1], int
     train_loader, eval_loader   batches over several workers and processes; uint8 until they are on the device
     SOURCES                     the datasets by name, and what `root` must hold; to add one, see CONTRIBUTING.md
 
@@ -47,15 +47,15 @@ class DataError(Exception):
 
 
 def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "shapes"] = "folder",
-                 root: str | None = None, split: Literal["train", "val"] = "train", image_size: int = 256,
+                 root: str | None = None, split: Literal["train", "val"] = "train", image_size: int | list[int] = 256,
                  random_crop: bool = True, random_flip: bool = True, min_scale: Annotated[float, (1e-6, 1)] = 1.0,
                  val_fraction: Annotated[float, (0, 0.999)] = 0.05, seed: Annotated[int, (0, 2**63 - 1)] = 0, train_size: int = 50_000,
                  val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3, uint8: bool = False) -> ImageDataset:
     """The images and labels of one split. DataError, in one sentence, if `root` does not hold what SOURCES says.
 
-    image_size               side S of the square images
+    image_size               side of the square images, or [height, width]
     random_crop, random_flip augmentation of the training split. Without random_crop, and for validation, the centre is cropped
-    min_scale                training crops cover a random share of the largest square's area between this and 1
+    min_scale                training crops cover a random share of the largest crop's area between this and 1
     val_fraction             (folder, without val/) the share of files that is held out
     seed                     of the augmentation, and of the shapes
     train_size, val_size     how many shapes there are
@@ -63,6 +63,9 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
     """
     train = split == "train"
+    if not isinstance(image_size, int) and (len(image_size) != 2 or name == "shapes"):
+        kind = "a number for shapes" if name == "shapes" else "a number or [height, width]"
+        raise DataError(f"data.image_size must be {kind}; it is {image_size}")
     if name == "shapes":
         source = Shapes(train, image_size, seed, train_size if train else val_size, max_objects)
     else:
@@ -84,11 +87,11 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
 class ImageDataset(Dataset):
     """(image, label) at [index], or at [(epoch, index)] with that epoch's augmentation.
 
-    image: float (3, S, S) in [-1, 1], or uint8. `classes` are the names of the labels. An unreadable training image is
+    image: float (3, H, W) in [-1, 1], or uint8. `classes` are the names of the labels. An unreadable training image is
     warned about once and replaced by the next readable one, until more than 1 % are unreadable; elsewhere it is an error.
     """
 
-    def __init__(self, source: Source, image_size: int, train: bool = False, random_crop: bool = True,
+    def __init__(self, source: Source, image_size: int | list[int], train: bool = False, random_crop: bool = True,
                  random_flip: bool = True, min_scale: float = 1.0, seed: int = 0, uint8: bool = False):
         self.source, self.image_size, self.train, self.seed, self.uint8 = source, image_size, train, seed, uint8
         self.random_crop, self.random_flip, self.min_scale = random_crop, random_flip, min_scale
@@ -116,17 +119,19 @@ class ImageDataset(Dataset):
         image = self.source.load(index)
         if isinstance(image, Tensor):  # made at the right size
             return image
-        # One call crops and resizes, which equals resizing the shorter side and then cropping.
-        (w, h), side = image.size, min(image.size)
-        x, y, flip = (w - side) / 2, (h - side) / 2, False
+        # One call crops and resizes, which equals resizing to the larger scale and then cropping.
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        (w, h), flip = image.size, False
+        box_w, box_h = min(w, h * width / height), min(h, w * height / width)
+        x, y = (w - box_w) / 2, (h - box_h) / 2
         if self.train:
             rng = random.Random(f"{self.seed} {epoch} {index}")
             flip = self.random_flip and rng.random() < 0.5
             if self.random_crop:
-                side *= math.sqrt(rng.uniform(self.min_scale, 1))
-                x, y = rng.uniform(0, w - side), rng.uniform(0, h - side)
-        size = (self.image_size, self.image_size)
-        image = image.resize(size, Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+                scale = math.sqrt(rng.uniform(self.min_scale, 1))
+                box_w, box_h = box_w * scale, box_h * scale
+                x, y = rng.uniform(0, w - box_w), rng.uniform(0, h - box_h)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, min(x + box_w, w), min(y + box_h, h)))
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return image.flip(2) if flip else image.contiguous()
 
@@ -154,7 +159,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def train_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, num_workers: int = 4, start: int = 0, rank: int = 0,
                  world: int = 1, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless shuffled batches (images float (B, 3, S, S) in [-1, 1], labels int64 (B,)) on `device`.
+    """Endless shuffled batches (images float (B, 3, H, W) in [-1, 1], labels int64 (B,)) on `device`.
 
     batch_size is per process; process `rank` of `world` gets its share of every batch. The first batch is number `start`.
     """
@@ -230,7 +235,7 @@ class Source(Protocol):
     classes: list[str]  # the names of the labels
 
     def load(self, index: int) -> Image.Image | Tensor:
-        """An RGB image of any size; or a uint8 tensor (3, S, S) of the right size, which is neither cropped nor flipped."""
+        """An RGB image of any size; or a uint8 tensor (3, H, W) of the right size, which is neither cropped nor flipped."""
 
     def name(self, index: int) -> str:
         """For messages, and for the code cache: unique, and the same in every run."""

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, uniforms
+from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, sides, uniforms
 
 START, CODE, END = 0, 1, 2  # kinds of tokens
 
@@ -50,21 +50,22 @@ class Tokens(NamedTuple):
 class DQTransformer(CodeTransformer):
     """Position-Transformer, then Content-Transformer.
 
-    codebook_size, grids               K, and the side of each granularity's grid, coarsest first
+    codebook_size, grids               K, and the side of each granularity's grid or its [height, width], coarsest first
     num_classes, label_dropout         see CodeTransformer
     position_layers, content_layers    depth of each transformer
     n_head, n_embd, dropout            as in GPT
     order                              of a granularity's cells: raster order, or region by region
     """
 
-    def __init__(self, codebook_size: int, grids: list[int], num_classes: Count = 0, position_layers: int = 6, content_layers: int = 18,
-                 n_head: int = 8, n_embd: int = 1024, dropout: Probability = 0.1, label_dropout: Probability = 0.1,
+    def __init__(self, codebook_size: int, grids: list[int | list[int]], num_classes: Count = 0, position_layers: int = 6,
+                 content_layers: int = 18, n_head: int = 8, n_embd: int = 1024, dropout: Probability = 0.1,
+                 label_dropout: Probability = 0.1,
                  order: Literal["row-first", "region-first"] = "row-first"):
         super().__init__(num_classes, label_dropout)
-        if len(grids) < 2 or any(fine % coarse or fine <= coarse for coarse, fine in zip(grids, grids[1:])):
+        self.codebook_size, self.grids, self.grains = codebook_size, [sides(grid) for grid in grids], len(grids)
+        if len(grids) < 2 or any(h % y or h <= y or h * x != w * y for (y, x), (h, w) in zip(self.grids, self.grids[1:])):
             raise ValueError(f"grids must be two or more sides, each a multiple of the one before; they are {list(grids)}")
-        self.codebook_size, self.grids, self.grains = codebook_size, list(grids), len(grids)
-        self.cells = [side**2 for side in grids]
+        self.cells = [h * w for h, w in self.grids]
         self.length = self.cells[-1] + 2 * self.grains - 1  # inputs of the longest row: its last token is only predicted
         self.content_emb = nn.Embedding(codebook_size + 1 + self.num_starts, n_embd)  # codes, end, starts
         self.position_emb = nn.Embedding(sum(self.cells) + self.grains * (1 + self.num_starts), n_embd)  # each: cells, end, starts
@@ -84,18 +85,19 @@ class DQTransformer(CodeTransformer):
     def _tabulate(self, order: str) -> None:
         """Non-persistent buffers: `slot_*` (M,), `column_*` (G, N + G) of position_head's columns, and `cover` (G, N), the slot that covers
         each finest cell."""
-        regions, finest, N, G, K = self.grids[0], self.grids[-1], self.cells[-1], self.grains, self.codebook_size
+        (_, across), (_, width), R, N = self.grids[0], self.grids[-1], self.cells[0], self.cells[-1]  # in regions, and in finest cells
+        G, K = self.grains, self.codebook_size
         tables, first, offset = [], 0, 0  # a granularity's first slot, and its first row in position_emb
 
         def between(start: int, values: Tensor, end: int) -> Tensor:
             return torch.cat([torch.tensor([start]), values, torch.tensor([end])])
 
-        for g, (side, n) in enumerate(zip(self.grids, self.cells)):
-            size, scale = side // regions, finest // side  # side of a region in cells, and of a cell in finest cells
+        for g, ((_, w), n) in enumerate(zip(self.grids, self.cells)):
+            size, scale = w // across, width // w  # side of a region in cells, and of a cell in finest cells
             cell, fine, padding = torch.arange(n), torch.arange(N), (0, N - n + G)
-            y, x = cell // side, cell % side
-            region, inside = y // size * regions + x // size, y % size * size + x % size
-            corner = y * scale * finest + x * scale  # the cell's first finest cell
+            y, x = cell // w, cell % w
+            region, inside = y // size * across + x // size, y % size * size + x % size
+            corner = y * scale * width + x * scale  # the cell's first finest cell
             walk = {"row-first": cell, "region-first": (region * size**2 + inside).argsort()}[order]
             slot = first + 1 + walk.argsort()
             columns = F.pad(slot, padding, value=-1)
@@ -104,14 +106,14 @@ class DQTransformer(CodeTransformer):
                 "slot_grain": between(g, torch.full_like(cell, g), g),
                 "slot_kind": between(START, torch.full_like(cell, CODE), END),
                 "slot_cell": between(0, walk, 0),
-                "slot_region": between(regions**2, region[walk], regions**2),  # region R: none
+                "slot_region": between(R, region[walk], R),  # region R: none
                 "slot_corner": between(0, corner[walk], 0),
                 "slot_special": between(K + 1, torch.zeros_like(cell), K),  # content of start and end tokens
                 "slot_place": between(offset + n + 1, offset + walk, offset + n),  # row in position_emb
                 "column_slot": columns,  # -1: of another granularity
-                "column_region": F.pad(region, padding, value=regions**2),
+                "column_region": F.pad(region, padding, value=R),
                 "column_opens": F.pad(inside == 0, padding),  # the first cell of its region, in either order
-                "cover": slot[fine // finest // scale * side + fine % finest // scale]})
+                "cover": slot[fine // width // scale * w + fine % width // scale]})
             first, offset = first + n + 2, offset + n + 1 + self.num_starts
         for name in tables[0]:
             values = [table[name] for table in tables]
@@ -122,9 +124,9 @@ class DQTransformer(CodeTransformer):
     def order(self, codes: dict[str, Tensor]) -> Tokens:
         """Codes {"indices": (B, h, w), "grain": (B, h', w')} as sequences."""
         indices, grain = codes["indices"], codes["grain"]
-        if indices.shape[1:] != (self.grids[-1],) * 2 or grain.shape[1:] != (self.grids[0],) * 2:
-            raise ValueError(f"indices must be (B, {self.grids[-1]}, {self.grids[-1]}) and grain (B, {self.grids[0]}, {self.grids[0]}); "
-                             f"they are {tuple(indices.shape)} and {tuple(grain.shape)}")
+        if indices.shape[1:] != self.grids[-1] or grain.shape[1:] != self.grids[0]:
+            raise ValueError(f"indices must be (B, *{self.grids[-1]}) and grain (B, *{self.grids[0]}); they are {tuple(indices.shape)} and "
+                             f"{tuple(grain.shape)}")
         indices, grain = indices.flatten(1), grain.flatten(1)                                # (B, N), (B, R)
         present = (self.slot_kind != CODE) | (F.pad(grain, (0, 1))[:, self.slot_region] == self.slot_grain)  # (B, M)
         content = torch.where(self.slot_kind == CODE, indices[:, self.slot_corner], self.slot_special)
@@ -156,7 +158,7 @@ class DQTransformer(CodeTransformer):
         fine = torch.arange(self.cells[-1], device=grain.device)
         slot = self.cover[grain[:, self.column_region[-1, :len(fine)]], fine]                # (B, N)
         indices = contents.gather(1, slot)
-        return {"indices": indices.unflatten(1, (self.grids[-1],) * 2), "grain": grain.unflatten(1, (self.grids[0],) * 2)}
+        return {"indices": indices.unflatten(1, self.grids[-1]), "grain": grain.unflatten(1, self.grids[0])}
 
     # Training
 

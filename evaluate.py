@@ -1,6 +1,7 @@
 """Measures runs: reconstructions of stage 1, samples of stage 2. Several runs give one table.
 
     python evaluate.py --run runs/vqgan [--run runs/mqvae ...] [--split val] [--images N] [--markdown] [data.root=PATH ...]
+    python evaluate.py --run runs/mqvae_any --rates 0.1,0.5,0.9
     python evaluate.py --run runs/dq_transformer -n 5000 [--samples FOLDER | FILE.npz] [sample.top_k=100 ...]
     accelerate launch --num_processes 8 evaluate.py --run ...
 
@@ -49,7 +50,8 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset
+from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
+from gpt import sides
 from launch import run_main
 from losses import load_lpips
 from sample import SampleSettings, chosen_labels, draw, load_models, sampling_arguments
@@ -60,6 +62,7 @@ QUEUE, FEATURES = 65536, 2048
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="append", required=True, help="a run folder; several times for a comparison")
+    parser.add_argument("--rates", help="(stage 1, trained for a range) several rates, such as 0.1,0.5,0.9: a result for each")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="the images to compare with (default val)")
     parser.add_argument("--images", type=int, help="at most so many of them, spread over the split (default: all)")
     parser.add_argument("-n", type=int, help="(stage 2) samples to draw (default: as many as images)")
@@ -77,24 +80,38 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--batch_size, --images and -n must be at least 1, --num_workers at least 0, and --seed between 0 and 2^32 - 1")
     names = {folder: run_config(folder)["model"]["name"] for folder in args.run}
     stage2 = {folder: name in STAGE2 for folder, name in names.items()}
+    if args.rates and any(stage2.values()):
+        raise UserError("--rates are for stage-1 runs; a stage-2 run has one, codes.ratio")
+    try:
+        rates = [float(rate) for rate in args.rates.split(",")] if args.rates else [None]
+    except ValueError:
+        raise UserError(f"--rates must be numbers with commas between them; they are {args.rates!r}") from None
     if args.samples and not all(stage2.values()):
         raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
                         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
-    known, results = {}, {}
+    known, results, rows = {}, {}, {}
     for folder in args.run:
-        results[folder] = (evaluate_stage2 if stage2[folder] else evaluate_stage1)(args, state, folder, networks, known)
-        if state.is_main_process:
+        found = {}
+        for rate in rates:
+            metrics = (evaluate_stage2(args, state, folder, networks, known) if stage2[folder]
+                       else evaluate_stage1(args, state, folder, networks, known, rate))
+            if not state.is_main_process:
+                continue
             wanted = ("fid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid")
-            results[folder] |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in results[folder]}}
+            metrics |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in metrics}}
+            found[rate], row = metrics, folder if rate is None else f"{folder} at {rate:g}"
+            results[row], rows[row] = metrics, names[folder]
+        if state.is_main_process:
             about = {"run": folder, "model": names[folder], "which": args.which, "split": args.split, "data": args.overrides}
+            about |= {"rates": found} if args.rates else found[None]
             try:
-                write_file(Path(folder) / "metrics.json", json.dumps(about | results[folder], indent=1) + "\n")
+                write_file(Path(folder) / "metrics.json", json.dumps(about, indent=1) + "\n")
             except OSError as error:  # somebody else's run, a full disk: what follows is the result all the same
                 print(f"{folder}/metrics.json could not be written ({error.strerror})")
     if state.is_main_process:
-        print(table(results, names, args.markdown))
+        print(table(results, rows, args.markdown))
         for sentence in why.values():
             lost = dict.fromkeys(LABELS[k][0] for r in results.values() for k, s in r["missing"].items() if s == sentence)
             if lost:
@@ -103,12 +120,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict) -> dict:
-    """The metrics of a stage-1 run; on the first process."""
+def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict,
+                    rate: float | None = None) -> dict:
+    """The metrics of a stage-1 run, at its own rate or another; on the first process."""
     model, config = load_run(folder, args.which)
     dataset = run_dataset(config, args.overrides, args.split, model)
-    if dataset.image_size < 11:
+    if min(sides(dataset.image_size)) < 11:
         raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
+    if rate is not None:
+        set_rate(model, rate)
     model = model.to(state.device)
     uses = torch.zeros(model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
@@ -143,7 +163,7 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         places = places.sum(0)
         metrics["shared"] = ((places * (places - 1)).sum() / (places.sum() * (len(each) - 1))).item()
     metrics |= {"usage": usage(uses, uses.sum().item()), f"usage_{QUEUE}": usage(uses, QUEUE), "perplexity": perplexity(uses)}
-    return metrics | {"bits_per_pixel": metrics["bits"] / dataset.image_size**2}
+    return metrics | {"bits_per_pixel": metrics["bits"] / math.prod(sides(dataset.image_size))}
 
 
 def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[str, Tensor]:
@@ -166,7 +186,7 @@ def code_counts(model: torch.nn.Module, codes: dict[str, Tensor]) -> dict[str, T
     """How many codes and bits, and the shares of cells or regions that the model decides about, each (B,)."""
     counts = {"codes": spent(model, codes).flatten(1).sum(1), "bits": model.bits(codes)}
     if "positions" in codes:
-        counts["kept_ratio"] = counts["codes"] / model.grid**2
+        counts["kept_ratio"] = counts["codes"] / math.prod(model.grid)
     if "grain" in codes:
         counts |= {f"ratio_{g}": (codes["grain"] == g).float().mean((1, 2)) for g in range(1, model.grains)}
     return counts
@@ -175,8 +195,8 @@ def code_counts(model: torch.nn.Module, codes: dict[str, Tensor]) -> dict[str, T
 def detail_levels(model: torch.nn.Module, codes: dict[str, Tensor]) -> Tensor | None:
     """What a model that chooses spends on each cell (0 or 1) or region (its granularity), (B, h, w)."""
     if "positions" in codes:
-        kept = torch.zeros(len(codes["positions"]), model.grid**2, device=codes["positions"].device)
-        return kept.scatter(1, codes["positions"], 1.0).unflatten(1, (model.grid, model.grid))
+        kept = torch.zeros(len(codes["positions"]), math.prod(model.grid), device=codes["positions"].device)
+        return kept.scatter(1, codes["positions"], 1.0).unflatten(1, model.grid)
     return codes["grain"].float() if "grain" in codes else None
 
 
@@ -218,6 +238,8 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     model, stage1, config, classes = load_models(folder, args.which)
     of_data = [o for o in args.overrides if not o.startswith("sample.")]
     dataset = run_dataset(config, of_data, args.split, stage1)
+    if sides(dataset.image_size) != sides(config["data"]["image_size"]):
+        raise UserError(f"the model of {folder} draws images of {config['data']['image_size']} pixels, not {dataset.image_size}")
     validation = dataset if args.split == "val" else run_dataset(config, of_data, "val", stage1)
     if model.num_classes and len(dataset.classes) > model.num_classes:
         raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
@@ -233,7 +255,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     if "inception" not in networks:
         count = 0 if args.samples else min(count, args.batch_size * state.num_processes)  # for the speed alone
     if args.samples:
-        source = given_samples(args, state, dataset.image_size) if count else ()
+        source = given_samples(args, state, *sides(dataset.image_size)) if count else ()
     else:
         source = draw_samples(args, state, model, stage1, config, classes, count)
     for images, took in source:
@@ -266,16 +288,16 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
         yield torch.from_numpy(images).permute(0, 3, 1, 2), time.monotonic() - started
 
 
-def given_samples(args: argparse.Namespace, state: Accelerator, size: int) -> Iterator[tuple[Tensor, float]]:
+def given_samples(args: argparse.Namespace, state: Accelerator, height: int, width: int) -> Iterator[tuple[Tensor, float]]:
     """This process's share of the images in --samples, as draw_samples gives them."""
     path = Path(args.samples).expanduser()
     if path.suffix == ".npz":
         try:
             images = np.load(path, allow_pickle=False)["arr_0"]
         except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile, zlib.error):
-            raise UserError(f"{path} is not an .npz of images: uint8 (N, {size}, {size}, 3), as `arr_0`") from None
+            raise UserError(f"{path} is not an .npz of images: uint8 (N, {height}, {width}, 3), as `arr_0`") from None
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of images, uint8 (N, {size}, {size}, 3)")
+            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of images, uint8 (N, {height}, {width}, 3)")
     else:
         images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
         if not images:
@@ -285,10 +307,10 @@ def given_samples(args: argparse.Namespace, state: Accelerator, size: int) -> It
     for i in progress(state, range(0, len(mine), args.batch_size), "samples"):
         batch = [images[j] if path.suffix == ".npz" else pixels_of(images[j]) for j in mine[i:i + args.batch_size]]
         for j, image in zip(mine[i:], batch):
-            if image.shape != (size, size, 3):
+            if image.shape != (height, width, 3):
                 name = f"image {j} of {path}" if path.suffix == ".npz" else images[j]
                 raise UserError(f"{name} has {image.shape[1]} x {image.shape[0]} pixels, but the data that it is compared with "
-                                f"{size} x {size}")
+                                f"{width} x {height}")
         yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), 0.0
 
 

@@ -43,7 +43,7 @@ from guard import Guard
 from log import Log
 from mqvae import MQVAE
 from stackformer import Stackformer
-from vqgan import VQGAN, VQVAE
+from vqgan import VQGAN, VQVAE, sides
 
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
 STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer}
@@ -366,11 +366,41 @@ def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module
     given = {"data": dict(config["data"])}
     override(given, overrides)
     dataset = build(make_dataset, check_config(given, {"data": make_dataset}, "the command line")["data"], split=split)
-    size = dataset.image_size
-    if getattr(model, "image_size", size) != size or size % model.factor:
-        raise UserError(f"this model cannot take images of data.image_size={size} pixels; it was trained with "
-                        f"{config['data']['image_size']}")
+    set_image_size(model, dataset.image_size)
     return dataset
+
+
+def set_image_size(model: nn.Module, size: int | list[int]) -> None:
+    """Tells a stage-1 model the size of its images; UserError if it cannot take them."""
+    grid = tuple(side // model.factor for side in sides(size))
+    if sides(size) != tuple(side * model.factor for side in grid):
+        raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
+    if hasattr(model, "grid"):  # an MQ-VAE's codes do not tell
+        model.grid = grid
+
+
+def set_rate(model: nn.Module, rate: float | list[float]) -> None:
+    """Chooses the rate of a stage-1 model wherever none is given: the share of an MQ-VAE's cells, or of a DQ-VAE's regions for each
+    granularity but the coarsest. (One number is divided among these like the model's own ratios.)"""
+    key = next((key for key in ("topk_ratio", "ratios") if hasattr(model, key)), None)
+    if key is None:
+        raise UserError(f"a {type(model).__name__} has one rate only; MQ-VAE and DQ-VAE can be trained for a range")
+    if isinstance(rate, list) and key != "ratios":
+        raise UserError(f"several ratios are for a DQ-VAE; a {type(model).__name__} has one")
+    if key == "ratios" and not isinstance(rate, list):
+        rate = [round(rate * r / sum(model.ratios), 9) for r in model.ratios]
+    try:
+        model.encode(torch.zeros(1, 3, *sides(model.image_size), device=model.last_layer.device), rate)  # checks it
+    except ValueError as error:
+        raise UserError(f"this rate cannot be chosen: {error}") from error
+    setattr(model, key, rate)
+
+
+def rate_range(model: nn.Module) -> tuple[float, float] | None:
+    """The lowest and highest rate, as one number, that a stage-1 model was trained for, if it was for a range."""
+    ranges = getattr(model, "ranges", [getattr(model, "ratio_range", (0, 0))])
+    low, high = (sum(ends) for ends in zip(*ranges))
+    return (low, high) if low < high else None
 
 
 def make_model(config: dict) -> nn.Module:

@@ -90,16 +90,17 @@ class CodeTransformer(nn.Module):
 class GPT(CodeTransformer):
     """Predicts the codes of an image in raster order.
 
-    codebook_size, grid            K, and the side of the grid of codes
+    codebook_size, grid            K, and the side of the grid of codes, or its [height, width]
     num_classes, label_dropout     see CodeTransformer
     n_layer, n_head, n_embd        depth, heads, width
     dropout                        on embeddings, attention weights and residual branches
     """
 
-    def __init__(self, codebook_size: int, grid: int, num_classes: Count = 0, n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
-                 dropout: Probability = 0.0, label_dropout: Probability = 0.1):
+    def __init__(self, codebook_size: int, grid: int | list[int], num_classes: Count = 0, n_layer: int = 12, n_head: int = 12,
+                 n_embd: int = 768, dropout: Probability = 0.0, label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
-        self.codebook_size, self.grid, self.length = codebook_size, grid, grid**2
+        self.codebook_size, self.grid = codebook_size, sides(grid)
+        self.length = math.prod(self.grid)
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb = nn.Embedding(codebook_size, n_embd)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
@@ -153,16 +154,21 @@ class GPT(CodeTransformer):
             indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, t])
             x = self.code_emb(indices[:, t].repeat(guide.copies))
         guide.check()
-        return {"indices": indices.view(n, self.grid, self.grid)}
+        return {"indices": indices.view(n, *self.grid)}
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
         """Number of input tokens (B,) of each image."""
         return torch.full_like(codes["indices"][:, 0, 0], self.length)
 
     def _flat(self, codes: dict[str, Tensor]) -> Tensor:
-        if codes["indices"].shape[1:] != (self.grid, self.grid):
-            raise ValueError(f"indices must be (B, {self.grid}, {self.grid}); they are {tuple(codes['indices'].shape)}")
+        if codes["indices"].shape[1:] != self.grid:
+            raise ValueError(f"indices must be (B, {self.grid[0]}, {self.grid[1]}); they are {tuple(codes['indices'].shape)}")
         return codes["indices"].flatten(1)
+
+
+def sides(grid: int | list[int]) -> tuple[int, int]:
+    """(height, width) of a grid: a side or [height, width]."""
+    return tuple(grid) if isinstance(grid, (list, tuple)) else (grid, grid)
 
 
 class Blocks(nn.Module):

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build
 from dataset import EXTENSIONS, to_uint8
-from experiment import STAGE2, load_run, own_folder
-from gpt import Blocks, check_sampling
+from experiment import STAGE2, load_run, own_folder, set_image_size, set_rate
+from gpt import Blocks, check_sampling, sides
 from launch import run_main
 
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float}
@@ -81,12 +81,12 @@ def main(argv: list[str] | None = None) -> None:
     out, single = output(args, state)
 
     # Every process draws its share into one file, from which the first writes what shows them together
-    size, together = config["data"]["image_size"], (out if single else out.parent) / f".{out.stem}.uint8"
+    shape, together = (args.n, *sides(config["data"]["image_size"]), 3), (out if single else out.parent) / f".{out.stem}.uint8"
     if state.is_main_process:
-        make_file(together, args.n * size * size * 3)
+        make_file(together, math.prod(shape))
     state.wait_for_everyone()
     try:
-        pixels = np.memmap(together, np.uint8, "r+", shape=(args.n, size, size, 3))
+        pixels = np.memmap(together, np.uint8, "r+", shape=shape)
         mine = list(range(args.n))[state.process_index::state.num_processes]
         with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
             for i in range(0, len(mine), args.batch_size):
@@ -158,6 +158,9 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
     if config["model"]["name"] not in STAGE2:
         raise UserError(f"{folder} holds a stage-1 model ({config['model']['name']}); give the run folder of a stage-2 one")
     stage1, _ = load_run(Path(folder) / "stage1")
+    set_image_size(stage1, config["data"]["image_size"])
+    if rate := config["codes"].get("ratios") or config["codes"].get("ratio"):
+        set_rate(stage1, rate)
     try:
         classes = json.loads((Path(folder) / "classes.json").read_text())
     except (OSError, ValueError):

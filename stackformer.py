@@ -22,23 +22,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, uniforms
+from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, sides, uniforms
 
 
 class Stackformer(CodeTransformer):
     """Code-Transformer, then Position-Transformer.
 
-    codebook_size, grid, num_codes     K, the side of the grid of cells, and the number N of cells with a code
+    codebook_size, grid, num_codes     K, the side of the grid of cells or its [height, width], and the number N of cells with a code
     num_classes, label_dropout         see CodeTransformer
     code_layers, position_layers       depth of each transformer
     n_head, n_embd, dropout            as in GPT
     """
 
-    def __init__(self, codebook_size: int, grid: int, num_codes: int, num_classes: Count = 0, code_layers: int = 12,
+    def __init__(self, codebook_size: int, grid: int | list[int], num_codes: int, num_classes: Count = 0, code_layers: int = 12,
                  position_layers: int = 12, n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
                  label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
-        self.codebook_size, self.grid, self.cells, self.length = codebook_size, grid, grid**2, num_codes
+        self.codebook_size, self.grid, self.cells, self.length = codebook_size, sides(grid), math.prod(sides(grid)), num_codes
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb = nn.Embedding(codebook_size, n_embd)
         self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last is the start token's

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts
+from experiment import STAGE1, Run, compile_parts, set_image_size
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
+from vqgan import sides
 
 
 @dataclass
@@ -90,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     # Loop
     for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
         raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
-        raw_model.rate = random.Random(f"{train['seed']} {step}").random()  # for an MQ-VAE of any rate
         for _ in range(accumulate):
+            raw_model.rng = random.Random(f"{train['seed']} {step}")  # for those of any rate
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
                 # Generator
@@ -119,15 +120,14 @@ def main(argv: list[str] | None = None) -> None:
     run.close()
 
 
-def check_image_size(size: int, model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
+def check_image_size(size: int | list[int], model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
-    if size % model.factor:
-        raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
-    if getattr(model, "image_size", size) != size:
+    set_image_size(model, size)
+    if sides(getattr(model, "image_size", size)) != sides(size):
         raise UserError(f"data.image_size and model.image_size must be the same for this model; they are {size} and {model.image_size}")
     if discriminator is not None:
         try:
-            copy.deepcopy(discriminator).to("meta")(torch.zeros(2, 3, size, size, device="meta"))  # shapes only
+            copy.deepcopy(discriminator).to("meta")(torch.zeros(2, 3, *sides(size), device="meta"))  # shapes only
         except (RuntimeError, ValueError):
             raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; choose fewer") from None
 

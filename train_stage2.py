@@ -8,6 +8,7 @@ stage1/, so that it is all that sampling needs. The loop knows no model by name.
 
 import copy
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import STAGE2, Run, compile_parts, load_run, make_model, perplexities, save_run
+from experiment import STAGE2, Run, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
 from gpt import NotFinite, parameter_groups
 from launch import run_main
 from mqvae import MQVAE
@@ -36,6 +37,8 @@ class CodeSettings:
 
     stage1: str | None = None  # the run folder of the stage-1 model
     which: Literal["latest", "best"] = "latest"  # of its weights
+    ratio: float | None = None  # of a stage-1 model for any rate: the share of cells to keep or regions to refine; null: the middle
+    ratios: list[float] | None = None  # or of regions for each granularity but the coarsest
     cache: bool = True  # encode the training images once and keep the codes; false: encode every batch anew
     cache_views: int = 2  # crops and flips of each image; epochs take them in turn
     cache_dir: str | None = None  # default: the folder `codes` in the stage-1 run, which several runs can share
@@ -51,10 +54,14 @@ SECTIONS = {"model": STAGE2, "codes": CodeSettings, "data": make_dataset, "sampl
 
 # Which stage-1 models a transformer reads the codes of, and what it must know of them.
 READS = {
-    "gpt": ((VQGAN, VQVAE), lambda m, size: {"grid": size // m.factor}),
-    "stackformer": ((MQVAE,), lambda m, size: {"grid": m.grid, "num_codes": int(m.topk_ratio * m.grid**2)}),
-    "dq_transformer": ((DQVAE,), lambda m, size: {"grids": [size // f for f in m.factors]}),
+    "gpt": ((VQGAN, VQVAE), lambda m, size: {"grid": grid(size, m.factor)}),
+    "stackformer": ((MQVAE,), lambda m, size: {"grid": grid(size, m.factor), "num_codes": int(m.topk_ratio * math.prod(m.grid))}),
+    "dq_transformer": ((DQVAE,), lambda m, size: {"grids": [grid(size, f) for f in m.factors]}),
 }
+
+
+def grid(size: int | list[int], factor: int) -> int | list[int]:
+    return size // factor if isinstance(size, int) else [side // factor for side in size]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,6 +155,8 @@ def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict
     if not isinstance(model, kinds):
         raise UserError(f"{folder} holds a {stage1_config['model']['name']}, but {config['model']['name']} reads the codes of "
                         f"{' or '.join(k.__name__.lower() for k in kinds)}")
+    if rate := config["codes"]["ratios"] or config["codes"]["ratio"]:
+        set_rate(model, rate)
     return model, stage1_config, folder
 
 
@@ -157,8 +166,7 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
                                        config["sample"])
     if conditional and len(classes) < 2:
         raise UserError("train.class_conditional=true needs images with labels, but this data has none; sort them into a folder per class")
-    if size % stage1.factor or getattr(stage1, "image_size", size) != size:
-        raise UserError(f"the stage-1 model was not made for images of data.image_size={size} pixels")
+    set_image_size(stage1, size)
     found = READS[name][1](stage1, size) | {"codebook_size": stage1.quantizer.codebook_size, "num_classes": len(classes) * conditional}
     for key, value in found.items():
         if config["model"].get(key, 0) not in (value, 0):

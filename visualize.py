@@ -4,7 +4,9 @@
     python visualize.py codes --run R [-n 8] [--images 1000]         where a stage-1 model spends its codes
     python visualize.py codebook --run R [--history]                 usage, norms and gradients of the codes; over training
     python visualize.py sequence --run R2 [--seed 0] [--class C]     how a stage-2 model generates images, code by code; also a GIF
-    python visualize.py rate --run A [--run B ...]                   quality against bits per pixel, a point for each run
+    python visualize.py rate --run A [--run B ...]                   quality against bits per pixel: a point for each run, a curve for those
+                                                                     that were trained for a range of rates
+    python visualize.py ladder --run R [-n 4]                        images at five rates of such a run, with bits and PSNR
     python visualize.py interactive --run R [-n 16]                  one HTML file, no server: point at a cell, see its code
 
 The file is RUN/figures/COMMAND.png (or .html), in the first run, unless --out is given. Images come from the validation split of the
@@ -34,19 +36,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataset import ImageDataset, eval_loader, to_float, to_uint8
+from dataset import ImageDataset, to_float, to_uint8
 from evaluate import code_counts, compare, spent
-from experiment import STAGE1, load_run, own_folder, run_config, run_dataset
+from experiment import own_folder, rate_range, set_rate
+from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, tiles
+from gpt import sides
 from launch import run_main
 from losses import load_lpips
 from sample import chosen_labels, generators, load_models, sampling_arguments
 
-matplotlib.use("Agg")
-matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
-                        "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = {"vqgan": "VQGAN", "vqvae": "VQ-VAE", "mqvae": "MQ-VAE", "dqvae": "DQ-VAE",
-         "gpt": "GPT", "stackformer": "Stackformer", "dq_transformer": "DQ-Transformer"}
 GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
 LEGENDS = {2: "blue: coarse\nred: fine", 3: "blue: coarse\nyellow: medium\nred: fine"}  # of dqvae.COLOURS
 GREY = 0.0  # for cells without a code, in images in [-1, 1]
@@ -82,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--seed", type=int, default=0, help="image i is image i of sample.py with this seed")
     sub.add_argument("--classes", "--class", dest="classes", help="class numbers or names, separated by commas (default: all, in turn)")
     command(rate, several=True, images=True)
+    command(ladder, n=4)
     command(interactive, n=16, suffix=".html")
 
     args, rest = parser.parse_known_args(argv)  # overrides may stand before and after the options
@@ -120,31 +119,66 @@ def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def rate(args: argparse.Namespace) -> None:
-    """PSNR, SSIM and LPIPS against bits per pixel, a point for each stage-1 run"""
+    """PSNR, SSIM and LPIPS against bits per pixel, a point or a curve for each stage-1 run"""
     runs, dataset = load(args)
     path = Path(torch.hub.get_dir()) / "checkpoints/vgg16-397923af.pth"
     lpips = load_lpips().to(DEVICE) if path.is_file() else None
     if lpips is None:
         print(f"without LPIPS, which needs VGG-16's weights: {path} (download.pytorch.org/models)")
-    points = {}
+    curves = {}  # of each run, points (bits per pixel, metric, ...)
     for model, name, kind in runs:
-        each = []
-        for images in batches(dataset, args.images, name):
-            found = model.encode(images)
-            values = compare(to_uint8(images), to_uint8(model.decode(found)), lpips)
-            each.append(torch.stack([model.bits(found) / images[0, 0].numel(), *values.values()]).double().cpu())  # (metrics, B)
-        points[name] = torch.cat(each, dim=1).mean(1).tolist()
-        print(f"{name} ({kind}): {points[name][0]:.3g} bits per pixel, "
-              + ", ".join(f"{key} {value:.4g}" for key, value in zip(values, points[name][1:])))
+        curves[name] = []
+        for step in steps(model):
+            each = []
+            for images in batches(dataset, args.images, name):
+                found = model.encode(images)
+                values = compare(to_uint8(images), to_uint8(model.decode(found)), lpips)
+                each.append(torch.stack([model.bits(found) / images[0, 0].numel(), *values.values()]).double().cpu())  # (metrics, B)
+            curves[name].append(torch.cat(each, dim=1).mean(1).tolist())
+            print(f"{name} ({kind}){'' if step is None else f' at {step:.2g}'}: {curves[name][-1][0]:.3g} bits per pixel, "
+                  + ", ".join(f"{key} {value:.4g}" for key, value in zip(values, curves[name][-1][1:])))
     figure, axes = plt.subplots(1, len(values), figsize=(2.8 * len(values), 2.9), squeeze=False)
     labels = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better", "lpips": "LPIPS (VGG), lower is better"}
     for i, (ax, key) in enumerate(zip(axes[0], values)):
-        for j, (name, point) in enumerate(points.items()):
-            ax.plot(point[0], point[1 + i], "osD^vP*X"[j % 8], color=f"C{j % 10}", markersize=7, label=name if i == 0 else None)
+        for j, (name, points) in enumerate(curves.items()):
+            bits, *metrics = zip(*points)
+            ax.plot(bits, metrics[i], "osD^vP*X"[j % 8], color=f"C{j % 10}", markersize=5 if len(points) > 1 else 7, linewidth=1,
+                    linestyle="-", label=name if i == 0 else None)
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=labels[key])
         ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(points), 2 * len(values)), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 2 * len(values)), frameon=False)
     save(figure, args, f"Rate and distortion, means over {min(args.images, len(dataset))} images ({args.split})")
+
+
+def steps(model: torch.nn.Module):
+    """Sets a model to five rates of the range that it was trained for, one after the other, or to None, its only rate."""
+    found = rate_range(model)
+    for rate in [None] if found is None else np.linspace(*found, 5).tolist():
+        if rate is not None:
+            set_rate(model, round(rate, 6))
+        yield rate
+
+
+def ladder(args: argparse.Namespace) -> None:
+    """images at five rates of a stage-1 run that was trained for a range, under their maps"""
+    [(model, name, kind)], dataset = load(args)
+    if rate_range(model) is None:
+        raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as model.topk_ratio=[0.1,0.9] for an MQ-VAE")
+    images = torch.cat([*batches(dataset, args.n, "images")])
+    figure, axes = tiles(2 * len(images), 6, height=1.32)
+    axes = axes.reshape(len(images), 2, 6)
+    for pair, image in zip(axes, images):
+        row(pair[1, :1], pixels(image.unsqueeze(0)), "original")
+        pair[0, 0].axis("off")
+    for column, step in enumerate(steps(model), 1):
+        outs = [model(image) for image in images.split(1)]  # one by one, as bits and maps are wanted
+        for pair, image, out in zip(axes, images.split(1), outs):
+            psnr = compare(to_uint8(image), to_uint8(out.images))["psnr"].item()
+            (shown,) = [v for k, v in out.info.items() if k in ("kept_map", "grain_map")]
+            row(pair[0, column:column + 1], pixels(shown), "", titles=[f"{step:.0%}" if pair is axes[0] else ""])
+            row(pair[1, column:column + 1], pixels(out.images), "", titles=[f"{out.info['bits']:.0f} bits, {psnr:.1f} dB"])
+    what = "regions refined" if hasattr(model, "grains") else "cells kept"
+    save(figure, args, f"{name} ({kind}) at five rates: share of {what} (maps above, reconstructions below)")
 
 
 def codes(args: argparse.Namespace) -> None:
@@ -160,7 +194,7 @@ def codes(args: argparse.Namespace) -> None:
     if scored:
         row(axes[1], out.info["score_map"][:, 0].cpu() / 2 + 0.5, "score", bar=dict(label="0: image's lowest,\n1: its highest"),
             cmap="viridis", vmin=0, vmax=1)
-        row(axes[2], pixels(out.info["kept_map"]), f"kept cells\n{number} of {model.grid**2}")
+        row(axes[2], pixels(out.info["kept_map"]), f"kept cells\n{number} of {math.prod(model.grid)}")
     else:
         row(axes[1], pixels(code_colours(model, out.codes["indices"])), "codes\nsimilar colours:\nsimilar vectors")
     row(axes[-1], pixels(out.images), "reconstruction")
@@ -328,7 +362,7 @@ def interactive(args: argparse.Namespace) -> None:
                         "count": int(counts["codes"]), "bits": round(counts["bits"].item(), 1),
                         "psnr": round(compare(to_uint8(image), to_uint8(decoded))["psnr"].item(), 2)})
     what = "granularities" if "grain" in codes else "kept cells" if "positions" in codes else "codes"
-    data = {"size": dataset.image_size, "grid": model.grid if "positions" in codes else codes["indices"].shape[-1],
+    data = {"size": sides(dataset.image_size), "grid": model.grid if "positions" in codes else codes["indices"].shape[-2:],
             "grains": GRAINS[getattr(model, "grains", 1)], "titles": ["original", "reconstruction", what], "images": records}
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = page.replace("{{TITLE}}", html.escape(f"{name}: {kind}")).replace("{{K}}", str(model.quantizer.codebook_size))
@@ -392,8 +426,8 @@ def code_ranks(model: torch.nn.Module, codes: dict[str, Tensor]) -> tuple[Tensor
     n, length = codes["indices"].flatten(1).shape
     ranks = torch.arange(length, device=codes["indices"].device).expand(n, -1)
     if "positions" in codes:
-        ranks = torch.full_like(ranks[:, :1], -1).repeat(1, model.grid**2).scatter(1, codes["positions"], ranks)
-    return ranks.reshape(n, model.grid, model.grid), torch.full_like(ranks[:, :1], length)
+        ranks = torch.full_like(ranks[:, :1], -1).repeat(1, math.prod(model.grid)).scatter(1, codes["positions"], ranks)
+    return ranks.reshape(n, *model.grid), torch.full_like(ranks[:, :1], length)
 
 
 def codes_done(counts: Tensor, u: float) -> Tensor:
@@ -412,71 +446,13 @@ def partial_images(stage1: torch.nn.Module, codes: dict[str, Tensor], ranks: Ten
     return torch.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, images, GREY)
 
 
-def cell_map(ranks: Tensor, done: int, total: int, side: int) -> np.ndarray:
-    """A picture of the cells (h, w) that have a code, coloured by rank and outlined; uint8 (side, side, 3)."""
-    ranks = torch.where(ranks < done, ranks, -1).cpu().numpy().repeat(side // len(ranks), 0).repeat(side // len(ranks), 1)
+def cell_map(ranks: Tensor, done: int, total: int, height: int) -> np.ndarray:
+    """A picture of the cells (h, w) that have a code, coloured by rank and outlined; uint8 (height, width, 3)."""
+    ranks = torch.where(ranks < done, ranks, -1).cpu().numpy().repeat(height // len(ranks), 0).repeat(height // len(ranks), 1)
     colours = np.where(ranks[..., None] >= 0, matplotlib.colormaps["viridis"](ranks / max(1, total - 1))[..., :3], 0.85)
     colours[:, 1:][np.diff(ranks, axis=1) != 0] = 1
     colours[1:][np.diff(ranks, axis=0) != 0] = 1
     return (colours * 255).astype(np.uint8)
-
-
-def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:
-    """(model, name, kind) of each stage-1 run, and the images of the first."""
-    configs = [run_config(folder) for folder in args.run]
-    kinds = [config["model"]["name"] for config in configs]
-    for run, kind in zip(args.run, kinds):
-        if kind not in STAGE1:
-            raise UserError(f"{run} holds a stage-2 model ({kind}); use `visualize.py sequence`, or a stage-1 run such as {run}/stage1")
-    sizes = {run: config["data"]["image_size"] for run, config in zip(args.run, configs)}
-    if len(set(sizes.values())) > 1:
-        raise UserError(f"runs of different image sizes cannot be compared: {', '.join(f'{k} has {v}' for k, v in sizes.items())}")
-    models = [load_run(run, args.which)[0].to(DEVICE) for run in args.run]
-    dataset, *_ = [run_dataset(configs[0], args.overrides, args.split, model) for model in models]  # all must take them
-    return list(zip(models, distinct(args.run), [NAMES[kind] for kind in kinds])), dataset
-
-
-def distinct(folders: list[str]) -> list[str]:
-    """A name for each run: the last part of its path, or as many parts as it takes to tell them apart."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    names = (["/".join(p[-n:]) for p in parts] for n in range(1, max(map(len, parts)) + 1))
-    return next(each for each in names if len(set(each)) == len(set(parts)))
-
-
-def batches(dataset: ImageDataset, limit: int, what: str):
-    """At most `limit` images, spread over the dataset, in batches (16, 3, S, S)."""
-    loader = eval_loader(dataset, 16, limit, num_workers=0, device=DEVICE)
-    yield from (images for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)))
-
-
-def tiles(rows: int, columns: int, height: float = 1.25) -> tuple[plt.Figure, np.ndarray]:
-    return plt.subplots(rows, columns, figsize=(1.2 * columns + 2.0, height * rows + 0.5), squeeze=False)
-
-
-def row(axes: np.ndarray, images: np.ndarray, label: str, titles: list[str] | None = None, bar: dict | None = None, **options) -> None:
-    """A row of images (n, H, W, 3) or maps (n, h, w), with a label at the left and, if asked for, a colour bar at the right."""
-    for i, (ax, image) in enumerate(zip(axes, images)):
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(titles[i] if titles else "", pad=3)
-        ax.spines[:].set_visible(False)
-        shown = ax.imshow(image, interpolation="nearest", **options)
-    axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    if bar:
-        axes[-1].figure.colorbar(shown, cax=axes[-1].inset_axes([1.06, 0, 0.07, 1]), **bar)
-
-
-def pixels(images: Tensor) -> np.ndarray:
-    """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3)."""
-    return to_uint8(images).movedim(-3, -1).cpu().numpy()
-
-
-def save(figure: plt.Figure, args: argparse.Namespace, title: str | None = None) -> None:
-    if title:
-        figure.suptitle(title)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=args.dpi)
-    plt.close(figure)
-    print(args.out)
 
 
 if __name__ == "__main__":

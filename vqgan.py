@@ -97,13 +97,14 @@ class VQModel(nn.Module):
 class VQGAN(VQModel):
     """The autoencoder of Taming Transformers and LlamaGen; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         side of the training images: levels with a side in attn_resolutions get attention. Any size divisible by f works.
+    image_size         of the training images, a side or [height, width]; any size divisible by f works. Levels whose shorter side is in
+                       attn_resolutions get attention
     ch, ch_mult        level i has ch * ch_mult[i] channels, a multiple of 32 (GroupNorm)
     num_res_blocks     per level; one more in the decoder
     z_channels         of the encoder's output, before the 1x1 conv to the code dimension
     """
 
-    def __init__(self, image_size: int = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+    def __init__(self, image_size: int | list[int] = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
                  attn_resolutions: list[int] = (16,), z_channels: int = 256, quantizer: VectorQuantizer | None = None):
         size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
         super().__init__(
@@ -336,7 +337,7 @@ class Decoder(nn.Module):
 class DownPath(nn.Module):
     """The downsampling half of the encoder: features of every level, finest first."""
 
-    def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
         self.channels = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -344,7 +345,7 @@ class DownPath(nn.Module):
         for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
             if i > 0:
                 self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_in, c_in, 3, stride=2)))
-            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=image_size // 2**i in attn_resolutions))
+            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=min(sides(image_size)) // 2**i in attn_resolutions))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to a list of (B, channels[i], H / 2**i, W / 2**i)."""
@@ -358,14 +359,14 @@ class DownPath(nn.Module):
 class UpPath(nn.Module):
     """The upsampling half of the decoder: (B, channels[0], h, w) to normalised features (B, channels[-1], H, W)."""
 
-    def __init__(self, image_size: int, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
         self.channels = [ch * m for m in ch_mult[::-1]]  # coarsest first
         self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([self.channels[0], *self.channels], self.channels)):
             if i > 0:
                 self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)))
-            size = image_size // 2 ** (len(ch_mult) - 1 - i)
+            size = min(sides(image_size)) // 2 ** (len(ch_mult) - 1 - i)
             self.levels.append(Level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
         self.norm_out = group_norm(self.channels[-1])
 
@@ -469,6 +470,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
     if channels % 32:
         raise ValueError(f"channels must be a multiple of 32, because GroupNorm has 32 groups; there are {channels}")
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def sides(size: int | list[int]) -> tuple[int, int]:
+    """(height, width) of a size: a side or [height, width]."""
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if not isinstance(height, int):
+        raise ValueError(f"a size must be a number or [height, width]; it is {size}")
+    return height, width
 
 
 def check_size(images: Tensor, factor: int) -> None:

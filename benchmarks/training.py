@@ -32,7 +32,7 @@ from dataset import make_dataset, train_loader
 from config import build, load_config, read_yaml
 from experiment import STAGE1, STAGE2, compile_parts, peak_memory
 from launch import run_main
-from gpt import parameter_groups
+from gpt import parameter_groups, sides
 from losses import PatchGAN, Stage1Loss
 from train_stage1 import SECTIONS
 
@@ -56,7 +56,7 @@ def stage1(args) -> None:
     config = load_config(args.config, ["loss.disc_start=0", "loss.gan_start=0", *args.overrides], SECTIONS)
     train, settings = config["train"], dict(config["model"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, size = train["train_batch_size"], config["data"]["image_size"]
+    batch, size = train["train_batch_size"], sides(config["data"]["image_size"])
     precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
@@ -66,13 +66,13 @@ def stage1(args) -> None:
         seconds = timed(lambda: next(batches), args.warmup, args.steps)
         print(f"loader alone: {batch / seconds:.1f} images/s with {train['dataloader_num_workers']} workers")
     else:
-        fixed = torch.rand(batch, 3, size, size, device=device) * 2 - 1
+        fixed = torch.rand(batch, 3, *size, device=device) * 2 - 1
         batches = iter(lambda: (fixed, None), 0)
 
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model = build(STAGE1[settings.pop("name")], settings).to(device, memory_format=memory_format)
     if hasattr(model, "calibrate"):
-        model.calibrate([torch.rand(8, 3, size, size, device=device) * 2 - 1])
+        model.calibrate([torch.rand(8, 3, *size, device=device) * 2 - 1])
     criterion = build(Stage1Loss, config["loss"]).to(device, memory_format=memory_format)
     discriminator = build(PatchGAN, config["discriminator"]).to(device, memory_format=memory_format)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-6, fused=device.type == "cuda")

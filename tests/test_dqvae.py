@@ -1,10 +1,12 @@
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import copy_test
 
 from dataset import make_dataset
-from dqvae import DQVAE
+from dqvae import DQVAE, budget
 from vqgan import VectorQuantizer
 
 LEVELS = {2: dict(factors=[4, 2], ratios=[0.5], ch_mult=[1, 1, 2]),
@@ -106,7 +108,7 @@ def test_budget_loss_is_the_papers(grains):
         medium = (g[0] + 4 * g[1] + g[2] - regions) / (3 * regions)
         fine = (g[0] + g[1] + 16 * g[2] - regions) / (15 * regions)
         want = (medium - 0.3) ** 2 + 7 * (fine - 0.3) ** 2
-    torch.testing.assert_close(model._budget(gate), want)
+    torch.testing.assert_close(budget(gate, model.ratios, model.budget_weight), want)
 
 
 def test_the_released_router_learns_the_ratio_and_hears_the_reconstruction():
@@ -199,6 +201,80 @@ def test_codes_restart_as_vectors_of_different_codes():
     assert model.quantizer.codebook.data.unique(dim=0).shape[0] == 300
 
 
+RANGES = {2: [[0.1, 0.9]], 3: [[0.1, 0.4], [0.1, 0.5]]}
+
+
+@pytest.mark.parametrize("grains, wanted", [(2, [[0.1], [0.3], [0.55], [0.9]]), (3, [[0.1, 0.1], [0.25, 0.5], [0.4, 0.33]])])
+@torch.no_grad()
+def test_any_rate_equals_a_fixed_one_with_the_same_weights(grains, wanted):
+    model, images = small(grains, "entropy", ratios=RANGES[grains]).eval(), photos()
+    assert model.thresholds.shape == (99,) and (model.thresholds.diff() >= 0).all()
+    for ratios in [None, *wanted]:
+        fixed = small(grains, "entropy", ratios=ratios or model.ratios).eval()  # calibrated on the same images
+        fixed.load_state_dict(model.state_dict() | {"thresholds": fixed.thresholds})
+        want, codes = fixed.encode(images), model.encode(images, ratios)
+        assert all(torch.equal(codes[k], want[k]) for k in want)
+        assert torch.equal(model.decode(codes), model(images, ratios).images) and torch.equal(fixed(images).images, model.decode(codes))
+        rows = [model.encode(images[i:i + 1], ratios) for i in range(8)]
+        assert all(torch.equal(torch.cat([row[k] for row in rows]), codes[k]) for k in codes)
+        for g, ratio in enumerate(ratios or model.ratios, 1):
+            assert (codes["grain"] == g).float().mean().item() == pytest.approx(ratio, abs=0.02)
+
+
+@pytest.mark.parametrize("grains, router", KINDS)
+def test_every_training_step_takes_its_rates(grains, router):
+    model, images, seen = small(grains, router, ratios=RANGES[grains]), photos(), []
+    with torch.no_grad():
+        for step in range(30):
+            model.rng = random.Random(step)
+            grain, rng = model(images).codes["grain"], random.Random(step)
+            seen.append([(grain == g).float().mean().item() for g in range(1, grains)])
+            assert seen[-1] == pytest.approx([rng.uniform(*r) for r in RANGES[grains]], abs=0.06)
+        assert torch.tensor(seen).std(0).min() > 0.05
+        for asked in (None, [r[0] for r in RANGES[grains]], [r[1] for r in RANGES[grains]]):
+            grain = model.eval().encode(images, asked)["grain"]
+            assert [(grain == g).float().mean().item() for g in range(1, grains)] == pytest.approx(asked or model.ratios, abs=0.05)
+
+
+def test_rates_that_cannot_be_are_one_sentence():
+    model, images = small(2, "entropy", ratios=[[0.2, 0.8]]).eval(), photos(1)
+    with pytest.warns(UserWarning, match=r"ratios \[0.9\] are outside of what this model was trained for, \[\(0.2, 0.8\)\]"):
+        model.encode(images, [0.9])
+    for bad in ([0.0], [1.0], [0.2, 0.2]):
+        with pytest.raises(ValueError, match="ratios must be 1, above 0 and together less than 1"):
+            model.encode(images, bad)
+    with pytest.raises(ValueError, match=r"trained for ratios \[0.5\], not \[0.4\]; ranges"):
+        small().eval().encode(images, [0.4])
+    with pytest.raises(ValueError, match="ranges of ratios need 99 ascending thresholds; they are 1"):
+        model.set_thresholds([1.0], 4)
+
+
+@pytest.mark.parametrize("grains, router", KINDS)
+@torch.no_grad()
+def test_any_size(grains, router):
+    """What was made for one size gives the same codes as the same weights made for another; positions are interpolated."""
+    model, wide = small(grains, router), small(grains, router, image_size=[48, 64])
+    for _ in range(2 if router == "feature" else 0):
+        model(photos())
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("position.")}
+    assert set(wide.load_state_dict(state, strict=False).missing_keys) == {k for k in wide.state_dict() if k.startswith("position.")}
+    model, wide, images = model.eval(), wide.eval(), photos(4, 64)[:, :, :48]
+    codes, want = model.encode(images), wide.encode(images)
+    assert all(torch.equal(codes[k], want[k]) for k in want) and codes["grain"].shape == (4, 48 // model.factor, 64 // model.factor)
+    assert len(codes["grain"].unique()) == grains
+    out = model(images)
+    assert out.images.shape == images.shape and torch.equal(model.decode(codes), out.images)
+    assert model.first_cells(model.to_finest(codes["grain"])).sum((1, 2)).tolist() == model._count(codes["grain"]).tolist()
+    for lines, side, other in ((model.position.rows, 24, wide.position.rows), (model.position.columns, 32, wide.position.columns)):
+        ends = lines[[0, -1]]
+        places = torch.linspace(0, 15, side).tolist()
+        other.copy_(torch.stack([torch.lerp(lines[int(x)], lines[min(int(x) + 1, 15)], x % 1) for x in places]))
+        assert torch.equal(other[[0, -1]], ends)
+    for key in ("weight", "bias"):
+        getattr(wide.position.fourier, key).copy_(getattr(model.position.fourier, key))
+    torch.testing.assert_close(wide.decode(codes), out.images, atol=1e-4, rtol=1e-4)
+
+
 def test_calibration_is_kept_with_the_weights():
     model = small(3, "entropy")
     other = small(3, "entropy")
@@ -211,6 +287,10 @@ def test_calibration_is_kept_with_the_weights():
 @pytest.mark.parametrize("settings, sentence", [
     (dict(ratios=[0.0]), "ratios must be 1 for 2 factors, above 0 and together less than 1"), (dict(ratios=[1.0]), "ratios must be 1"),
     (dict(grains=3, ratios=[0.6, 0.5]), "ratios must be 2 for 3"), (dict(ratios=[0.3, 0.3]), "ratios must be 1 for 2"),
+    (dict(ratios=[[0.5, 0.2]]), "or ranges of such, the lower first"), (dict(ratios=[[0.2, 1.0]]), "together less than 1"),
+    (dict(ratios=[[0.2]]), "ratios must be 1"), (dict(grains=3, ratios=[[0.1, 0.6], 0.5]), "together less than 1"),
+    (dict(ratios=[[0.2, 0.8]], release_training=True), "ranges as ratios need thresholds"),
+    (dict(image_size=[32, 30]), "divisible by the coarsest factor, 4"),
     (dict(image_size=30), "divisible by the coarsest factor, 4; it is 30"),
     (dict(factors=[8, 4]), r"factors must be two or three, 4 \(from ch_mult\) halved down to 2 \(from decoder_ch_mult\)"),
     (dict(decoder_ch_mult=[1, 1, 2]), "halved down to 4"),
@@ -231,8 +311,8 @@ def test_bad_thresholds_and_images_are_one_sentence():
         model.set_thresholds([float("nan")], 4)
     with pytest.raises(ValueError, match="at least one image"):
         model.calibrate([])
-    with pytest.raises(ValueError, match="must be .B, 3, 32, 32."):
-        model(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="H and W divisible by 4"):
+        model(torch.zeros(1, 3, 64, 62))
     uncalibrated = DQVAE(**dict(image_size=32, router="entropy", ch=32, num_res_blocks=1, decoder_ch_mult=[1, 1]) | LEVELS[2])
     with pytest.raises(ValueError, match="no thresholds yet"):
         uncalibrated(torch.zeros(1, 3, 32, 32))

@@ -288,7 +288,7 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", tmp_path], "not a run folder"),
             (["--run", stage1, f"data.root={tmp_path}/empty", "data.name=folder"], "no images for the val split"),
             (["--run", stage1, f"data.root={tmp_path}/nowhere", "data.name=folder"], "there is no folder"),
-            (["--run", stage1, "data.image_size=15"], "cannot take images of data.image_size=15"),
+            (["--run", stage1, "data.image_size=15"], "data.image_size must be divisible by 2"),
             (["--run", stage1, "data.imagesize=16"], "the nearest valid one is 'data.image_size'|nearest valid one is data.image_size"),
             (["--run", stage1, "sample.top_k=3"], "unknown section 'sample'"),
             (["--run", stage1, "--samples", tmp_path / "small"], "stage-2 run"),

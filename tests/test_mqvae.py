@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -51,18 +52,41 @@ def test_any_rate_equals_a_fixed_one_with_the_same_weights():
     with pytest.warns(UserWarning, match="ratio 0.95 is outside of what this model was trained for, 0.1 to 0.9"):
         model.encode(images, 0.95)
     for ratio in (0.0, 1.0, 0.001):
-        with pytest.raises(ValueError, match="ratio must be between 0 and 1 and keep at least one of 256 cells"):
+        with (pytest.warns(UserWarning, match="outside"),
+              pytest.raises(ValueError, match="ratio must be between 0 and 1 and keep at least one of 256 cells")):
             model.encode(images, ratio)
     for bad in ([0.5, 0.2], [0.2, 1.0], [0.2, 0.4, 0.6], [0.0, 0.5]):
         with pytest.raises(ValueError, match="topk_ratio must be between 0 and 1, or two such numbers"):
             small(topk_ratio=bad)
 
 
+@torch.no_grad()
+def test_any_size():
+    """What was made for one size gives the same codes as the same weights made for another, and any grid decodes."""
+    torch.manual_seed(0)
+    model, wide = small(attn_resolutions=[]).eval(), small(attn_resolutions=[], image_size=[48, 64]).eval()
+    wide.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 48, 64) * 2 - 1
+    codes, want = model.encode(images), wide.encode(images)
+    assert all(torch.equal(codes[k], want[k]) for k in want) and codes["positions"].shape == (2, int(0.25 * 24 * 32))
+    out = wide(images)
+    assert out.images.shape == images.shape and torch.equal(model(images).images, out.images)
+    assert torch.equal(model.decode(codes, (24, 32)), out.images) and torch.equal(wide.decode(codes), out.images)
+    assert model.bits(codes, (24, 32)).tolist() == wide.bits(codes).tolist() == [out.info["bits"].item()] * 2
+    kept = (model.maps(codes, images)["kept_map"] == images).all(1)[:, ::2, ::2].flatten(1)
+    assert torch.equal(kept.nonzero()[:, 1].view(2, -1), codes["positions"])
+    model.grid = (24, 32)
+    assert torch.equal(model.decode(codes), out.images)
+
+
 def test_every_training_step_takes_its_rate():
     model, images = small(topk_ratio=[0.25, 0.75]), torch.rand(2, 3, 32, 32) * 2 - 1
-    for rate, n in ((0.0, 64), (0.5, 128), (1.0, 192)):
-        model.rate = rate
-        assert model(images).codes["indices"].shape == (2, n)
+    drawn = []
+    for step in range(20):
+        model.rng = random.Random(step)
+        drawn.append(model(images).codes["indices"].shape[1])
+        assert drawn[-1] == int(random.Random(step).uniform(0.25, 0.75) * 256)
+    assert min(drawn) < 90 and max(drawn) > 166
     assert model.eval()(images).codes["indices"].shape == (2, 128)
 
 
@@ -123,7 +147,7 @@ def test_demask_equals_the_formula():
     """Compares with attention written out, one image at a time."""
     demask = DeMask(8, 32, layers=3)
     z_q, positions = torch.randn(2, 5, 8), torch.stack([torch.randperm(16)[:5].sort().values for _ in range(2)])
-    got = demask(z_q, positions, 4)
+    got = demask(z_q, positions, (4, 4))
     for i in range(2):
         cells = demask.token.repeat(16, 1)
         cells[positions[i]] = z_q[i]
@@ -149,7 +173,9 @@ def test_bad_settings_and_images_are_one_sentence():
     with pytest.raises(ValueError, match="divisible by 2"):
         small(image_size=31)
     with pytest.raises(ValueError, match="images must be"):
-        small()(torch.zeros(1, 3, 64, 64))
+        small()(torch.zeros(1, 3, 64, 63))
+    with pytest.raises(ValueError, match=r"a size must be a number or \[height, width\]; it is \[32\]"):
+        small(image_size=[32])
     with pytest.raises(ValueError, match="l2-normalised"):
         small(quantizer=VectorQuantizer(64, 8, l2_norm=True))
 

@@ -58,7 +58,7 @@ def test_mqvae():
     close(scores.flatten(1).gather(1, positions), want["scores"].gather(1, order))
     close(model.encoder(images), want["features"])
     close(sum(out.losses.values()), want["quant_loss"])
-    close(model.demask(model.quantizer.lookup(out.codes["indices"]), positions, 16), want["demasked"])
+    close(model.demask(model.quantizer.lookup(out.codes["indices"]), positions, (16, 16)), want["demasked"])
     close(out.images, want["reconstruction"])
 
 

@@ -238,7 +238,7 @@ def test_length_batches():
     (["sample.cfg_scale=2", "train.class_conditional=false"], "cfg_scale other than 1 needs"),
     (["sample.cfg_scale=2", "model.label_dropout=0"], "cfg_scale other than 1 needs"),
     (["data.image_size=24"], None),  # any size that the factor divides suits a VQGAN
-    (["data.image_size=25"], "was not made for images of data.image_size=25"),
+    (["data.image_size=25"], "data.image_size must be divisible by 2"),
     (["codes.cache_views=0"], "must be between 1"),
     (["codes.wich=best"], "nearest valid one is codes.which"),
     (["codes.which=best"], "has no best.safetensors"),

@@ -22,11 +22,11 @@ from vqgan import VQGAN, VectorQuantizer
 K, CLASSES = 12, 5
 TINY = {"n_head": 2, "n_embd": 16}
 MODELS = {
-    "gpt": lambda classes=0, **more: GPT(K, 4, classes, 2, **TINY | more),
-    "stackformer": lambda classes=0, **more: Stackformer(K, 4, 6, classes, 1, 2, **TINY | more),
+    "gpt": lambda classes=0, **more: GPT(K, [2, 8], classes, 2, **TINY | more),
+    "stackformer": lambda classes=0, **more: Stackformer(K, [8, 2], 6, classes, 1, 2, **TINY | more),
     "dual": lambda classes=0, **more: DQTransformer(K, [2, 4], classes, 1, 2, **TINY | more),
-    "dual_region_first": lambda classes=0, **more: DQTransformer(K, [3, 6], classes, 1, 1, order="region-first", **TINY | more),
-    "triple": lambda classes=0, **more: DQTransformer(K, [2, 4, 8], classes, 1, 1, **TINY | more),
+    "dual_region_first": lambda classes=0, **more: DQTransformer(K, [[3, 2], [6, 4]], classes, 1, 1, order="region-first", **TINY | more),
+    "triple": lambda classes=0, **more: DQTransformer(K, [[1, 2], [2, 4], [4, 8]], classes, 1, 1, **TINY | more),
     "triple_region_first": lambda classes=0, **more: DQTransformer(K, [2, 4, 8], classes, 1, 1, order="region-first", **TINY | more),
 }
 
@@ -43,14 +43,14 @@ def make(name, classes=0, seed=0, **more):
 def random_codes(model, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     if isinstance(model, GPT):
-        return {"indices": torch.randint(K, (n, 4, 4), generator=g)}
+        return {"indices": torch.randint(K, (n, *model.grid), generator=g)}
     if isinstance(model, Stackformer):
         positions = torch.rand(n, 16, generator=g).argsort(1)[:, :6].sort(1).values
         return {"indices": torch.randint(K, (n, 6), generator=g), "positions": positions}
     grids = model.grids
-    grain = torch.randint(model.grains, (n, grids[0], grids[0]), generator=g)
-    grain[0] = torch.arange(grids[0] ** 2).view(grids[0], -1) * model.grains // grids[0] ** 2  # all granularities occur
-    contents = torch.stack([F.interpolate(torch.randint(K, (n, 1, s, s), generator=g).float(), grids[-1]).squeeze(1) for s in grids])
+    grain = torch.randint(model.grains, (n, *grids[0]), generator=g)
+    grain[0] = torch.arange(model.cells[0]).view(grids[0]) * model.grains // model.cells[0]  # all granularities occur
+    contents = torch.stack([F.interpolate(torch.randint(K, (n, 1, *s), generator=g).float(), grids[-1]).squeeze(1) for s in grids])
     cells = F.interpolate(grain.unsqueeze(1).float(), grids[-1]).long()                      # (n, 1, h, w)
     return {"indices": contents.long().permute(1, 0, 2, 3).gather(1, cells).squeeze(1), "grain": grain}
 

@@ -255,7 +255,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("codes --run {vq} data.rot=3", "unknown key data.rot; the nearest valid one is data.root"),
     ("codes --run {vq} model.ch=3", "unknown section 'model'"),
     ("codes --run {vq} data.name=folder data.root={tmp}/nowhere", "there is no folder"),
-    ("codes --run {vq} data.image_size=17", "this model cannot take images of"),
+    ("codes --run {vq} data.image_size=17", "data.image_size must be divisible by 2"),
     ("sequence --run {run2} --class heptagon", "there is no class 'heptagon'"),
     ("recon --run {run2}", "holds a stage-2 model .gpt.; use `visualize.py sequence`, or a stage-1 run such as .*run2/stage1"),
 ])
