@@ -159,8 +159,8 @@ class DQVAE(nn.Module):
         shares = [(99 - i) / 100 for i in range(99)] if len(self.thresholds) == 99 else self._shares(None)
         thresholds = [entropy[min(int((1 - s) * len(entropy)), len(entropy) - 1)].item() for s in shares]
         self.set_thresholds(thresholds, self.factor)
-        return {"patch_size": self.factor, "image_size": self.image_size, "ratios": [list(r) if r[0] < r[1] else r[0] for r in self.ranges],
-                "thresholds": thresholds, "regions": len(entropy)}
+        return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios, "thresholds": thresholds,
+                "regions": len(entropy)}
 
     def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
         """Sets ascending thresholds (G - 1), or for ranges of ratios the percentiles 1 to 99, of regions of `patch_size` pixels."""

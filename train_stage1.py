@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts, set_image_size
+from experiment import STAGE1, Run, compile_parts, rate_range, set_image_size
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
 from vqgan import sides
@@ -149,7 +149,7 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
             found = json.loads(Path(path).expanduser().read_text())
             model.set_thresholds(found["thresholds"], found["patch_size"])
             for key, asked in (("ratios", model.ratios), ("image_size", model.image_size)):
-                if found[key] != asked:
+                if found[key] != asked and not (key == "ratios" and rate_range(model)):  # percentiles are for any ratios
                     raise ValueError(f"they are for {key} {found[key]}, but the config asks for {asked}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"no thresholds from train.calibration_file={path}: {error}" if path else str(error)) from error

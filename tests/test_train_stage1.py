@@ -129,9 +129,10 @@ def test_every_model_trains_resumes_exactly_and_draws(train, tmp_path, name):
     assert len(half) == 6 and all({"loss", "grad_norm"} | LOGS[name] <= line.keys() for line in half)  # finite, or not written
 
 
-@pytest.mark.parametrize("name, precision", [("mqvae", "bf16"), ("dqvae_triple", "bf16"), ("dqvae_entropy", "no")])
-def test_two_processes_hold_the_same(tmp_path, name, precision):
-    """Weights, codebook, BatchNorm statistics and thresholds. (Not those of one process with twice the batch: BatchNorm and
+@pytest.mark.parametrize("name, setting", [("mqvae", "model.topk_ratio=[0.1,0.9]"), ("dqvae_triple", "model.ratios=[[0.1,0.4],[0.1,0.5]]"),
+                                           ("dqvae_entropy", "train.mixed_precision=no")])
+def test_two_processes_hold_the_same(tmp_path, name, setting):
+    """Weights, codebook, BatchNorm statistics, thresholds, and what is drawn from ranges of rates. (Not those of one process with twice the batch: BatchNorm and
     Gumbel noise are of each process's own images.)"""
     (tmp_path / "agree.py").write_text(f"""
 import sys
@@ -147,6 +148,9 @@ def agree(self):
     noise = [torch.zeros(1) for _ in range(2)]
     torch.distributed.all_gather(noise, torch.rand(1))
     assert noise[0] != noise[1]  # but each draws its own noise
+    rates = [torch.zeros(1) for _ in range(2)]
+    torch.distributed.all_gather(rates, torch.tensor([self.modules["model"].rng.random()]))
+    assert rates[0] == rates[1]
     print("agreed", flush=True)
     close(self)
 experiment.Run.close = agree
@@ -154,7 +158,7 @@ launch.run_main(train_stage1.main)
 """)
     config = write_tiny(tmp_path, model=TINY_MODELS[name], discriminator="ch: 8\n  num_layers: 1")
     output = command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "agree.py",
-                     "--config", config, f"train.mixed_precision={precision}", env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+                     "--config", config, "train.mixed_precision=bf16", setting, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert output.count("agreed") == 2 and "2 process(es)" in output
     assert LOGS[name] <= set(metrics(tmp_path / "run")[0])
     load_run(tmp_path / "run")
@@ -177,6 +181,12 @@ def test_thresholds_are_computed_once_kept_and_reused(train, tmp_path, capfd):
     assert torch.equal(load_run(tmp_path / "given")[0].thresholds, want)
     with pytest.raises(UserError, match=r"ratios \[0.5\], but the config asks for \[0.3\]"):
         train(f"train.output_dir={tmp_path}/bad", f"train.calibration_file={path}", "model.ratios=[0.3]", config=config)
+    with pytest.raises(UserError, match="ranges of ratios need 99 ascending thresholds; they are 1"):
+        train(f"train.output_dir={tmp_path}/bad", f"train.calibration_file={path}", "model.ratios=[[0.1,0.9]]", config=config)
+    train(f"train.output_dir={tmp_path}/any", "model.ratios=[[0.1,0.9]]", config=config)
+    train(f"train.output_dir={tmp_path}/any2", f"train.calibration_file={tmp_path}/any/thresholds.json", "model.ratios=[[0.2,0.6]]",
+          config=config)
+    assert torch.equal(load_run(tmp_path / "any2")[0].thresholds, load_run(tmp_path / "any")[0].thresholds)
     for text, told in [(json.dumps(found | {"patch_size": 16}), "16 x 16 pixels; this model's have 4 x 4"), ("{}", "thresholds"),
                        ("x", "Expecting")]:
         path.write_text(text)
