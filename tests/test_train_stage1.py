@@ -132,8 +132,8 @@ def test_every_model_trains_resumes_exactly_and_draws(train, tmp_path, name):
 @pytest.mark.parametrize("name, setting", [("mqvae", "model.topk_ratio=[0.1,0.9]"), ("dqvae_triple", "model.ratios=[[0.1,0.4],[0.1,0.5]]"),
                                            ("dqvae_entropy", "train.mixed_precision=no")])
 def test_two_processes_hold_the_same(tmp_path, name, setting):
-    """Weights, codebook, BatchNorm statistics, thresholds, and what is drawn from ranges of rates. (Not those of one process with twice the batch: BatchNorm and
-    Gumbel noise are of each process's own images.)"""
+    """Weights, codebook, BatchNorm statistics, thresholds, and what is drawn from ranges of rates. (Not those of one process with twice the
+    batch: BatchNorm and Gumbel noise are of each process's own images.)"""
     (tmp_path / "agree.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
