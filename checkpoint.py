@@ -123,7 +123,7 @@ class Checkpoints:
         """Processes that no longer hold the same weights, codebook and averages must not replace a good checkpoint."""
         if self.accelerator.num_processes > 1 and not self.sharded:
             sums = {f"{name}.{key}": _checksum(v) for name, module in self.modules.items() for key, v in module.state_dict().items()
-                    if not key.endswith("quantizer.queue")}  # which is of each process's own codes
+                    if not key.endswith(".queue")}  # which is of each process's own codes
             every = gather_object([dict(zip(sums, torch.stack(list(sums.values())).tolist()))])
             different = [key for key in sums if any(other[key] != every[0][key] for other in every)]
             if different:

@@ -77,7 +77,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     was chosen ([] if not). A folder of image files may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
-        if not name.startswith(("quantizer.ema_", "quantizer.queue")):
+        if not (name.startswith("quantizer.") and name.split(".")[-1] in ("ema_count", "ema_sum", "queue")):
             weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     names = [dataset.source.name(i) for i in indices]
     if data["root"] and isinstance(dataset.source, Files):

@@ -26,6 +26,9 @@ from typing import Annotated, Any, Literal
 import torch.nn as nn
 import yaml
 
+from quantizers import QUANTIZERS
+from vqgan import VectorQuantizer
+
 
 class UserError(Exception):
     """Something that the user can mend, in one sentence."""
@@ -146,8 +149,9 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
     arguments = {}
     for key, (kind, _) in signature(target).items():
         if key in settings:
-            nested = _module_of(kind)
-            arguments[key] = build(nested, settings[key]) if nested and settings[key] else settings[key]
+            value = settings[key]
+            nested = _module_of(kind, value)
+            arguments[key] = build(nested, {k: v for k, v in value.items() if k != "name"}) if nested and value else value
     try:
         return target(**arguments, **more)
     except (ValueError, FileNotFoundError) as error:
@@ -172,10 +176,15 @@ def setting_names(target: Callable, section: str) -> list[str]:
     return names
 
 
-def _module_of(kind: Any) -> type | None:
-    """The module class in an annotation such as `VectorQuantizer | None`: the setting is a section of its own."""
-    classes = [k for k in (kind, *typing.get_args(kind)) if inspect.isclass(k) and issubclass(k, nn.Module)]
-    return classes[0] if classes else None
+def _module_of(kind: Any, given: Any = None, where: str = "") -> type | None:
+    """The module class in an annotation such as `VectorQuantizer | None`: the setting is a section of its own, in which `name` chooses
+    another quantizer."""
+    found = next((k for k in (kind, *typing.get_args(kind)) if inspect.isclass(k) and issubclass(k, nn.Module)), None)
+    if found is not VectorQuantizer or not isinstance(given, dict) or "name" not in given:
+        return found
+    if str(given["name"]) not in QUANTIZERS:
+        raise UserError(f"{where}.name must be one of {', '.join(QUANTIZERS)}; it is {given['name']!r}")
+    return QUANTIZERS[given["name"]]
 
 
 def _nearest(word: str, valid: list[str]) -> str:
@@ -187,13 +196,17 @@ def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
     expected, filled = signature(target), {}
     for key in given:
         if key not in expected:
+            if target in QUANTIZERS.values() and any(key in signature(other) for other in QUANTIZERS.values()):
+                raise UserError(f"{where}.{key} is not a setting of {target.__name__}, which has {', '.join(expected)}")
             raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', valid)}")
     for key, (kind, default) in expected.items():
-        nested = _module_of(kind)
+        nested = _module_of(kind, given.get(key), f"{where}.{key}")
         if nested and given.get(key) is None:
             filled[key] = None  # the model has a default of its own
         elif nested:
-            filled[key] = _fill(nested, mapping(given.get(key), f"{where}.{key}"), f"{where}.{key}", valid)
+            section = dict(mapping(given[key], f"{where}.{key}"))
+            name = {"name": section.pop("name")} if nested in QUANTIZERS.values() and "name" in section else {}
+            filled[key] = name | _fill(nested, section, f"{where}.{key}", valid)
         elif key in given:
             filled[key] = _checked(given[key], kind, f"{where}.{key}")
         elif default is not inspect.Parameter.empty:

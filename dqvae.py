@@ -85,6 +85,8 @@ class DQVAE(nn.Module):
         if grains not in (2, 3) or list(factors) != [coarsest // 2**g for g in range(grains)] or factors[-1] != finest:
             raise ValueError(f"factors must be two or three, {coarsest} (from ch_mult) halved down to {finest} (from decoder_ch_mult); "
                              f"they are {list(factors)}")
+        if hasattr(quantizer, "depth"):
+            raise ValueError("DQ-VAE cannot read several codes per cell; give a ResidualVQ to a VQGAN")
         lows, highs = [r[0] for r in self.ranges], [r[-1] for r in self.ranges]
         if any(len(r) != 2 or r[0] > r[1] for r in self.ranges) or not valid(lows, highs, grains):
             raise ValueError(f"ratios must be {grains - 1} for {grains} factors, above 0 and together less than 1, or ranges of such, the "

@@ -70,8 +70,10 @@ class MQVAE(nn.Module):
         if not (low <= high < 1 and int(low * cells) >= 1):
             raise ValueError(f"topk_ratio must be between 0 and 1, or two such numbers, the lower first, and keep at least one of "
                              f"{cells} cells; it is {topk_ratio}")
-        if getattr(quantizer, "l2_norm", False):
-            raise ValueError("MQ-VAE cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
+        if getattr(quantizer, "l2_norm", False) and release_training:
+            raise ValueError("release_training cannot learn scores with an l2-normalised quantizer: a feature's score is its length")
+        if hasattr(quantizer, "depth"):
+            raise ValueError("MQ-VAE cannot read several codes per cell; give a ResidualVQ to a VQGAN")
 
     def forward(self, images: Tensor, ratio: float | None = None) -> Output:
         """Images (B, 3, H, W) to an `Output` with losses `codebook` and `commitment`. ratio: as in `encode`."""

@@ -24,6 +24,7 @@ from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train
 from experiment import STAGE1, Run, compile_parts, rate_range, set_image_size
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
+from quantizers import gradient_norms
 from vqgan import sides
 
 
@@ -164,6 +165,8 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
     """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64 (K,) of the last codes (see
     VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
     every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
+    if every is not None and not hasattr(quantizer, "codebook"):
+        raise UserError(f"train.codebook_stats_every is for one codebook of learned vectors, which {type(quantizer).__name__} does not have")
     if every is None or not run.is_main:
         return lambda step: None
     folder.mkdir(exist_ok=True)
@@ -180,7 +183,7 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
     def record(step: int) -> None:
         if step % every == 0:
             arrays = {"uses": quantizer.uses(), "norms": quantizer.codebook.detach().float().norm(dim=1),
-                      "gradient_norms": quantizer.gradient_norms(*last["args"], codebook=last["codebook"])}
+                      "gradient_norms": gradient_norms(quantizer, *last["args"], codebook=last["codebook"])}
             file = io.BytesIO()
             np.savez(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
             with run.log.spare(f"the codebook's record of step {step}"):

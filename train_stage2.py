@@ -155,6 +155,8 @@ def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict
     if not isinstance(model, kinds):
         raise UserError(f"{folder} holds a {stage1_config['model']['name']}, but {config['model']['name']} reads the codes of "
                         f"{' or '.join(k.__name__.lower() for k in kinds)}")
+    if hasattr(model.quantizer, "depth"):
+        raise UserError(f"{folder} holds a model with {model.quantizer.depth} codes per cell (residual), which no transformer here reads")
     if rate := config["codes"]["ratios"] or config["codes"]["ratio"]:
         set_rate(model, rate)
     return model, stage1_config, folder

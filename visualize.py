@@ -43,6 +43,7 @@ from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, t
 from gpt import sides
 from launch import run_main
 from losses import load_lpips
+from quantizers import gradient_norms
 from sample import chosen_labels, generators, load_models, sampling_arguments
 
 GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
@@ -236,7 +237,11 @@ def examples(counts: Tensor, n: int) -> list[int]:
 
 def code_colours(model: torch.nn.Module, indices: Tensor) -> Tensor:
     """Colours (..., 3, h, w) in [-1, 1] of codes (..., h, w): ranks along the codebook's first three principal components."""
-    vectors = model.quantizer.lookup(torch.arange(model.quantizer.codebook_size, device=indices.device))
+    every = torch.arange(model.quantizer.codebook_size, device=indices.device)
+    if hasattr(model.quantizer, "depth"):  # the sums that occur, instead of all codes
+        every = indices.flatten(0, -2)
+        indices = torch.arange(len(every), device=every.device).view(indices.shape[:-1])
+    vectors = model.quantizer.lookup(every)
     vectors = vectors - vectors.mean(0)
     ranks = (vectors @ torch.linalg.svd(vectors, full_matrices=False).Vh[:3].T).argsort(0).argsort(0)   # (K, up to 3)
     colours = F.pad(ranks / max(1, len(ranks) - 1) * 1.8 - 0.9, (0, 3 - ranks.shape[1]))
@@ -246,6 +251,9 @@ def code_colours(model: torch.nn.Module, indices: Tensor) -> Tensor:
 def codebook(args: argparse.Namespace) -> None:
     """the codebook of a stage-1 run: usage, norms and gradient norms of the codes, also over training"""
     [(model, name, kind)], dataset = load(args)
+    if not hasattr(model.quantizer, "codebook"):
+        raise UserError(f"the {type(model.quantizer).__name__} of {args.run[0]} has no single codebook of learned vectors to draw; "
+                        "`visualize.py codes` and evaluate.py show which codes it uses")
     history = read_history(Path(args.run[0]))
     if history is None:
         missing = f"{args.run[0]} has no record of its codebook over training; train with train.codebook_stats_every=100 to have one"
@@ -270,7 +278,7 @@ def codebook(args: argparse.Namespace) -> None:
     margin = 0.01 * norms.max()  # unit vectors differ by rounding alone
     norm_ax.hist(norms, bins=50, range=(norms.min() - margin, norms.max() + margin), color="C0", alpha=0.6, log=True)
     norm_ax.set(ylim=(0.7, None), xlabel="norm of the code", ylabel="codes", title="Norms of the codes")
-    draw_gradients(gradient_ax, gradient_norms(model, dataset))
+    draw_gradients(gradient_ax, code_gradients(model, dataset))
     if history:
         draw_history(axes[1], history)
     save(figure, args, f"The codebook of {name} ({kind}): {K} codes of dimension {quantizer.dim}")
@@ -307,14 +315,14 @@ def draw_history(axes: np.ndarray, history: dict[str, np.ndarray]) -> None:
     axes[0].figure.colorbar(shown, ax=axes, label="share of the codes", pad=0.01)
 
 
-def gradient_norms(model: torch.nn.Module, dataset: ImageDataset) -> Tensor:
+def code_gradients(model: torch.nn.Module, dataset: ImageDataset) -> Tensor:
     """The norm (K,) of the codebook loss's gradient at each code, for the mean loss over 64 images."""
     caught = []
     hook = model.quantizer.register_forward_hook(lambda _, given, returned: caught.append((given[0], returned[1], *given[1:2])))
     for images in batches(dataset, 64, "gradients"):  # all their vectors are in memory at once
         model(images)
     hook.remove()
-    return model.quantizer.gradient_norms(*(torch.cat(tensors) for tensors in zip(*caught))).cpu()
+    return gradient_norms(model.quantizer, *(torch.cat(tensors) for tensors in zip(*caught))).cpu()
 
 
 def read_history(run: Path) -> dict[str, np.ndarray] | None:
@@ -358,11 +366,14 @@ def interactive(args: argparse.Namespace) -> None:
         codes = model.encode(image)
         decoded, maps = model.decode(codes), list(model.maps(codes, image).values())
         panes, counts = (image, decoded, maps[0] if maps else code_colours(model, codes["indices"])), code_counts(model, codes)
-        records.append({"panes": [data_url(pane[0]) for pane in panes], "codes": {key: value[0].tolist() for key, value in codes.items()},
+        shown = {key: value[0].tolist() for key, value in codes.items()}
+        if hasattr(model.quantizer, "depth"):
+            shown = {"indices": [["+".join(map(str, cell)) for cell in line] for line in shown["indices"]]}
+        records.append({"panes": [data_url(pane[0]) for pane in panes], "codes": shown,
                         "count": int(counts["codes"]), "bits": round(counts["bits"].item(), 1),
                         "psnr": round(compare(to_uint8(image), to_uint8(decoded))["psnr"].item(), 2)})
     what = "granularities" if "grain" in codes else "kept cells" if "positions" in codes else "codes"
-    data = {"size": sides(dataset.image_size), "grid": model.grid if "positions" in codes else codes["indices"].shape[-2:],
+    data = {"size": sides(dataset.image_size), "grid": model.grid if "positions" in codes else codes["indices"].shape[1:3],
             "grains": GRAINS[getattr(model, "grains", 1)], "titles": ["original", "reconstruction", what], "images": records}
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = page.replace("{{TITLE}}", html.escape(f"{name}: {kind}")).replace("{{K}}", str(model.quantizer.codebook_size))
@@ -441,7 +452,9 @@ def partial_images(stage1: torch.nn.Module, codes: dict[str, Tensor], ranks: Ten
     if "positions" in codes:
         return stage1.decode({key: value[:, :int(done[0])] for key, value in codes.items()})
     there = ranks < done.view(-1, 1, 1)
-    placeholder = stage1.quantizer.nearest(stage1.quantizer.codebook.mean(0, keepdim=True))
+    quantizer = stage1.quantizer
+    middle = quantizer.codebook.mean(0) if hasattr(quantizer, "codebook") else torch.zeros(quantizer.dim, device=ranks.device)
+    placeholder = quantizer.nearest(middle.unsqueeze(0))
     images = stage1.decode(codes | {"indices": torch.where(there, codes["indices"], placeholder)})
     return torch.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, images, GREY)
 

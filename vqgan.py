@@ -3,7 +3,7 @@
     VQGAN               residual + attention encoder and decoder  "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.1
     VQVAE               four convolutions each way, for small images        "Neural Discrete Representation Learning"
                                                                                   (van den Oord et al., NeurIPS 2017)
-    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or moving average (EMA)
+    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or moving average (EMA). Others: quantizers.py
     Encoder, Decoder    and their parts, shared with mqvae.py and dqvae.py: DownPath, Neck, UpPath, Mid, ResBlock, Attention
 
 Images are float tensors (B, 3, H, W) in [-1, 1].
@@ -134,7 +134,42 @@ class VQVAE(VQModel):
                          z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """Base of VectorQuantizer and of those in quantizers.py: `codebook_size` K, `dim` D, and counts of the codes chosen last."""
+
+    def __init__(self, codebook_size: int, dim: int, queue_size: int):
+        super().__init__()
+        self.codebook_size, self.dim, self.accumulation_steps = codebook_size, dim, 1
+        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # recent indices; -1: none yet
+
+    @torch.no_grad()
+    def record(self, indices: Tensor) -> None:
+        """Puts the indices of a training step into the queue."""
+        recent = indices.flatten()[-len(self.queue):].to(self.queue.dtype)
+        self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
+
+    def uses(self) -> Tensor:
+        """Counts of each code in this process's queue of recent training codes, int64 (K,)."""
+        return torch.bincount(self.queue[self.queue >= 0], minlength=self.codebook_size)
+
+    @torch.no_grad()
+    def usage(self) -> Tensor:
+        """Codebook usage: distinct codes in this process's queue, over K."""
+        seen = torch.zeros(self.codebook_size + 1, device=self.queue.device)
+        return seen.index_fill_(0, self.queue.long() + 1, 1.0)[1:].mean()
+
+    @torch.no_grad()
+    def perplexity(self, indices: Tensor) -> Tensor:
+        """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
+        ones = torch.ones(indices.numel(), device=indices.device)
+        p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
+        return torch.exp(-(p * (p + 1e-10).log()).sum())
+
+    def info(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"usage": self.usage(), "perplexity": self.perplexity(indices)}
+
+
+class VectorQuantizer(Quantizer):
     """Replaces each vector by the nearest of K codes.
 
     codebook_size, dim K codes of this dimension, initially uniform in +-1/K
@@ -147,6 +182,8 @@ class VectorQuantizer(nn.Module):
     entropy_weight     confident choices, even codebook usage (MaskGIT, LlamaGen): mean entropy of p = softmax(-distance /
                        entropy_temperature) minus entropy of the mean p. Needs N x K floats.
     queue_size         number of recent codes that `usage` counts
+    rotation           the gradient of a code is that of its vector, turned and scaled to it (rotation trick, Fifty et al., ICLR 2025),
+                       instead of straight-through
 
     Computes in float32 even under autocast. EMA sums and restarts use the vectors of all processes, so codebooks stay equal. With gradient
     accumulation, set `accumulation_steps` to the (constant) number of forward passes per step: the last one then updates the codebook from
@@ -158,46 +195,46 @@ class VectorQuantizer(nn.Module):
     def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, legacy: bool = False,
                  l2_norm: bool = False, ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
                  restart: bool = True, entropy_weight: float = 0.0, entropy_temperature: Annotated[float, (1e-9, 1e9)] = 0.01,
-                 queue_size: int = 65536):
-        super().__init__()
-        self.codebook_size, self.dim, self.beta, self.legacy, self.l2_norm = codebook_size, dim, beta, legacy, l2_norm
+                 queue_size: int = 65536, rotation: bool = False):
+        super().__init__(codebook_size, dim, queue_size)
+        self.beta, self.legacy, self.l2_norm, self.rotation = beta, legacy, l2_norm, rotation
         self.ema_decay, self.ema_eps, self.restart = ema_decay, ema_eps, restart
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
-        codebook = torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
-        if l2_norm:
-            codebook = F.normalize(codebook, dim=-1)
-        self.codebook = nn.Parameter(codebook, requires_grad=ema_decay is None)
+        self.make_codebook()
+        self._gathered: list[tuple[Tensor, Tensor, Tensor]] = []  # vectors (N, D), indices (N,), weights (N, 1)
         if ema_decay is not None:
             # From 0, most codes restart as vectors of the first batches. Without restarts, unused codes would be divided by almost 0.
             self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
-            self.register_buffer("ema_sum", codebook.clone())
-        self.accumulation_steps, self._gathered = 1, []  # [(vectors (N, D), indices (N,), weights (N, 1))]
-        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # recent indices; -1: none yet
+            self.register_buffer("ema_sum", self.codebook.detach().clone())
+
+    def make_codebook(self) -> None:
+        codebook = torch.empty(self.codebook_size, self.dim).uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
+        self.codebook = nn.Parameter(self.normalize(codebook), requires_grad=self.ema_decay is None)
 
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
         loss_weight, ema_weight (...): weight of each vector in the losses (still plain means) and in EMA (0: not for restarts).
-        info: codebook `usage` in the queue, `perplexity` of the batch.
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = self._normalize(z.float())
+            z = self.normalize(z.float())
             indices = self.nearest(z)
             z_q = self.lookup(indices)
             losses = self._losses(z, z_q, loss_weight)
             if self.training:
-                self._record(indices)
+                self.record(indices)
                 if self.ema_decay is not None:
                     self._gather(z.detach(), indices, torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight)
-            z_q = z_q.detach() + (z - z.detach())  # straight-through: the value of z_q, the gradient of z
-        return z_q, indices, losses, {"usage": self.usage(), "perplexity": self.perplexity(indices)}
+            moved = rotate(z, z_q.detach()) if self.rotation else z
+            z_q = z_q.detach() + (moved - moved.detach())  # the value of z_q, the gradient of z
+        return z_q, indices, losses, self.info(indices)
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Vectors (..., D) to indices of the nearest codes, int64 (...)."""
         with torch.autocast(z.device.type, enabled=False):
-            codes = self._normalize(self.codebook.float())
-            vectors = self._normalize(z.float()).flatten(0, -2)
+            codes = self.normalize(self.codebook.float())
+            vectors = self.normalize(z.float()).flatten(0, -2)
             bias = codes.square().sum(1)  # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not matter
             rows = max(1, self.CHUNK // self.codebook_size)
             nearest = [torch.addmm(bias, part, codes.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
@@ -205,9 +242,9 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (...) to codes (..., D), float32."""
-        return self._normalize(F.embedding(indices, self.codebook.float()))
+        return self.normalize(F.embedding(indices, self.codebook.float()))
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.l2_norm else x
 
     def _losses(self, z: Tensor, z_q: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
@@ -219,7 +256,7 @@ class VectorQuantizer(nn.Module):
         else:
             losses = {"codebook": codebook, "commitment": self.beta * commitment}
         if self.entropy_weight > 0 and self.training:
-            vectors, codes = z.flatten(0, -2), self._normalize(self.codebook.clone())  # EMA changes the codebook before backward
+            vectors, codes = z.flatten(0, -2), self.normalize(self.codebook.clone())  # EMA changes the codebook before backward
             distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
             log_p = F.log_softmax(-distance / self.entropy_temperature, dim=1)
             mean_p = log_p.exp().mean(0)
@@ -272,36 +309,13 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(vectors)
         return vectors
 
-    @torch.no_grad()
-    def _record(self, indices: Tensor) -> None:
-        recent = indices.flatten()[-len(self.queue):].to(self.queue.dtype)
-        self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
 
-    def gradient_norms(self, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
-        """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for vectors (..., D) and their indices (...)
-        into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die."""
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            codes = (self.codebook if codebook is None else codebook).detach().float().requires_grad_()
-            error = self._normalize(F.embedding(indices, codes)) - self._normalize(z.detach().float())
-            weight = (self.beta if self.legacy else 1.0) * (1.0 if loss_weight is None else loss_weight.unsqueeze(-1))
-            return torch.autograd.grad((error.square() * weight).mean(), codes)[0].norm(dim=1)
-
-    def uses(self) -> Tensor:
-        """Counts of each code in this process's queue of recent training codes, int64 (K,)."""
-        return torch.bincount(self.queue[self.queue >= 0], minlength=self.codebook_size)
-
-    @torch.no_grad()
-    def usage(self) -> Tensor:
-        """Codebook usage: distinct codes in this process's queue, over K."""
-        seen = torch.zeros(self.codebook_size + 1, device=self.queue.device)
-        return seen.index_fill_(0, self.queue.long() + 1, 1.0)[1:].mean()
-
-    @torch.no_grad()
-    def perplexity(self, indices: Tensor) -> Tensor:
-        """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
-        ones = torch.ones(indices.numel(), device=indices.device)
-        p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
-        return torch.exp(-(p * (p + 1e-10).log()).sum())
+def rotate(z: Tensor, e: Tensor) -> Tensor:
+    """z (..., D), turned and scaled to e by a map that its gradient sees as a constant (Fifty et al., 2025, sec. 4.2)."""
+    a, b = F.normalize(z.detach(), dim=-1), F.normalize(e, dim=-1)
+    half = F.normalize(a + b, dim=-1)
+    turned = z - 2 * (z * half).sum(-1, keepdim=True) * half + 2 * (z * a).sum(-1, keepdim=True) * b
+    return turned * (e.norm(dim=-1, keepdim=True) / z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6))
 
 
 def world_size() -> int:

@@ -20,7 +20,7 @@ def test_config_is_complete_and_typed(tiny):
     config = load(tiny, "model.quantizer.codebook_size=64", "train.learning_rate=1e-4", "data.image_size=8", "train.max_grad_norm=null")
     assert config["model"]["quantizer"] == {
         "codebook_size": 64, "dim": 8, "beta": 0.25, "legacy": False, "l2_norm": False, "ema_decay": 0.9, "ema_eps": 1e-5,
-        "restart": True, "entropy_weight": 0.0, "entropy_temperature": 0.01, "queue_size": 65536}
+        "restart": True, "entropy_weight": 0.0, "entropy_temperature": 0.01, "queue_size": 65536, "rotation": False}
     assert config["train"]["learning_rate"] == 1e-4  # which YAML reads as a string
     assert config["model"]["image_size"] == 8  # follows the data
     assert load(tiny, "model.image_size=32")["model"]["image_size"] == 32

@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
-COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(),
+COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
           "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}}
 
 

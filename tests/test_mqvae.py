@@ -177,7 +177,7 @@ def test_bad_settings_and_images_are_one_sentence():
     with pytest.raises(ValueError, match=r"a size must be a number or \[height, width\]; it is \[32\]"):
         small(image_size=[32])
     with pytest.raises(ValueError, match="l2-normalised"):
-        small(quantizer=VectorQuantizer(64, 8, l2_norm=True))
+        small(quantizer=VectorQuantizer(64, 8, l2_norm=True), release_training=True)
 
 
 def test_copy(tmp_path):

@@ -151,7 +151,7 @@ def test_record_over_training(tmp_path, capsys):
 def test_gradient_norms_are_of_codes_that_are_used(tmp_path):
     model, _ = load_run(save_stage1(tmp_path, "dqvae"))
     data = make_dataset("shapes", split="val", image_size=16, val_size=4)
-    norms = visualize.gradient_norms(model, data)
+    norms = visualize.code_gradients(model, data)
     with torch.no_grad():
         used = model.encode(next(visualize.batches(data, 4, "images")))["indices"].unique()
     assert norms.shape == (32,) and (norms > 0).nonzero().flatten().tolist() == used.tolist() and len(used) > 2
