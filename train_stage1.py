@@ -166,7 +166,7 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
     VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
     every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
     if every is not None and not hasattr(quantizer, "codebook"):
-        raise UserError(f"train.codebook_stats_every is for one codebook of learned vectors, which {type(quantizer).__name__} does not have")
+        raise UserError(f"train.codebook_stats_every needs a codebook of learned vectors, which {type(quantizer).__name__} does not have")
     if every is None or not run.is_main:
         return lambda step: None
     folder.mkdir(exist_ok=True)
