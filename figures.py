@@ -56,7 +56,9 @@ def batches(dataset: ImageDataset, limit: int, what: str):
     yield from (images for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)))
 
 
-def tiles(rows: int, columns: int, height: float = 1.25) -> tuple[plt.Figure, np.ndarray]:
+def tiles(rows: int, columns: int, images: Tensor | None = None, height: float = 1.25) -> tuple[plt.Figure, np.ndarray]:
+    """Axes (rows, columns) for square pictures, or of the shape of these images."""
+    height = height if images is None else height - 1.2 + 1.2 * images.shape[-2] / images.shape[-1]
     return plt.subplots(rows, columns, figsize=(1.2 * columns + 2.0, height * rows + 0.5), squeeze=False)
 
 

@@ -104,7 +104,7 @@ def recon(args: argparse.Namespace) -> None:
     outs = [model(images) for model, _, _ in runs]
     errors = [error_map(images, out.images) for out in outs]
     top = max(e.flatten().quantile(0.995).item() for e in errors)  # outliers must not darken the maps
-    figure, axes = tiles(1 + 2 * len(runs), len(images))
+    figure, axes = tiles(1 + 2 * len(runs), len(images), images)
     row(axes[0], pixels(images), "original")
     for (model, name, kind), out, error, (upper, lower) in zip(runs, outs, errors, axes[1:].reshape(len(runs), 2, -1)):
         psnr = compare(to_uint8(images), to_uint8(out.images))["psnr"]
@@ -166,17 +166,17 @@ def ladder(args: argparse.Namespace) -> None:
     if rate_range(model) is None:
         raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as model.topk_ratio=[0.1,0.9] for an MQ-VAE")
     images = torch.cat([*batches(dataset, args.n, "images")])
-    figure, axes = tiles(2 * len(images), 6, height=1.32)
+    figure, axes = tiles(2 * len(images), 6, images, height=1.32)
     axes = axes.reshape(len(images), 2, 6)
     for pair, image in zip(axes, images):
         row(pair[1, :1], pixels(image.unsqueeze(0)), "original")
         pair[0, 0].axis("off")
     for column, step in enumerate(steps(model), 1):
         outs = [model(image) for image in images.split(1)]  # one by one, as bits and maps are wanted
-        for pair, image, out in zip(axes, images.split(1), outs):
+        for i, (pair, image, out) in enumerate(zip(axes, images.split(1), outs)):
             psnr = compare(to_uint8(image), to_uint8(out.images))["psnr"].item()
             (shown,) = [v for k, v in out.info.items() if k in ("kept_map", "grain_map")]
-            row(pair[0, column:column + 1], pixels(shown), "", titles=[f"{step:.0%}" if pair is axes[0] else ""])
+            row(pair[0, column:column + 1], pixels(shown), "", titles=["" if i else f"{step:.0%}"])
             row(pair[1, column:column + 1], pixels(out.images), "", titles=[f"{out.info['bits']:.0f} bits, {psnr:.1f} dB"])
     what = "regions refined" if hasattr(model, "grains") else "cells kept"
     save(figure, args, f"{name} ({kind}) at five rates: share of {what} (maps above, reconstructions below)")
@@ -190,7 +190,7 @@ def codes(args: argparse.Namespace) -> None:
     images = torch.cat([*batches(dataset, args.n, "images")])
     out = model(images)
     number, scored = out.codes["indices"][0].numel(), "score_map" in out.info
-    figure, axes = tiles(4 if scored else 3, len(images))
+    figure, axes = tiles(4 if scored else 3, len(images), images)
     row(axes[0], pixels(images), "original")
     if scored:
         row(axes[1], out.info["score_map"][:, 0].cpu() / 2 + 0.5, "score", bar=dict(label="0: image's lowest,\n1: its highest"),
