@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, sides, uniforms
+from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, sides, uniforms
 
 START, CODE, END = 0, 1, 2  # kinds of tokens
 
@@ -53,21 +53,21 @@ class DQTransformer(CodeTransformer):
     codebook_size, grids               K, and the side of each granularity's grid or its [height, width], coarsest first
     num_classes, label_dropout         see CodeTransformer
     position_layers, content_layers    depth of each transformer
-    n_head, n_embd, dropout            as in GPT
+    n_head, n_embd, dropout, codebook_factors    as in GPT
     order                              of a granularity's cells: raster order, or region by region
     """
 
     def __init__(self, codebook_size: int, grids: list[int | list[int]], num_classes: Count = 0, position_layers: int = 6,
                  content_layers: int = 18, n_head: int = 8, n_embd: int = 1024, dropout: Probability = 0.1,
                  label_dropout: Probability = 0.1,
-                 order: Literal["row-first", "region-first"] = "row-first"):
+                 order: Literal["row-first", "region-first"] = "row-first", codebook_factors: list[int] | None = None):
         super().__init__(num_classes, label_dropout)
         self.codebook_size, self.grids, self.grains = codebook_size, [sides(grid) for grid in grids], len(grids)
         if len(grids) < 2 or any(h % y or h <= y or h * x != w * y for (y, x), (h, w) in zip(self.grids, self.grids[1:])):
             raise ValueError(f"grids must be two or more sides, each a multiple of the one before; they are {list(grids)}")
         self.cells = [h * w for h, w in self.grids]
         self.length = self.cells[-1] + 2 * self.grains - 1  # inputs of the longest row: its last token is only predicted
-        self.content_emb = nn.Embedding(codebook_size + 1 + self.num_starts, n_embd)  # codes, end, starts
+        self.content_emb, content_head = code_ends(codebook_size, n_embd, codebook_factors, 1 + self.num_starts)  # codes, end, starts
         self.position_emb = nn.Embedding(sum(self.cells) + self.grains * (1 + self.num_starts), n_embd)  # each: cells, end, starts
         self.grain_emb = nn.Embedding(self.grains, n_embd)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
@@ -77,7 +77,7 @@ class DQTransformer(CodeTransformer):
         self.position_head = nn.Linear(n_embd, self.cells[-1] + self.grains, bias=False)  # cells of any grid, end of each granularity
         self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout)
         self.content_norm = nn.LayerNorm(n_embd)
-        self.content_head = nn.Linear(n_embd, codebook_size, bias=False)
+        self.content_head = content_head
         self.init_weights()
         self._tabulate(order)
         self.mean_counts: Tensor | None = None  # (G,), see survey
@@ -194,17 +194,20 @@ class DQTransformer(CodeTransformer):
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, list[Tensor]]:
         """Next-token logits under teacher forcing, a list entry per granularity, padded to its longest row L_g: content[g] (B, L_g, K);
         position[g] (B, L_g + 1, cells_g + 1), whose last column and step are the end; length[g] (B,), the number of codes."""
-        return self._logits(self.order(codes), labels)
+        tokens = self.order(codes)
+        content, position = self._outputs(tokens, labels)
+        return {"content": [self.content_head(x) for x in content], "position": position, "length": list(tokens.counts.unbind(1))}
 
-    def _logits(self, tokens: Tokens, labels: Tensor | None) -> dict[str, list[Tensor]]:
+    def _outputs(self, tokens: Tokens, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The input of content_head and the logits of positions, as `logits` orders them."""
         h, z = self._hidden(tokens, labels)
         content, position = [], []
         for g, (steps, cells) in enumerate(zip(self._steps(tokens), self.cells)):
             steps = steps.unsqueeze(-1).expand(-1, -1, h.shape[-1])                          # (B, L_g + 1, C)
             head = torch.cat([self.position_head.weight[:cells], self.position_head.weight[self.cells[-1] + g].unsqueeze(0)])
             position.append(F.linear(self.position_norm(h.gather(1, steps)), head))
-            content.append(self.content_head(self.content_norm(z.gather(1, steps[:, :-1]))))
-        return {"content": content, "position": position, "length": list(tokens.counts.unbind(1))}
+            content.append(self.content_norm(z.gather(1, steps[:, :-1])))
+        return content, position
 
     def _steps(self, tokens: Tokens) -> list[Tensor]:
         """For each granularity, the steps (B, L_g + 1) that predict its codes and end; arbitrary at padding."""
@@ -221,15 +224,14 @@ class DQTransformer(CodeTransformer):
     def _nats(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Cross-entropies of codes [(B, L_g)] and of positions and ends [(B, L_g + 1)], 0 at padding; and counts (B, G)."""
         tokens = self.order(codes)
-        logits = self._logits(tokens, labels)
+        hidden, logits = self._outputs(tokens, labels)
         content, position = [], []
         for g, steps in enumerate(self._steps(tokens)):
             padding = torch.arange(steps.shape[1], device=steps.device) > tokens.counts[:, g:g + 1]
             slot, code = tokens.slot.gather(1, steps + 1), tokens.content.gather(1, steps[:, :-1] + 1)
             cell = torch.where(self.slot_kind[slot] == CODE, self.slot_cell[slot], self.cells[g])
-            for nats, found, target in ((content, logits["content"][g], code.masked_fill(padding[:, 1:], -100)),
-                                        (position, logits["position"][g], cell.masked_fill(padding, -100))):
-                nats.append(F.cross_entropy(found.transpose(1, 2).float(), target, reduction="none"))
+            content.append(self.content_head.nats(hidden[g], code.masked_fill(padding[:, 1:], -100)))
+            position.append(F.cross_entropy(logits[g].transpose(1, 2).float(), cell.masked_fill(padding, -100), reduction="none"))
         return content, position, tokens.counts
 
     def _hidden(self, tokens: Tokens, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -265,7 +267,7 @@ class DQTransformer(CodeTransformer):
         if fine_positions not in ("filled", "sampled"):
             raise ValueError(f"fine_positions must be filled or sampled; it is {fine_positions!r}")
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        numbers = uniforms(n, 2 * self.length, generator, starts.device)
+        numbers = uniforms(n, (1 + self.content_head.digits) * self.length, generator, starts.device).view(n, self.length, -1)
         position_cache, content_cache = (Cache(b, len(starts), self.length) for b in (self.position_blocks, self.content_blocks))
         state = State(self, n, starts)
         for t in range(self.length):
@@ -274,12 +276,11 @@ class DQTransformer(CodeTransformer):
             h = self.position_blocks.step(x, *position_cache.at(t))
             logits = guide(self.position_head(self.position_norm(h)))                        # (n, N + G)
             logits = logits.masked_fill(~state.possible(fine_positions == "sampled"), -math.inf)
-            state.move(draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[state.rows, 2 * t]))
+            state.move(draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[state.rows, t, 0]))
 
             _, place, _ = state.embedding_indices()
             z = self.content_blocks.step(h + self.position_emb(place), *content_cache.at(t))
-            logits = guide(self.content_head(self.content_norm(z)))                          # (n, K)
-            state.store(draw(filter_logits(logits, temperature, top_k, top_p), numbers[state.rows, 2 * t + 1]))
+            state.store(self.content_head.draw(self.content_norm(z), guide, (temperature, top_k, top_p), numbers[state.rows, t, 1:]))
 
             if t % 16 == 15:  # now and then, finished rows leave the batch
                 active = state.unfinished()

@@ -3,6 +3,7 @@
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
     CodeTransformer         base class of all three: class labels, classifier-free guidance
     Blocks, Cache           pre-norm transformer blocks (minGPT's), and their key-value cache
+    CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
     parameter_groups        for AdamW: weight decay on linear weights only
@@ -94,41 +95,44 @@ class GPT(CodeTransformer):
     num_classes, label_dropout     see CodeTransformer
     n_layer, n_head, n_embd        depth, heads, width
     dropout                        on embeddings, attention weights and residual branches
+    codebook_factors               for large codebooks, numbers whose product is K, such as [512, 512]: codes are embedded and predicted
+                                   as that many digits, one after another (MAGVIT-v2). Likelihoods stay exact
     """
 
     def __init__(self, codebook_size: int, grid: int | list[int], num_classes: Count = 0, n_layer: int = 12, n_head: int = 12,
-                 n_embd: int = 768, dropout: Probability = 0.0, label_dropout: Probability = 0.1):
+                 n_embd: int = 768, dropout: Probability = 0.0, label_dropout: Probability = 0.1,
+                 codebook_factors: list[int] | None = None):
         super().__init__(num_classes, label_dropout)
         self.codebook_size, self.grid = codebook_size, sides(grid)
         self.length = math.prod(self.grid)
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
-        self.code_emb = nn.Embedding(codebook_size, n_embd)
+        self.code_emb, head = code_ends(codebook_size, n_embd, codebook_factors)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
         self.drop = nn.Dropout(dropout)
         self.blocks = Blocks(n_layer, n_head, n_embd, dropout)
         self.norm = nn.LayerNorm(n_embd)
-        self.head = Linear(n_embd, codebook_size, bias=False)
+        self.head = head
         self.init_weights()
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes {"indices": (B, h, w)} and labels (B,) to {"loss", "code"}, both the mean cross-entropy in nats."""
-        logits = self.logits(codes, labels)["indices"]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes["indices"].flatten())
+        loss = self.head.nats(self._hidden(codes, labels), self._flat(codes)).mean()
         return {"loss": loss, "code": loss.detach()}
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Next-code logits under teacher forcing, {"indices": (B, T, K)}, T = h * w."""
+        return {"indices": self.head(self._hidden(codes, labels))}
+
+    def _hidden(self, codes: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         indices = self._flat(codes)                                                          # (B, T)
         starts = self.start_tokens(len(indices), labels, indices.device)
         x = torch.cat([self.start_emb(starts).unsqueeze(1), self.code_emb(indices[:, :-1])], dim=1)
-        x = self.blocks(self.drop(x + self.index_emb))                                       # (B, T, C)
-        return {"indices": self.head(self.norm(x))}                                          # (B, T, K)
+        return self.norm(self.blocks(self.drop(x + self.index_emb)))                         # (B, T, C)
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each image's codes, in bits (B,)."""
-        logits = self.logits(codes, labels)["indices"]
-        return F.cross_entropy(logits.transpose(1, 2).float(), self._flat(codes), reduction="none").sum(1) / math.log(2)
+        return self.head.nats(self._hidden(codes, labels), self._flat(codes)).sum(1) / math.log(2)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
@@ -138,20 +142,19 @@ class GPT(CodeTransformer):
 
         labels         (n,) classes; None: the null class
         temperature    0: always the most likely code
-        top_k, top_p   only the k most likely codes, or the fewest with this total probability
+        top_k, top_p   only the k most likely codes, or the fewest with this total probability (of digits, with codebook_factors)
         cfg_scale      guidance: null + scale * (conditional - null)
         generator      one, or one per row; a row depends on its own random numbers only
         """
         check_sampling(temperature, top_k, top_p)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        numbers = uniforms(n, self.length, generator, starts.device)                         # (n, T)
+        numbers = uniforms(n, self.length * self.head.digits, generator, starts.device).view(n, self.length, -1)
         cache = Cache(self.blocks, len(starts), self.length)
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
         x = self.start_emb(starts)                                                           # (n or 2n, C)
         for t in range(self.length):
             x = self.blocks.step(x + self.index_emb[t], *cache.at(t))
-            logits = guide(self.head(self.norm(x)))                                          # (n, K)
-            indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, t])
+            indices[:, t] = self.head.draw(self.norm(x), guide, (temperature, top_k, top_p), numbers[:, t])
             x = self.code_emb(indices[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices.view(n, *self.grid)}
@@ -225,7 +228,91 @@ class Linear(nn.Linear):
         if x.is_cuda or torch.is_grad_enabled() or x.numel() > 64 * self.in_features:
             return super().forward(x)
         y = (self.weight @ x.reshape(-1, self.in_features).t()).t().contiguous()
-        return (y if self.bias is None else y + self.bias.to(y)).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y + self.bias.to(y)).view(*x.shape[:-1], self.out_features)
+
+
+class CodeHead(Linear):
+    """Hidden states (..., C) to logits of codes (..., K)."""
+
+    digits = 1  # random numbers that a code takes
+
+    def nats(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Cross-entropy of each code (...), 0 for code -100."""
+        return F.cross_entropy(self(x).flatten(0, -2).float(), codes.flatten(), reduction="none").view(codes.shape)
+
+    def draw(self, x: Tensor, guide: Guidance, filters: tuple, numbers: Tensor) -> Tensor:
+        """Samples codes (n,) from hidden states (n or 2n, C), with filter_logits' settings and random numbers (n, digits)."""
+        return draw(filter_logits(guide(self(x)), *filters), numbers[:, 0])
+
+
+class FactoredHead(nn.Module):
+    """A CodeHead that predicts a code's digits, the first and then each given those before."""
+
+    def __init__(self, factors: list[int], n_embd: int):
+        super().__init__()
+        self.factors, self.digits = factors, len(factors)
+        self.heads = nn.ModuleList(CodeHead(n_embd, f, bias=False) for f in factors)
+        self.embs = nn.ModuleList(nn.Embedding(f, n_embd) for f in factors[:-1])
+        self.mlps = nn.ModuleList(nn.Sequential(nn.LayerNorm(n_embd), Linear(n_embd, n_embd), nn.GELU(), Linear(n_embd, n_embd))
+                                  for _ in factors[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Log-probabilities of all codes (..., K): only for few codes."""
+        total = x.new_zeros(*x.shape[:-1], 1)                                                # (..., codes so far)
+        x = x.unsqueeze(-2)
+        for i, head in enumerate(self.heads):
+            total = (total.unsqueeze(-1) + head(x).log_softmax(-1)).flatten(-2)
+            if i < self.digits - 1:
+                every = torch.arange(self.factors[i], device=x.device).expand(*x.shape[:-1], -1)
+                x = self._given(i, x.unsqueeze(-2), every).flatten(-3, -2)
+        return total
+
+    def nats(self, x: Tensor, codes: Tensor) -> Tensor:
+        total = 0.0
+        for i, (head, digit) in enumerate(zip(self.heads, digits_of(codes.clamp(min=0), self.factors))):
+            total = total + head.nats(x, digit)
+            x = self._given(i, x, digit) if i < self.digits - 1 else x
+        return total.masked_fill(codes < 0, 0.0)
+
+    def draw(self, x: Tensor, guide: Guidance, filters: tuple, numbers: Tensor) -> Tensor:
+        code = 0
+        for i, (head, f) in enumerate(zip(self.heads, self.factors)):
+            digit = head.draw(x, guide, filters, numbers[:, i:])
+            code = code * f + digit
+            x = self._given(i, x, digit.repeat(guide.copies)) if i < self.digits - 1 else x
+        return code
+
+    def _given(self, i: int, x: Tensor, digit: Tensor) -> Tensor:
+        return x + self.mlps[i](x + self.embs[i](digit))
+
+
+class FactoredEmbedding(nn.Module):
+    """Codes (...) to the sum of their digits' embeddings (..., C); `special` tokens beyond the codes have their own."""
+
+    def __init__(self, factors: list[int], special: int, n_embd: int):
+        super().__init__()
+        self.factors, self.codes = factors, math.prod(factors)
+        self.tables = nn.ModuleList(nn.Embedding(f, n_embd) for f in factors)
+        self.special = nn.Embedding(special, n_embd) if special else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = sum(table(digit) for table, digit in zip(self.tables, digits_of(tokens.clamp(max=self.codes - 1), self.factors)))
+        if self.special is not None:
+            x = torch.where((tokens >= self.codes).unsqueeze(-1), self.special((tokens - self.codes).clamp(min=0)), x)
+        return x
+
+
+def digits_of(codes: Tensor, factors: list[int]) -> list[Tensor]:
+    return [codes // math.prod(factors[i + 1:]) % f for i, f in enumerate(factors)]
+
+
+def code_ends(codebook_size: int, n_embd: int, factors: list[int] | None, special: int = 0) -> tuple[nn.Module, nn.Module]:
+    """The embedding of codes and `special` tokens, and the head that predicts codes."""
+    if factors is None:
+        return nn.Embedding(codebook_size + special, n_embd), CodeHead(n_embd, codebook_size, bias=False)
+    if math.prod(factors) != codebook_size or min(factors) < 2:
+        raise ValueError(f"codebook_factors must be numbers whose product is codebook_size, {codebook_size}; they are {list(factors)}")
+    return FactoredEmbedding(list(factors), special, n_embd), FactoredHead(list(factors), n_embd)
 
 
 class Cache:

@@ -19,10 +19,10 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, draw, filter_logits, sides, uniforms
+from gpt import (
+    Blocks, Cache, CodeHead, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, sides, uniforms)
 
 
 class Stackformer(CodeTransformer):
@@ -31,36 +31,43 @@ class Stackformer(CodeTransformer):
     codebook_size, grid, num_codes     K, the side of the grid of cells or its [height, width], and the number N of cells with a code
     num_classes, label_dropout         see CodeTransformer
     code_layers, position_layers       depth of each transformer
-    n_head, n_embd, dropout            as in GPT
+    n_head, n_embd, dropout, codebook_factors    as in GPT
     """
 
     def __init__(self, codebook_size: int, grid: int | list[int], num_codes: int, num_classes: Count = 0, code_layers: int = 12,
                  position_layers: int = 12, n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
-                 label_dropout: Probability = 0.1):
+                 label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None):
         super().__init__(num_classes, label_dropout)
         self.codebook_size, self.grid, self.cells, self.length = codebook_size, sides(grid), math.prod(sides(grid)), num_codes
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
-        self.code_emb = nn.Embedding(codebook_size, n_embd)
+        self.code_emb, code_head = code_ends(codebook_size, n_embd, codebook_factors)
         self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last is the start token's
         self.index_emb = nn.Parameter(torch.zeros(num_codes, n_embd))
         self.drop = nn.Dropout(dropout)
         self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout)
         self.code_norm = nn.LayerNorm(n_embd)
-        self.code_head = nn.Linear(n_embd, codebook_size, bias=False)
+        self.code_head = code_head
         self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
         self.position_norm = nn.LayerNorm(n_embd)
-        self.position_head = nn.Linear(n_embd, self.cells, bias=False)
+        self.position_head = CodeHead(n_embd, self.cells, bias=False)
         self.init_weights()
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the loss being their sum."""
-        logits = self.logits(codes, labels)
-        code = F.cross_entropy(logits["indices"].flatten(0, 1).float(), codes["indices"].flatten())
-        position = F.cross_entropy(logits["positions"].flatten(0, 1).float(), codes["positions"].flatten())
+        code, position = (nats.mean() for nats in self._nats(codes, labels))
         return {"loss": code + position, "code": code.detach(), "position": position.detach()}
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Next-token logits under teacher forcing, {"indices": (B, N, K), "positions": (B, N, h * w)}."""
+        h, p = self._hidden(codes, labels)
+        return {"indices": self.code_head(h), "positions": self.position_head(p)}
+
+    def _nats(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of codes and positions, (B, N) each."""
+        h, p = self._hidden(codes, labels)
+        return self.code_head.nats(h, codes["indices"]), self.position_head.nats(p, codes["positions"])
+
+    def _hidden(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         indices, positions = codes["indices"], codes["positions"]                            # (B, N) each
         if indices.shape[1:] != (self.length,) or positions.shape != indices.shape:
             raise ValueError(f"indices and positions must be (B, {self.length}); they are {tuple(indices.shape)} and "
@@ -70,14 +77,12 @@ class Stackformer(CodeTransformer):
         x = torch.cat([self._first(starts).unsqueeze(1), (embedded + self.position_emb(positions))[:, :-1]], dim=1)
         h = self.code_blocks(self.drop(x + self.index_emb))                                  # (B, N, C)
         p = self.position_blocks(h + embedded)                                               # (B, N, C)
-        return {"indices": self.code_head(self.code_norm(h)), "positions": self.position_head(self.position_norm(p))}
+        return self.code_norm(h), self.position_norm(p)
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each image's codes and positions, in bits (B,)."""
-        logits = self.logits(codes, labels)
-        nats = sum(F.cross_entropy(logits[k].transpose(1, 2).float(), codes[k], reduction="none") for k in ("indices", "positions"))
-        return nats.sum(1) / math.log(2)
+        return sum(self._nats(codes, labels)).sum(1) / math.log(2)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
@@ -93,21 +98,20 @@ class Stackformer(CodeTransformer):
         check_sampling(temperature, top_k, top_p)
         check_sampling(temperature_pos, top_k_pos, top_p_pos)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        numbers = uniforms(n, 2 * self.length, generator, starts.device)
+        numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, starts.device).view(n, self.length, -1)
         code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
         indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
         cells, last = torch.arange(self.cells, device=starts.device), torch.full((n, 1), -1, device=starts.device)
         x = self._first(starts)                                                              # (n or 2n, C)
         for t in range(self.length):
             h = self.code_blocks.step(x + self.index_emb[t], *code_cache.at(t))
-            logits = guide(self.code_head(self.code_norm(h)))                                # (n, K)
-            indices[:, t] = draw(filter_logits(logits, temperature, top_k, top_p), numbers[:, 2 * t])
+            indices[:, t] = self.code_head.draw(self.code_norm(h), guide, (temperature, top_k, top_p), numbers[:, t])
             code = self.code_emb(indices[:, t].repeat(guide.copies))
 
             p = self.position_blocks.step(h + code, *position_cache.at(t))
             logits = guide(self.position_head(self.position_norm(p)))                        # (n, h * w)
             logits = logits.masked_fill((cells <= last) | (cells > self.cells - self.length + t), -math.inf)
-            positions[:, t] = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, 2 * t + 1])
+            positions[:, t] = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, t, -1])
             last = positions[:, t:t + 1]
             x = code + self.position_emb(positions[:, t].repeat(guide.copies))
         guide.check()

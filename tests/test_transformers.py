@@ -27,6 +27,9 @@ MODELS = {
     "dual": lambda classes=0, **more: DQTransformer(K, [2, 4], classes, 1, 2, **TINY | more),
     "dual_region_first": lambda classes=0, **more: DQTransformer(K, [[3, 2], [6, 4]], classes, 1, 1, order="region-first", **TINY | more),
     "triple": lambda classes=0, **more: DQTransformer(K, [[1, 2], [2, 4], [4, 8]], classes, 1, 1, **TINY | more),
+    "gpt_factors": lambda classes=0, **more: GPT(K, [2, 8], classes, 2, codebook_factors=[3, 4], **TINY | more),
+    "stackformer_factors": lambda classes=0, **more: Stackformer(K, [8, 2], 6, classes, 1, 2, codebook_factors=[2, 3, 2], **TINY | more),
+    "dual_factors": lambda classes=0, **more: DQTransformer(K, [2, 4], classes, 1, 2, codebook_factors=[4, 3], **TINY | more),
     "triple_region_first": lambda classes=0, **more: DQTransformer(K, [2, 4, 8], classes, 1, 1, order="region-first", **TINY | more),
 }
 
@@ -75,7 +78,7 @@ def check_valid(model, codes):
 def test_codes_are_valid_whatever_the_weights(name):
     for seed in range(20):
         model = make(name, CLASSES, seed)
-        settings = {} if name == "gpt" else {"temperature_pos": 3.0, "top_k_pos": 1 + seed, "top_p_pos": 0.9}
+        settings = {} if name.startswith("gpt") else {"temperature_pos": 3.0, "top_k_pos": 1 + seed, "top_p_pos": 0.9}
         codes = model.sample(5, torch.arange(5), temperature=2.0, cfg_scale=1 + seed % 3, **settings)
         check_valid(model, codes)
         if isinstance(model, DQTransformer):
@@ -92,12 +95,13 @@ def test_every_granularity_and_the_last_cell_can_be_sampled():
 
 
 @pytest.mark.parametrize("classes", [0, CLASSES])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("factors")])
 def test_cached_logits_equal_full_ones(name, classes, monkeypatch):
     model, n = make(name, classes), 6
     seen, kept = [], []
-    module = {GPT: gpt, Stackformer: stackformer, DQTransformer: dq_transformer}[type(model)]
-    monkeypatch.setattr(module, "filter_logits", lambda logits, *settings: seen.append(logits.clone()) or filter_logits(logits, *settings))
+    for module in (gpt, stackformer, dq_transformer):
+        monkeypatch.setattr(module, "filter_logits",
+                            lambda logits, *settings: seen.append(logits.clone()) or filter_logits(logits, *settings))
     keep = gpt.Cache.keep
     monkeypatch.setattr(gpt.Cache, "keep", lambda self, rows: kept.append((len(seen), rows)) or keep(self, rows))
     labels = torch.arange(n) % classes if classes else None
@@ -135,6 +139,48 @@ def test_cached_logits_equal_full_ones(name, classes, monkeypatch):
                     torch.testing.assert_close(seen[2 * t + 1][i], full["content"][g][row, j])
                 compared += 1
         assert compared == int(tokens.counts.sum()) + n * model.grains
+
+
+@pytest.mark.parametrize("name", ["gpt_factors", "stackformer_factors", "dual_factors"])
+def test_digits_make_an_exact_likelihood(name, monkeypatch):
+    """Probabilities of all codes sum to 1, `bits` counts them, and codes are sampled by them."""
+    model, n, seen = make(name, CLASSES), 4, []
+    labels = torch.arange(n)
+    head = next(m for m in model.modules() if isinstance(m, gpt.FactoredHead))
+    x = torch.randn(5, 3, 16)
+    log_p = head(x)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(5, 3))
+    for code in range(K):
+        torch.testing.assert_close(head.nats(x, torch.full((5, 3), code)), -log_p[..., code])
+    assert head.nats(x, torch.full((5, 3), -100)).eq(0).all()
+    every = torch.arange(K)
+    digits = torch.stack(gpt.digits_of(every, head.factors), 1)
+    assert len(digits.unique(dim=0)) == K and (digits.amax(0) + 1).tolist() == head.factors
+    # One hidden state, drawn often
+    numbers = torch.rand(20_000, head.digits, generator=torch.Generator().manual_seed(0))
+    drawn = head.draw(x[:1, 0].expand(20_000, -1), gpt.Guidance(1.0, 1), (1.0, None, None), numbers)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=K) / 20_000, log_p[0, 0].exp(), atol=0.02, rtol=0)
+    # What is sampled step by step has the likelihood of the full pass
+    monkeypatch.setattr(gpt, "filter_logits", lambda logits, *settings: seen.append(logits.clone()) or filter_logits(logits, *settings))
+    codes = model.sample(n, labels)
+    if name == "gpt_factors":
+        full = model.logits(codes, labels)["indices"]
+        for t, code in enumerate(codes["indices"].flatten(1).unbind(1)):
+            steps = zip(seen[t * head.digits:], gpt.digits_of(code, head.factors))
+            found = sum(logits.log_softmax(-1).gather(1, digit.unsqueeze(1)) for logits, digit in steps)
+            torch.testing.assert_close(found, full[:, t].gather(1, code.unsqueeze(1)))
+    elif name == "stackformer_factors":
+        assert len(seen) == 6 * head.digits
+
+
+def test_special_tokens_have_embeddings_of_their_own():
+    emb = gpt.FactoredEmbedding([3, 4], 2, 8)
+    found = emb(torch.arange(14))
+    torch.testing.assert_close(found[7], emb.tables[0].weight[1] + emb.tables[1].weight[3])
+    assert torch.equal(found[12:], emb.special.weight) and len(found.unique(dim=0)) == 14
+    for factors in ([3, 5], [12, 1]):
+        with pytest.raises(ValueError, match=r"codebook_factors must be numbers whose product is codebook_size, 12; they are"):
+            GPT(12, 4, codebook_factors=factors)
 
 
 @pytest.mark.parametrize("name", MODELS)
