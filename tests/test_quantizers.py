@@ -313,6 +313,38 @@ def test_a_transformer_refuses_a_residual_one(train, train2, tmp_path):
         train2(write_tiny2(tmp_path, "gpt"), f"codes.stage1={tmp_path}/run")
 
 
+@pytest.mark.parametrize("name, stage1, quantizer, factors", [("gpt", "vqgan", "lfq, bits: 14", [128, 128]),
+                                                               ("stackformer", "mqvae", "fsq, levels: [8, 5, 5, 5]", [8, 125]),
+                                                               ("dq_transformer", "dqvae_entropy", "bsq, bits: 12", [16, 16, 16])])
+def test_large_codebooks_in_stage2(train, train2, tmp_path, name, stage1, quantizer, factors):
+    """Trained, resumed exactly, sampled and measured by digits; without, the model would have K rows."""
+    import json
+
+    import evaluate
+    import sample
+    from conftest import write_tiny2
+    from experiment import load_run
+
+    lines = TINY_MODELS[stage1]
+    old = next(line for line in lines.splitlines() if "quantizer:" in line)
+    train("train.max_train_steps=1", f"train.output_dir={tmp_path}/large",
+          config=write_tiny(tmp_path, model=lines.replace(old, f"  quantizer: {{name: {quantizer}}}")))
+    words = [f"codes.stage1={tmp_path}/large", f"model.codebook_factors={factors}"]
+    config = write_tiny2(tmp_path, name)
+    train2(config, *words, f"train.output_dir={tmp_path}/whole")
+    train2(config, *words, "train.max_minutes=0")
+    train2(config, *words, resume="auto")
+    one, other = (load_run(tmp_path / folder)[0] for folder in ("whole", "run2"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    assert one.codebook_size == math.prod(factors) and sum(p.numel() for p in one.parameters()) < 16 * math.prod(factors)
+    run = ["--run", str(tmp_path / "run2")]
+    sample.main([*run, "-n", "2"])
+    evaluate.main([*run, "--without", "inception", "--num_workers", "0", "-n", "2"])
+    assert json.loads((tmp_path / "run2/metrics.json").read_text())["bits"] > 0
+    with pytest.raises(UserError, match="codebook_factors must be numbers whose product is codebook_size"):
+        train2(config, words[0], "model.codebook_factors=[7,11]", f"train.output_dir={tmp_path}/bad")
+
+
 @pytest.mark.parametrize("name", ["lfq", "simvq", "residual"])
 def test_two_processes_equal_one(tmp_path, name):
     """Gradients of a batch are the mean of its halves', each in a process of its own."""
