@@ -240,7 +240,7 @@ class DQVAE(nn.Module):
         if ratios is None:
             ratios = [self.rng.uniform(*r) for r in self.ranges] if self.training else self.ratios
         elif not valid(ratios, ratios, self.grains):
-            raise ValueError(f"ratios must be {self.grains - 1}, above 0 and together less than 1; they are {ratios}")
+            raise ValueError(f"ratios must be a list of {self.grains - 1}, above 0 and together less than 1; they are {ratios}")
         elif len(self.thresholds) < 99 and list(ratios) != self.ratios:
             raise ValueError(f"this model was trained for ratios {self.ratios}, not {ratios}; ranges as ratios, such as [[0.1, 0.9]], make "
                              "one for any rate")

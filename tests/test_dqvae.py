@@ -241,7 +241,7 @@ def test_rates_that_cannot_be_are_one_sentence():
     with pytest.warns(UserWarning, match=r"ratios \[0.9\] are outside of what this model was trained for, \[\(0.2, 0.8\)\]"):
         model.encode(images, [0.9])
     for bad in ([0.0], [1.0], [0.2, 0.2]):
-        with pytest.raises(ValueError, match="ratios must be 1, above 0 and together less than 1"):
+        with pytest.raises(ValueError, match="ratios must be a list of 1, above 0 and together less than 1"):
             model.encode(images, bad)
     with pytest.raises(ValueError, match=r"trained for ratios \[0.5\], not \[0.4\]; ranges"):
         small().eval().encode(images, [0.4])
