@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError
 from dataset import DataError, Files, ImageDataset, on_device, to_float, worker_settings
-from experiment import Run, own_folder
+from experiment import Run, asked_rate, own_folder
 
 
 def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int | None = None, views: int = 1) -> CodeCache:
@@ -45,7 +45,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
         folder = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
-    rate = [x for x in (settings["ratios"] or settings["ratio"],) if x]
+    rate = [rate for rate in [asked_rate(settings)] if rate is not None]
     K, key = stage1.quantizer.codebook_size, cache_key(stage1, dataset, run.config["data"], indices, views, rate)
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, K)
     if run.is_main:

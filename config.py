@@ -198,7 +198,8 @@ def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
         if key not in expected:
             if target in QUANTIZERS.values() and any(key in signature(other) for other in QUANTIZERS.values()):
                 raise UserError(f"{where}.{key} is not a setting of {target.__name__}, which has {', '.join(expected)}")
-            raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', valid)}")
+            own = [f"{where}.{k}" for k in expected] if target in QUANTIZERS.values() else valid
+            raise UserError(f"unknown key {where}.{key}; the nearest valid one is {_nearest(f'{where}.{key}', own)}")
     for key, (kind, default) in expected.items():
         nested = _module_of(kind, given.get(key), f"{where}.{key}")
         if nested and given.get(key) is None:

@@ -91,6 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
                         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
+    for folder in args.run if args.rates else ():  # before anything is measured in vain
+        model, config = load_run(folder, args.which)
+        run_dataset(config, args.overrides, args.split, model)
+        for rate in rates:
+            set_rate(model, rate)
     known, results, rows = {}, {}, {}
     for folder in args.run:
         found = {}
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             wanted = ("fid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid")
             metrics |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in metrics}}
-            found[rate], row = metrics, folder if rate is None else f"{folder} at {rate:g}"
+            found[rate], row = metrics, folder if rate is None else f"{Path(folder)} at {rate:g}"
             results[row], rows[row] = metrics, names[folder]
         if state.is_main_process:
             about = {"run": folder, "model": names[folder], "which": args.which, "split": args.split, "data": args.overrides}
@@ -130,7 +135,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
     if rate is not None:
         set_rate(model, rate)
     model = model.to(state.device)
-    uses = torch.zeros(model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
+    books = len(getattr(model.quantizer, "layers", [0]))  # a residual quantizer may have a codebook for each depth
+    uses = torch.zeros(books * model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
     for images, _ in batches(args, state, dataset, folder):
         with state.autocast():
@@ -142,7 +148,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
             values["detail"] = torch.stack([on_detail(x, c) for x, c in zip(levels.flatten(1), contrasts)])
             places.append((levels > 0).flatten(1).sum(0, keepdim=True).double().cpu())
         each.append(torch.stack([v.double() for v in values.values()], 1).cpu())
-        uses += torch.bincount(codes["indices"][spent(model, codes)], minlength=len(uses))
+        offsets = model.quantizer.codebook_size * torch.arange(books, device=state.device) if books > 1 else 0
+        uses += torch.bincount((codes["indices"] + offsets)[spent(model, codes)], minlength=len(uses))
         if "inception" in networks:
             features.append(networks["inception"](reconstructions)[0].cpu())
     uses = state.reduce(uses, "sum").cpu()
@@ -162,7 +169,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
     if places is not None and len(each) > 1 and places.sum() > 0:  # each of the p images that keep a place shares it with p - 1 others
         places = places.sum(0)
         metrics["shared"] = ((places * (places - 1)).sum() / (places.sum() * (len(each) - 1))).item()
-    metrics |= {"usage": usage(uses, uses.sum().item()), f"usage_{QUEUE}": usage(uses, QUEUE), "perplexity": perplexity(uses)}
+    found = [(usage(u, u.sum().item()), usage(u, QUEUE), perplexity(u)) for u in uses.chunk(books)]
+    metrics |= dict(zip(("usage", f"usage_{QUEUE}", "perplexity"), (sum(values) / books for values in zip(*found))))
     return metrics | {"bits_per_pixel": metrics["bits"] / math.prod(sides(dataset.image_size))}
 
 

@@ -381,19 +381,30 @@ def set_image_size(model: nn.Module, size: int | list[int]) -> None:
 
 def set_rate(model: nn.Module, rate: float | list[float]) -> None:
     """Chooses the rate of a stage-1 model wherever none is given: the share of an MQ-VAE's cells, or of a DQ-VAE's regions for each
-    granularity but the coarsest. (One number is divided among these like the model's own ratios.)"""
-    key = next((key for key in ("topk_ratio", "ratios") if hasattr(model, key)), None)
+    granularity but the coarsest. (One number, their sum, stands for the same place in each of the model's ranges.)"""
+    key, range_ = next((key for key in ("topk_ratio", "ratios") if hasattr(model, key)), None), rate_range(model)
     if key is None:
         raise UserError(f"a {type(model).__name__} has one rate only; MQ-VAE and DQ-VAE can be trained for a range")
     if isinstance(rate, list) and key != "ratios":
         raise UserError(f"several ratios are for a DQ-VAE; a {type(model).__name__} has one")
     if key == "ratios" and not isinstance(rate, list):
-        rate = [round(rate * r / sum(model.ratios), 9) for r in model.ratios]
+        where = (rate - range_[0]) / (range_[1] - range_[0]) if range_ else 0
+        rate = [round(low + where * (high - low) if range_ else rate * r / sum(model.ratios), 9)
+                for r, (low, high) in zip(model.ratios, model.ranges)]
+    size = [side * model.factor for side in model.grid] if hasattr(model, "grid") else sides(model.image_size)
     try:
-        model.encode(torch.zeros(1, 3, *sides(model.image_size), device=model.last_layer.device), rate)  # checks it
+        model.encode(torch.zeros(1, 3, *size, device=model.last_layer.device), rate)  # checks it
     except ValueError as error:
         raise UserError(f"this rate cannot be chosen: {error}") from error
     setattr(model, key, rate)
+
+
+def asked_rate(codes: dict) -> float | list[float] | None:
+    """The rate that the section `codes` of a stage-2 run chooses, if any."""
+    ratio, ratios = codes.get("ratio"), codes.get("ratios")
+    if ratio is not None and ratios is not None:
+        raise UserError("give codes.ratio or codes.ratios, not both")
+    return ratio if ratios is None else ratios
 
 
 def rate_range(model: nn.Module) -> tuple[float, float] | None:
@@ -428,9 +439,11 @@ def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, 
 
 
 def compile_parts(model: nn.Module) -> None:
-    """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, at whose weight the adaptive
-    GAN weight asks for gradients; neither has parts of its own."""
+    """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, which has no parts and at whose weight the
+    adaptive GAN weight asks for gradients."""
     for child in model.children():
+        if child is getattr(model, "quantizer", None):
+            continue
         for part in child if isinstance(child, nn.ModuleList) else [child]:
             if any(True for _ in part.children()):
                 part.compile()

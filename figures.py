@@ -36,8 +36,9 @@ def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str
         if kind not in STAGE1:
             raise UserError(f"{run} holds a stage-2 model ({kind}); use `visualize.py sequence`, or a stage-1 run such as {run}/stage1")
     sizes = {run: config["data"]["image_size"] for run, config in zip(args.run, configs)}
-    if len(set(map(sides, sizes.values()))) > 1:
-        raise UserError(f"runs of different image sizes cannot be compared: {', '.join(f'{k} has {v}' for k, v in sizes.items())}")
+    if len(set(map(sides, sizes.values()))) > 1 and not any(o.startswith("data.image_size=") for o in args.overrides):
+        raise UserError(f"runs of different image sizes cannot be compared without data.image_size=...: "
+                        f"{', '.join(f'{k} has {v}' for k, v in sizes.items())}")
     models = [load_run(run, args.which)[0].to(DEVICE) for run in args.run]
     dataset, *_ = [run_dataset(configs[0], args.overrides, args.split, model) for model in models]  # all must take them
     return list(zip(models, distinct(args.run), [NAMES[kind] for kind in kinds])), dataset

@@ -96,7 +96,7 @@ class GPT(CodeTransformer):
     n_layer, n_head, n_embd        depth, heads, width
     dropout                        on embeddings, attention weights and residual branches
     codebook_factors               for large codebooks, numbers whose product is K, such as [512, 512]: codes are embedded and predicted
-                                   as that many digits, one after another (MAGVIT-v2). Likelihoods stay exact
+                                   as that many digits, each given those before (Open-MAGVIT2, arXiv 2409.04410). Likelihoods stay exact
     """
 
     def __init__(self, codebook_size: int, grid: int | list[int], num_classes: Count = 0, n_layer: int = 12, n_head: int = 12,
@@ -141,8 +141,8 @@ class GPT(CodeTransformer):
         """Codes of n new images, {"indices": (n, h, w)}.
 
         labels         (n,) classes; None: the null class
-        temperature    0: always the most likely code
-        top_k, top_p   only the k most likely codes, or the fewest with this total probability (of digits, with codebook_factors)
+        temperature    0: always the most likely code (of digits, with codebook_factors; so are top_k and top_p)
+        top_k, top_p   only the k most likely codes, or the fewest with this total probability
         cfg_scale      guidance: null + scale * (conditional - null)
         generator      one, or one per row; a row depends on its own random numbers only
         """

@@ -153,8 +153,8 @@ class MQVAE(nn.Module):
     def _train_ours(self, n: int, scores: Tensor, vectors: Tensor) -> tuple[int, Tensor, Tensor]:
         """Keeps all cells at first, N from 50 % of training on. Ranks by logit plus Gumbel noise, which fades out at 80 %.
 
-        `slope` is a straight-through term: its gradient with respect to a score is the first-order effect of giving that cell a code
-        instead of the token, relative to the image's mean.
+        `slope` is a straight-through term: its gradient with respect to a score is the first-order effect of giving that cell its vector
+        (before quantization) instead of the token, relative to the image's mean.
         """
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
         order, noise = scores.detach(), 1 - self.progress / 0.8

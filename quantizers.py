@@ -18,12 +18,11 @@ import math
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Quantizer, VectorQuantizer, world_size
+from vqgan import Quantizer, VectorQuantizer, entropy_of_mean
 
 Temperature = Annotated[float, (1e-9, 1e9)]
 
@@ -65,7 +64,7 @@ class FSQ(Quantizer):
         return (z + torch.tan(offset / half)).tanh() * half - offset
 
     def _index(self, rounded: Tensor) -> Tensor:
-        return ((rounded.long() + self.levels // 2) * self.basis).sum(-1)
+        return ((rounded.nan_to_num(0).long() + self.levels // 2) * self.basis).sum(-1)  # the loss of a NaN stays NaN, and is skipped
 
 
 class LFQ(Quantizer):
@@ -118,12 +117,7 @@ class LFQ(Quantizer):
         for group in logits.split(self.group_bits, dim=1):
             b = group.shape[1]
             signs = (torch.arange(2**b, device=z.device).unsqueeze(1) // self.basis[-b:] % 2 * 2 - 1).to(group)
-            mean = (group @ signs.t() / 2).softmax(1).mean(0)                                # (2^b,)
-            if world_size() > 1:  # the value of all processes, the gradient of one: their average is exact
-                every = mean.detach().clone()
-                dist.all_reduce(every)
-                mean = every / world_size() + (mean - mean.detach())
-            total = total - (mean * mean.clamp(min=1e-5).log()).sum()
+            total = total + entropy_of_mean((group @ signs.t() / 2).softmax(1))              # (N, 2^b)
         return each - total
 
 
@@ -140,7 +134,7 @@ class BSQ(LFQ):
 
 
 class SimVQ(VectorQuantizer):
-    """The codes are W times frozen Gaussian vectors, so every update of W moves all of them. W starts as any linear layer; losses and
+    """The codes are W times frozen Gaussian vectors, so every update of W moves all of them. W has nn.Linear's initial values; losses and
     straight-through gradient (or `rotation`) are VectorQuantizer's. (The release gives W a bias, and beta to the other loss.)"""
 
     def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, queue_size: int = 65536, rotation: bool = False):
@@ -182,22 +176,23 @@ class IBQ(VectorQuantizer):
 
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         with torch.autocast(z.device.type, enabled=False):
-            z, codes = z.float(), self.codebook.float()
-            logits = z @ codes.t()                                                           # (..., K)
-            indices, p = logits.argmax(-1), logits.softmax(-1)
-            hard = F.embedding(indices, codes)
-            z_q = hard + (p - p.detach()) @ codes.detach()  # one-hot + p - sg(p), times the codes
-            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            z, weight = z.float(), 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            logits, indices, hard, z_q = self.soft(z, self.codebook.float())
             losses = {"codebook": (((z_q - z).square() + (hard - z.detach()).square()) * weight).mean(),
                       "commitment": self.beta * ((hard.detach() - z).square() * weight).mean()}
             if self.training:
                 self.record(indices)
                 if self.entropy_weight > 0:
                     log_p = (logits.flatten(0, -2) / self.entropy_temperature).log_softmax(1)
-                    mean = log_p.exp().mean(0)
-                    each = -(log_p.exp() * log_p).sum(1).mean()
-                    losses["entropy"] = self.entropy_weight * (each + (mean * mean.clamp(min=1e-5).log()).sum())
+                    losses["entropy"] = self.entropy_weight * (-(log_p.exp() * log_p).sum(1).mean() - entropy_of_mean(log_p.exp()))
         return z_q, indices, losses, self.info(indices)
+
+    def soft(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vectors (..., D) and codes (K, D) to logits (..., K), indices, chosen codes, and these with the softmax's gradient."""
+        logits = z @ codes.t()
+        indices, p = logits.argmax(-1), logits.softmax(-1)
+        hard = F.embedding(indices, codes)
+        return logits, indices, hard, hard + (p - p.detach()) @ codes.detach()  # one-hot + p - sg(p), times the codes
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -267,9 +262,10 @@ QUANTIZERS = {"vq": VectorQuantizer, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "simvq"
 def gradient_norms(quantizer: VectorQuantizer, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None,
                    codebook: Tensor | None = None) -> Tensor:
     """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for vectors (..., D) and their indices (...)
-    into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die."""
+    into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die (not with IBQ)."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
         codes = (quantizer.codebook if codebook is None else codebook).detach().float().requires_grad_()
-        error = quantizer.normalize(F.embedding(indices, codes)) - quantizer.normalize(z.detach().float())
+        z = quantizer.normalize(z.detach().float())
+        found = quantizer.soft(z, codes)[2:] if isinstance(quantizer, IBQ) else [quantizer.normalize(F.embedding(indices, codes))]
         weight = (quantizer.beta if quantizer.legacy else 1.0) * (1.0 if loss_weight is None else loss_weight.unsqueeze(-1))
-        return torch.autograd.grad((error.square() * weight).mean(), codes)[0].norm(dim=1)
+        return torch.autograd.grad(sum(((e - z).square() * weight).mean() for e in found), codes)[0].norm(dim=1)

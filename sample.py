@@ -28,7 +28,7 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build
 from dataset import EXTENSIONS, to_uint8
-from experiment import STAGE2, load_run, own_folder, set_image_size, set_rate
+from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, check_sampling, sides
 from launch import run_main
 
@@ -159,7 +159,7 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
         raise UserError(f"{folder} holds a stage-1 model ({config['model']['name']}); give the run folder of a stage-2 one")
     stage1, _ = load_run(Path(folder) / "stage1")
     set_image_size(stage1, config["data"]["image_size"])
-    if rate := config["codes"].get("ratios") or config["codes"].get("ratio"):
+    if (rate := asked_rate(config["codes"])) is not None:
         set_rate(stage1, rate)
     try:
         classes = json.loads((Path(folder) / "classes.json").read_text())

@@ -23,7 +23,7 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import STAGE2, Run, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
+from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
 from gpt import NotFinite, parameter_groups
 from launch import run_main
 from mqvae import MQVAE
@@ -157,7 +157,8 @@ def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict
                         f"{' or '.join(k.__name__.lower() for k in kinds)}")
     if hasattr(model.quantizer, "depth"):
         raise UserError(f"{folder} holds a model with {model.quantizer.depth} codes per cell (residual), which no transformer here reads")
-    if rate := config["codes"]["ratios"] or config["codes"]["ratio"]:
+    set_image_size(model, config["data"]["image_size"])
+    if (rate := asked_rate(config["codes"])) is not None:
         set_rate(model, rate)
     return model, stage1_config, folder
 
@@ -168,8 +169,9 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
                                        config["sample"])
     if conditional and len(classes) < 2:
         raise UserError("train.class_conditional=true needs images with labels, but this data has none; sort them into a folder per class")
-    set_image_size(stage1, size)
     found = READS[name][1](stage1, size) | {"codebook_size": stage1.quantizer.codebook_size, "num_classes": len(classes) * conditional}
+    if found.get("num_codes", 1) < 1:
+        raise UserError(f"{stage1.topk_ratio} of the cells of images of data.image_size={size} pixels is less than one")
     for key, value in found.items():
         if config["model"].get(key, 0) not in (value, 0):
             raise UserError(f"model.{key} follows from the stage-1 run and the data; it is {value}, not {config['model'][key]}")

@@ -40,10 +40,8 @@ class Output(NamedTuple):
 
 
 class VQModel(nn.Module):
-    """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder.
-
-    `factor` is image side / grid side. `to_image` is separate from the decoder for the adaptive GAN weight, which needs its gradients.
-    """
+    """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder. `factor` is image side / grid side. `to_image` is separate
+    from the decoder for the adaptive GAN weight, which needs its gradients."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module, squash: nn.Module,
                  z_channels: int, factor: int, quantizer: VectorQuantizer):
@@ -58,7 +56,7 @@ class VQModel(nn.Module):
         self.squash = squash
 
     def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W) to an `Output` with losses codebook, commitment and, if weighted, entropy."""
+        """Images (B, 3, H, W) to an `Output` with the quantizer's losses: codebook, commitment and, if weighted, entropy."""
         z_q, indices, losses, info = self.quantizer(self.latents(images))
         return Output(self._decode(z_q), {"indices": indices}, losses, info)
 
@@ -182,8 +180,7 @@ class VectorQuantizer(Quantizer):
     entropy_weight     confident choices, even codebook usage (MaskGIT, LlamaGen): mean entropy of p = softmax(-distance /
                        entropy_temperature) minus entropy of the mean p. Needs N x K floats.
     queue_size         number of recent codes that `usage` counts
-    rotation           the gradient of a code is that of its vector, turned and scaled to it (rotation trick, Fifty et al., ICLR 2025),
-                       instead of straight-through
+    rotation           a vector gets the gradient of its code, turned and scaled back to it (rotation trick, Fifty et al., ICLR 2025)
 
     Computes in float32 even under autocast. EMA sums and restarts use the vectors of all processes, so codebooks stay equal. With gradient
     accumulation, set `accumulation_steps` to the (constant) number of forward passes per step: the last one then updates the codebook from
@@ -214,7 +211,7 @@ class VectorQuantizer(Quantizer):
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
-        loss_weight, ema_weight (...): weight of each vector in the losses (still plain means) and in EMA (0: not for restarts).
+        loss_weight, ema_weight (...): weight of each vector in codebook and commitment loss (still plain means) and in EMA (0: no restart).
         """
         with torch.autocast(z.device.type, enabled=False):
             z = self.normalize(z.float())
@@ -258,10 +255,8 @@ class VectorQuantizer(Quantizer):
         if self.entropy_weight > 0 and self.training:
             vectors, codes = z.flatten(0, -2), self.normalize(self.codebook.clone())  # EMA changes the codebook before backward
             distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
-            log_p = F.log_softmax(-distance / self.entropy_temperature, dim=1)
-            mean_p = log_p.exp().mean(0)
-            each = -(log_p.exp() * log_p).sum(1).mean()
-            losses["entropy"] = self.entropy_weight * (each + (mean_p * mean_p.clamp(min=1e-5).log()).sum())
+            log_p = (-distance / self.entropy_temperature).log_softmax(1)
+            losses["entropy"] = self.entropy_weight * (-(log_p.exp() * log_p).sum(1).mean() - entropy_of_mean(log_p.exp()))
         return losses
 
     def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
@@ -316,6 +311,15 @@ def rotate(z: Tensor, e: Tensor) -> Tensor:
     half = F.normalize(a + b, dim=-1)
     turned = z - 2 * (z * half).sum(-1, keepdim=True) * half + 2 * (z * a).sum(-1, keepdim=True) * b
     return turned * (e.norm(dim=-1, keepdim=True) / z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6))
+
+
+def entropy_of_mean(p: Tensor) -> Tensor:
+    """Entropy of the mean of all processes' p (N, K). The gradient is this one's, such that its average over processes is exact."""
+    mean = p.mean(0)
+    if world_size() > 1:
+        dist.all_reduce(every := mean.detach().clone())
+        mean = every / world_size() + (mean - mean.detach())
+    return -(mean * mean.clamp(min=1e-5).log()).sum()
 
 
 def world_size() -> int:
@@ -488,10 +492,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def sides(size: int | list[int]) -> tuple[int, int]:
     """(height, width) of a size: a side or [height, width]."""
-    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if not isinstance(height, int):
-        raise ValueError(f"a size must be a number or [height, width]; it is {size}")
-    return height, width
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def check_size(images: Tensor, factor: int) -> None:

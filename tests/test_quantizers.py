@@ -52,6 +52,16 @@ def test_contract(name):
     assert 0 < quantizer(z)[3]["usage"] <= 1
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_gives_a_loss_or_output_that_is_nan(name):
+    """Which skips the step; no index out of range."""
+    quantizer, z = ALL[name](), vectors(ALL[name]().dim)
+    z[0, 0, 0] = math.nan
+    z_q, indices, losses, _ = quantizer.train()(z)
+    assert indices.min() >= 0 and indices.max() < quantizer.codebook_size
+    assert not (z_q.sum() + sum(losses.values())).isfinite()
+
+
 @pytest.mark.parametrize("quantizer", [FSQ([8, 5, 2, 7]), LFQ(9), BSQ(9)], ids=["fsq", "lfq", "bsq"])
 def test_all_codes_can_be_chosen(quantizer):
     every = torch.arange(quantizer.codebook_size)
@@ -226,6 +236,8 @@ def test_ibq_is_the_papers():
             for x, loss in ((z_q, sum(found.values())), (want, losses)))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     assert (b[1] != 0).any(1).all()  # all codes learn
+    want = torch.autograd.grad(found["codebook"], ours.codebook)[0].norm(dim=1)
+    torch.testing.assert_close(quantizers.gradient_norms(ours, z, indices), want)
 
 
 @pytest.mark.parametrize("settings, sentence", [
@@ -298,11 +310,27 @@ def test_every_model_trains_with_every_quantizer_and_resumes_exactly(train, tmp_
     (["model.quantizer={name: simvq, restart: true}"], "model.quantizer.restart is not a setting of SimVQ, which has codebook_size, dim"),
     (["model.quantizer={name: fsq, levels: [8, 1]}"], r"model.quantizer.levels\[1\] must be between 2 and"),
     (["model.quantizer={name: lfq, bits: 25}"], "model.quantizer.bits must be between 1 and 24; it is 25"),
-    (["model.quantizer={name: bsq, bit: 5}"], "unknown key model.quantizer.bit; the nearest valid one is"),
+    (["model.quantizer={name: bsq, bit: 5}"], "unknown key model.quantizer.bit; the nearest valid one is model.quantizer.bits"),
 ])
 def test_bad_configs_are_one_sentence(train, words, sentence):
     with pytest.raises(UserError, match=sentence):
         train(*words)
+
+
+def test_usage_is_of_each_codebook(train, tmp_path):
+    import json
+
+    import evaluate
+    from experiment import load_run, save_run
+
+    train("train.max_train_steps=1", config=config_of(tmp_path, "vqgan", "residual"))
+    model, config = load_run(tmp_path / "run")
+    for layer in model.quantizer.layers:
+        layer.codebook.data[1:] = 1e3  # no vector is there
+    save_run(tmp_path / "one", config, {"model": model})
+    evaluate.main(["--run", str(tmp_path / "one"), "--without", "lpips", "inception", "--num_workers", "0"])
+    found = json.loads((tmp_path / "one/metrics.json").read_text())
+    assert found["usage"] == pytest.approx(1 / 32) and found["perplexity"] == pytest.approx(1)
 
 
 def test_a_transformer_refuses_a_residual_one(train, train2, tmp_path):
@@ -345,7 +373,7 @@ def test_large_codebooks_in_stage2(train, train2, tmp_path, name, stage1, quanti
         train2(config, words[0], "model.codebook_factors=[7,11]", f"train.output_dir={tmp_path}/bad")
 
 
-@pytest.mark.parametrize("name", ["lfq", "simvq", "residual"])
+@pytest.mark.parametrize("name", ["lfq", "ibq", "simvq", "residual"])
 def test_two_processes_equal_one(tmp_path, name):
     """Gradients of a batch are the mean of its halves', each in a process of its own."""
     from torch.multiprocessing.spawn import spawn

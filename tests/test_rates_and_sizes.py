@@ -77,7 +77,7 @@ def test_a_result_for_each_rate(any_rate, capsys, monkeypatch, tmp_path):
         evaluate.main(words)
         middle = json.loads((run / "metrics.json").read_text())
         assert own is None or middle["psnr"] == found["0.5"]["psnr"]
-    for words, sentence in ((["--rates", "0.5,x"], "must be numbers with commas"),
+    for words, sentence in ((["--rates", "0.5,x"], "must be numbers with commas"), (["--rates", "0"], "this rate cannot be chosen: ratios"),
                             (["--rates", "1.5"], "this rate cannot be chosen: ratios")):
         with pytest.raises(UserError, match=sentence):
             evaluate.main(["--run", str(tmp_path / "dqvae_entropy"), *words, "--without", "lpips", "inception"])
@@ -142,6 +142,10 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
         with pytest.raises(UserError, match="a VQGAN has one rate only"):
             train2(config, *words, "codes.ratio=0.5", f"train.output_dir={tmp_path}/none")
         return
+    for bad, sentence in ((["codes.ratio=0", "codes.ratios=null"], "this rate cannot be chosen"),
+                          (["codes.ratio=0.3", "codes.ratios=[0.3]"], "give codes.ratio or codes.ratios, not both")):
+        with pytest.raises(UserError, match=sentence):
+            train2(config, *words, *bad, f"train.output_dir={tmp_path}/none")
     # Another rate has a cache of its own, and this one's is found again
     capfd.readouterr()
     train2(config, *words, f"train.output_dir={tmp_path}/again")
@@ -178,12 +182,24 @@ def test_the_chosen_rate_and_size_hold_wherever_none_is_given(any_rate):
     n = int(0.2 * 128)
     assert codes["indices"].shape == (1, n) and model.decode(codes).shape == (1, 3, 32, 16)
     assert model.bits(codes).item() == pytest.approx(n * 5 + math.log2(math.comb(128, n)), rel=1e-5)
+    set_image_size(model, [4, 4])
+    with pytest.raises(UserError, match="keep at least one of 4 cells"):  # of these images, not of those that it was trained with
+        set_rate(model, 0.2)
+    set_image_size(model, [32, 16])
     with pytest.raises(UserError, match="several ratios are for a DQ-VAE"):
         set_rate(model, [0.2])
     with pytest.raises(UserError, match="this rate cannot be chosen: ratio must be between 0 and 1"):
         set_rate(model, 1.2)
     with pytest.raises(UserError, match=r"must be divisible by 2, the model's downsampling factor; it is \[32, 15\]"):
         set_image_size(model, [32, 15])
+
+
+def test_one_number_is_a_place_in_every_range(any_rate, recwarn):
+    model = load_run(any_rate("dqvae_triple"))[0]
+    for rate, want in ((0.2, [0.1, 0.1]), (0.55, [0.25, 0.3]), (0.9, [0.4, 0.5])):
+        set_rate(model, rate)
+        assert model.ratios == pytest.approx(want)
+    assert not [w for w in recwarn if "outside" in str(w.message)]
 
 
 def test_bad_sizes_are_one_sentence(train, tmp_path, photos):

@@ -245,7 +245,7 @@ def test_the_page_in_a_browser(tmp_path):
 
 @pytest.mark.parametrize("words, sentence", [
     ("recon --run {tmp}/none", "none is not a run folder"),
-    ("recon --run {vq} --run {other}", "different image sizes cannot be compared: .*vqgan has 16, .*vqvae has 32"),
+    ("recon --run {vq} --run {other}", "image sizes cannot be compared without data.image_size=...: .*vqgan has 16, .*vqvae has 32"),
     ("rate --run {vq} --run {other}", "different image sizes"),
     ("sequence --run {vq}", "holds a stage-1 model .vqgan.; give the run folder of a stage-2 one"),
     ("codebook --run {vq} --history", "no record .* train.codebook_stats_every"),
