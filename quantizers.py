@@ -163,7 +163,8 @@ class IBQ(VectorQuantizer):
     VectorQuantizer, of dot products. (The release gives beta to the codebook loss.) Needs N x K floats several times.
 
     Published trouble: usage falls to 0 % with dim=256 and stays at 100 % with dim=32 (TencentARC/SEED-Voken, issue 59): dot products grow
-    with the dimension, and the softmax becomes one code's. Keep dim at 32 or below. Codes start as N(0, 1 / dim) (ours).
+    with the dimension, and the softmax becomes one code's. Keep dim at 32 or below, and the entropies: without them, dim=32 collapsed to
+    a single code here too. Codes start as N(0, 1), as in the release.
     """
 
     def __init__(self, codebook_size: int = 1024, dim: int = 32, beta: float = 0.25, entropy_weight: float = 0.05,
@@ -172,7 +173,7 @@ class IBQ(VectorQuantizer):
                          queue_size=queue_size)
 
     def make_codebook(self) -> None:
-        self.codebook = nn.Parameter(torch.randn(self.codebook_size, self.dim) * self.dim**-0.5)
+        self.codebook = nn.Parameter(torch.randn(self.codebook_size, self.dim))
 
     def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
         with torch.autocast(z.device.type, enabled=False):
