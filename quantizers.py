@@ -163,8 +163,8 @@ class IBQ(VectorQuantizer):
     VectorQuantizer, of dot products. (The release gives beta to the codebook loss.) Needs N x K floats several times.
 
     Published trouble: usage falls to 0 % with dim=256 and stays at 100 % with dim=32 (TencentARC/SEED-Voken, issue 59): dot products grow
-    with the dimension, and the softmax becomes one code's. Keep dim at 32 or below, and the entropies: without them, dim=32 collapsed to
-    a single code here too. Codes start as N(0, 1), as in the release.
+    with the dimension, and the softmax becomes one code's. Keep dim at 32 or below, and the entropies: without them 5 % of the
+    codes stayed in use at dim=32 in a short training. Codes start as N(0, 1), as in the release.
     """
 
     def __init__(self, codebook_size: int = 1024, dim: int = 32, beta: float = 0.25, entropy_weight: float = 0.05,
