@@ -45,8 +45,8 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
         folder = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
-    rate = [rate for rate in [asked_rate(settings)] if rate is not None]
-    K, key = stage1.quantizer.codebook_size, cache_key(stage1, dataset, run.config["data"], indices, views, rate)
+    K = stage1.quantizer.codebook_size
+    key = cache_key(stage1, dataset, run.config["data"], indices, views, asked_rate(settings))
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, K)
     if run.is_main:
         others = [p.name for p in folder.glob(f"{split}_*") if p.name != cache.folder.name]
@@ -72,9 +72,10 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
     return cache
 
 
-def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int, rate: list) -> str:
+def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int,
+              rate: float | list[float] | None) -> str:
     """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, and the rate if one
-    was chosen ([] if not). A folder of image files may move."""
+    was chosen. A folder of image files may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not (name.startswith("quantizer.") and name.split(".")[-1] in ("ema_count", "ema_sum", "queue")):
@@ -84,7 +85,8 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
     names = hashlib.sha256("\n".join(names).encode()).hexdigest()
     data = {k: v for k, v in data.items() if k != "root" or not isinstance(dataset.source, Files)}
-    return hashlib.sha256(json.dumps([weights.hexdigest(), names, data, views, *rate]).encode()).hexdigest()[:16]
+    about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def image(dataset: ImageDataset, index: int) -> Tensor:

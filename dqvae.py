@@ -21,7 +21,6 @@ thresholds are calibrated with the router's own bins. Copy with vqgan.py.
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from collections.abc import Iterable
 from typing import Literal
@@ -52,8 +51,8 @@ class DQVAE(nn.Module):
     decoder_ch_mult, decoder_attn_resolutions                    of the decoder, which starts at the finest grid
 
     With the feature router, set `model.progress` to the finished share of the training steps, as train_stage1.py does: regions are
-    routed at random more often at first. Left at 1, it trains as at the end. Ranges are drawn from by the attribute `rng`, a random.Random
-    that must be the same in all processes; set it by the step's number to resume exactly.
+    routed at random more often at first. Left at 1, it trains as at the end. Ranges are drawn from by the attribute `seed`, which
+    counts up with each training forward and so is the same in all processes; set it by the step's number to resume exactly.
     """
 
     def __init__(self, image_size: int | list[int] = 256, factors: list[int] = (16, 8), ratios: list[float | list[float]] = (0.5,),
@@ -65,7 +64,7 @@ class DQVAE(nn.Module):
         grains, coarsest, finest = len(factors), 2 ** (len(ch_mult) - 1), 2 ** (len(decoder_ch_mult) - 1)
         self.ranges = [tuple(r) if isinstance(r, (list, tuple)) else (r, r) for r in ratios]
         self.ratios = [sum(r) / len(r) for r in self.ranges]  # if nothing else is asked for
-        self.image_size, self.factors, self.budget_weight, self.rng = image_size, list(factors), budget_weight, random.Random(0)
+        self.image_size, self.factors, self.budget_weight, self.seed = image_size, list(factors), budget_weight, 0
         self.grains, self.factor, self.ema_weighted, self.release_training = grains, coarsest, ema_weighted, release_training
         self.progress, self._calibrated = 1.0, False
         quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
@@ -88,7 +87,7 @@ class DQVAE(nn.Module):
         if hasattr(quantizer, "depth"):
             raise ValueError("DQ-VAE cannot read several codes per cell; give a ResidualVQ to a VQGAN")
         lows, highs = [r[0] for r in self.ranges], [r[-1] for r in self.ranges]
-        if any(len(r) != 2 or r[0] > r[1] for r in self.ranges) or not valid(lows, highs, grains):
+        if any(len(r) != 2 or r[0] > r[1] for r in self.ranges) or not valid_ratios(lows, highs, grains):
             raise ValueError(f"ratios must be {grains - 1} for {grains} factors, above 0 and together less than 1, or ranges of such, the "
                              f"lower first; they are {list(ratios)}")
         if any_rate and release_training and self.router is not None:
@@ -238,8 +237,12 @@ class DQVAE(nn.Module):
     def _shares(self, ratios: list[float] | None) -> list[float]:
         """Of the regions, how many are wanted above each threshold (G - 1)."""
         if ratios is None:
-            ratios = [self.rng.uniform(*r) for r in self.ranges] if self.training else self.ratios
-        elif not valid(ratios, ratios, self.grains):
+            ratios = self.ratios
+            if self.training:
+                drawn = torch.rand(len(ratios), generator=torch.Generator().manual_seed(self.seed)).tolist()
+                ratios = [low + (high - low) * x for (low, high), x in zip(self.ranges, drawn)]
+                self.seed += 1
+        elif not valid_ratios(ratios, ratios, self.grains):
             raise ValueError(f"ratios must be a list of {self.grains - 1}, above 0 and together less than 1; they are {ratios}")
         elif len(self.thresholds) < 99 and list(ratios) != self.ratios:
             raise ValueError(f"this model was trained for ratios {self.ratios}, not {ratios}; ranges as ratios, such as [[0.1, 0.9]], make "
@@ -307,7 +310,7 @@ def one_hot(grain: Tensor, grains: int) -> Tensor:
     return F.one_hot(grain, grains).permute(0, 3, 1, 2).float()
 
 
-def valid(lows: list[float], highs: list[float], grains: int) -> bool:
+def valid_ratios(lows: list[float], highs: list[float], grains: int) -> bool:
     """Whether these can be ratios, and whatever is between them."""
     return len(lows) == grains - 1 and min(lows) > 0 and sum(highs) < 1
 

@@ -18,7 +18,6 @@ Difference from the release: how scores are trained (`_train_ours`; release_trai
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from typing import Annotated
 
@@ -42,8 +41,8 @@ class MQVAE(nn.Module):
     release_training   train with the release's gradients; also an attribute
 
     Before each training step, set the attribute `progress` to the share of steps done: `_train_ours` starts with more than N cells and
-    with noise. The default 1 trains as at the end. A range is drawn from by the attribute `rng`, a random.Random that must be the same in
-    all processes; set it by the step's number to resume exactly.
+    with noise. The default 1 trains as at the end. A range is drawn from by the attribute `seed`, which counts up with each training
+    forward and so is the same in all processes; set it by the step's number to resume exactly.
     """
 
     def __init__(self, image_size: int | list[int] = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2), num_res_blocks: int = 2,
@@ -56,7 +55,7 @@ class MQVAE(nn.Module):
         self.image_size, self.grid = image_size, tuple(side // self.factor for side in sides(image_size))
         self.ratio_range = tuple(topk_ratio) if isinstance(topk_ratio, (list, tuple)) else (topk_ratio, topk_ratio)
         self.topk_ratio = sum(self.ratio_range) / 2  # what is kept if nothing else is asked for
-        self.release_training, self.progress, self.rng = release_training, 1.0, random.Random(0)
+        self.release_training, self.progress, self.seed = release_training, 1.0, 0
         self.encoder = Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels)
         self.score_net = ScoreNet(z_channels)
         self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
@@ -136,7 +135,10 @@ class MQVAE(nn.Module):
         """How many cells to keep."""
         low, high = self.ratio_range
         if ratio is None:
-            ratio = self.rng.uniform(low, high) if self.training else self.topk_ratio
+            ratio = self.topk_ratio
+            if self.training:
+                ratio = low + (high - low) * torch.rand((), generator=torch.Generator().manual_seed(self.seed)).item()
+                self.seed += 1
         elif not low - 1e-9 <= ratio <= high + 1e-9:
             warnings.warn(f"ratio {ratio} is outside of what this model was trained for, {low} to {high}", stacklevel=4)
         if not (0 < ratio < 1 and int(ratio * cells)):

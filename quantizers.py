@@ -3,8 +3,8 @@
     FSQ             rounds each channel to a few levels            Mentzer et al., ICLR 2024 (arXiv 2309.15505)
     LFQ             the sign of each channel                       Yu et al., "MAGVIT-v2", ICLR 2024 (2310.05737)
     BSQ             ... of unit vectors                            Zhao et al., ICLR 2025 (2406.07548)
-    SimVQ           a frozen codebook under one learned linear map Zhu et al., ICCV 2025 (2411.02038)
-    IBQ             gradients for all codes, by the softmax        Shi et al., ICCV 2025 (2412.02692)
+    SimVQ           a frozen codebook under one learned linear map Zhu et al., 2024 (2411.02038)
+    IBQ             gradients for all codes, by the softmax        Shi et al., 2024 (2412.02692)
     ResidualVQ      several codes per vector, each of what is left Lee et al., "RQ-VAE", CVPR 2022 (2203.01941)
     QUANTIZERS      all by their names in a config, model.quantizer.name
 
@@ -159,11 +159,11 @@ class SimVQ(VectorQuantizer):
 class IBQ(VectorQuantizer):
     """Chooses the code of largest dot product. Its gradient is that of the softmax over all codes, so all of them learn.
 
-    Losses as in the paper's eq. 5: (z_q - z)^2 with gradients for both, codebook, and beta times commitment; entropies as in
+    Losses as in the paper: (z_q - z)^2 with gradients for both, codebook, and beta times commitment; entropies as in
     VectorQuantizer, of dot products. (The release gives beta to the codebook loss.) Needs N x K floats several times.
 
-    Published trouble: usage falls to 0 % with dim=256 and stays at 100 % with dim=32 (TencentARC/SEED-Voken, issue 59): dot products grow
-    with the dimension, and the softmax becomes one code's. Keep dim at 32 or below, and the entropies: without them 5 % of the
+    Published trouble: usage falls to 0 % with dim=256 and rises to 100 % with dim=32 (TencentARC/SEED-Voken, issue 59), perhaps because dot
+    products grow with the dimension until the softmax is one code's. Keep dim at 32 or below, and the entropies: without them 5 % of the
     codes stayed in use at dim=32 in a short training. Codes start as N(0, 1), as in the release.
     """
 

@@ -8,7 +8,6 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 import copy
 import io
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
         raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
         for _ in range(accumulate):
-            raw_model.rng = random.Random(f"{train['seed']} {step}")  # for those of any rate
+            raw_model.seed = 1_000_003 * train["seed"] + step  # for those of any rate
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
                 # Generator

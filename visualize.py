@@ -144,7 +144,7 @@ def rate(args: argparse.Namespace) -> None:
         for j, (name, points) in enumerate(curves.items()):
             bits, *metrics = zip(*points)
             ax.plot(bits, metrics[i], "osD^vP*X"[j % 8], color=f"C{j % 10}", markersize=5 if len(points) > 1 else 7, linewidth=1,
-                    linestyle="-", label=name if i == 0 else None)
+                    label=name if i == 0 else None)
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=labels[key])
         ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(len(curves), 2 * len(values)), frameon=False)
@@ -172,7 +172,7 @@ def ladder(args: argparse.Namespace) -> None:
         row(pair[1, :1], pixels(image.unsqueeze(0)), "original")
         pair[0, 0].axis("off")
     for column, step in enumerate(steps(model), 1):
-        outs = [model(image) for image in images.split(1)]  # one by one, as bits and maps are wanted
+        outs = [model(image) for image in images.split(1)]  # one by one: bits are means over a batch
         for i, (pair, image, out) in enumerate(zip(axes, images.split(1), outs)):
             psnr = compare(to_uint8(image), to_uint8(out.images))["psnr"].item()
             (shown,) = [v for k, v in out.info.items() if k in ("kept_map", "grain_map")]

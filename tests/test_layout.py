@@ -30,6 +30,15 @@ def test_arrows_go_down():
     assert {name: set(imports(name)) for name in COPIED} == COPIED
 
 
+def test_models_need_torch_alone():
+    """And little of the standard library."""
+    plain = {"__future__", "collections", "math", "typing", "warnings", "torch"} | set(FILES)
+    used = {name: {(node.module if isinstance(node, ast.ImportFrom) else a.name).split(".")[0]
+                   for node in ast.walk(FILES[name]) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+            for name in COPIED}
+    assert {name: more for name, modules in used.items() if (more := modules - plain)} == {"losses": {"lpips"}}
+
+
 def test_nothing_imports_a_name_with_an_underscore():
     private = {(name, used) for name in FILES for names in imports(name).values() for used in names if used.startswith("_")}
     for name, tree in FILES.items():

@@ -64,7 +64,7 @@ def test_every_micro_batch_of_a_step_has_its_rate(any_rate, tmp_path, monkeypatc
     assert len(seen) >= 6 and all(seen[i] == seen[i + 1] == seen[i + 2] for i in range(0, len(seen), 3))
 
 
-def test_a_result_for_each_rate(any_rate, capsys, monkeypatch, tmp_path):
+def test_a_result_for_each_rate(any_rate, capsys, tmp_path):
     for name, own in (("mqvae", {0.25: 16, 0.5: 32}), ("dqvae_entropy", {0.25: 28, 0.5: 40}), ("dqvae_triple", None)):
         run = any_rate(name)
         words = ["--run", str(run), "--without", "lpips", "inception", "--num_workers", "0"]
@@ -105,7 +105,7 @@ def test_stage1_on_rectangles(train, tmp_path, photos, name, capsys):
     train(*words, config=write_tiny(tmp_path, model=TINY_MODELS[name]))
     run = tmp_path / "run"
     model, config = load_run(run)
-    assert config["model"].get("image_size") == (None if name == "vqgan" and "image_size" not in config["model"] else [16, 24])
+    assert config["model"]["image_size"] == [16, 24]
     for size in ("[16,24]", "[32,16]", "24"):  # what it was trained for, and what not
         evaluate.main(["--run", str(run), "--without", "lpips", "inception", "--num_workers", "0", f"data.image_size={size}"])
     visualize.main(["codes", "--run", str(run), "-n", "2", "--images", "4", "--dpi", "50"])
@@ -171,7 +171,7 @@ def test_a_cache_without_a_rate_keeps_its_name():
             weights.update(name.encode() + tensor.numpy().tobytes())
     names = hashlib.sha256("\n".join(data.source.name(i) for i in indices).encode()).hexdigest()
     before = hashlib.sha256(json.dumps([weights.hexdigest(), names, settings, 2]).encode()).hexdigest()[:16]
-    assert cache_key(model, data, settings, indices, 2, []) == before != cache_key(model, data, settings, indices, 2, [0.5])
+    assert cache_key(model, data, settings, indices, 2, None) == before != cache_key(model, data, settings, indices, 2, 0.5)
 
 
 def test_the_chosen_rate_and_size_hold_wherever_none_is_given(any_rate):

@@ -149,7 +149,7 @@ def agree(self):
     torch.distributed.all_gather(noise, torch.rand(1))
     assert noise[0] != noise[1]  # but each draws its own noise
     rates = [torch.zeros(1) for _ in range(2)]
-    torch.distributed.all_gather(rates, torch.tensor([self.modules["model"].rng.random()]))
+    torch.distributed.all_gather(rates, torch.tensor([float(self.modules["model"].seed)]))
     assert rates[0] == rates[1]
     print("agreed", flush=True)
     close(self)
