@@ -21,7 +21,7 @@ the last coarse cell can be sampled; the finest positions are filled in, since t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,6 +108,7 @@ class DQTransformer(CodeTransformer):
                 "slot_cell": between(0, walk, 0),
                 "slot_region": between(R, region[walk], R),  # region R: none
                 "slot_corner": between(0, corner[walk], 0),
+                "slot_column": between(0, walk, N + g),
                 "slot_special": between(K + 1, torch.zeros_like(cell), K),  # content of start and end tokens
                 "slot_place": between(offset + n + 1, offset + walk, offset + n),  # row in position_emb
                 "column_slot": columns,  # -1: of another granularity
@@ -255,11 +256,13 @@ class DQTransformer(CodeTransformer):
                top_p: float | None = None, cfg_scale: float = 1.0,
                generator: torch.Generator | list[torch.Generator] | None = None, temperature_pos: float | None = None,
                top_k_pos: int | None = None, top_p_pos: float | None = None,
-               fine_positions: Literal["filled", "sampled"] = "filled") -> dict[str, Tensor]:
+               fine_positions: Literal["filled", "sampled"] = "filled",
+               codes: dict[str, Tensor] | None = None, known: Tensor | None = None) -> dict[str, Tensor]:
         """Codes of n new images, {"indices": (n, h, w), "grain": (n, h', w')}.
 
         As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). Positions keep the training data's order and cover
         the image exactly. fine_positions="sampled" also samples the order of the finest cells, as the release does.
+        codes, known: keep the codes whose finest cells are all `known`, bool (n, h, w), the first of the sequence, and draw the rest.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
@@ -270,6 +273,8 @@ class DQTransformer(CodeTransformer):
         numbers = uniforms(n, (1 + self.content_head.digits) * self.length, generator, starts.device).view(n, self.length, -1)
         position_cache, content_cache = (Cache(b, len(starts), self.length) for b in (self.position_blocks, self.content_blocks))
         state = State(self, n, starts)
+        if codes is not None:
+            state.give(self.order({key: value.to(starts.device) for key, value in codes.items()}), known.to(starts.device))
         for t in range(self.length):
             content, place, grain = state.embedding_indices()                                # (n or 2n,) each
             x = self.content_emb(content) + self.position_emb(place) + self.grain_emb(grain) + self.index_emb[t]
@@ -306,6 +311,30 @@ class State:
         self.rows = torch.arange(n, device=starts.device)                                    # (rows,)
         self.slot, self.content = new, new + model.codebook_size + 1                         # (rows,): the last token
         self.owed = torch.zeros_like(model.column_opens[new])                                # (rows, N + G), see move
+        self.steps, self.given, self.kept = 0, None, new + 1  # tokens so far but the first; those that are given, see give
+
+    def give(self, tokens: Tokens, known: Tensor) -> None:
+        """Keeps the codes whose finest cells are all `known`, bool (n, h, w), and the end of a granularity whose codes all stay."""
+        model, (n, length) = self.model, tokens.slot.shape
+        if known.shape != (n, *model.grids[-1]) or known.dtype != torch.bool:
+            raise ValueError(f"known must be bool, {(n, *model.grids[-1])}; it is {known.dtype}, {tuple(known.shape)}")
+        whole = torch.ones(n, len(model.slot_kind), dtype=torch.uint8, device=known.device).scatter_reduce(
+            1, model.cover.flatten().expand(n, -1), known.flatten(1).byte().repeat(1, model.grains), "amin")  # (n, M)
+        number, kind = torch.arange(length, device=known.device), model.slot_kind[tokens.slot]  # kind: END at padding
+        stays = (kind == CODE) & whole.bool().gather(1, tokens.slot)                         # (n, T)
+        self.kept = torch.where(stays, number + 1, 1).amax(1)                                # up to the last code that stays
+        if ((kind == CODE) & ~stays & (number < self.kept.unsqueeze(1))).any():
+            raise ValueError("this model draws coarse codes first, in raster order, then finer ones, and keeps the first of them only: "
+                             "all coarse codes (--keep coarse), or those at the top; a MaskTransformer keeps any region")
+        follows = kind.gather(1, self.kept.clamp(max=length - 1).unsqueeze(1)).squeeze(1)
+        self.given, self.kept = tokens, self.kept + ((follows == END) & (self.kept > 1))
+
+    def _or_given(self, drawn: Tensor, given: Callable[[Tokens], Tensor]) -> Tensor:
+        """What was drawn (rows,) for the next token, or what was given."""
+        if self.given is None:
+            return drawn
+        there = given(self.given)[self.rows, min(self.steps, self.given.slot.shape[1] - 1)]
+        return torch.where(self.steps < self.kept[self.rows], there, drawn)
 
     def embedding_indices(self) -> tuple[Tensor, Tensor, Tensor]:
         """`DQTransformer.embedding_indices` of the last tokens, (copies * rows,) each."""
@@ -331,6 +360,8 @@ class State:
         owed: they must get codes before the end.
         """
         model, ended = self.model, self.model.slot_kind[self.slot] == END
+        self.steps += 1
+        column = self._or_given(column, lambda tokens: model.slot_column[tokens.slot])
         following = (self.slot + 1).clamp(max=len(model.slot_kind) - 1)
         self.slot = torch.where(ended, following, model.column_slot[model.slot_grain[self.slot], column])
         self.content = model.slot_special[self.slot]
@@ -343,6 +374,7 @@ class State:
 
     def store(self, code: Tensor) -> None:
         """Stores the code (rows,) of the last token, unless that is a start or an end."""
+        code = self._or_given(code, lambda tokens: tokens.content)
         self.content = torch.where(self.model.slot_kind[self.slot] == CODE, code, self.content)
         self.contents[self.rows, self.slot] = code  # never read at starts and ends
 

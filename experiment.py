@@ -41,12 +41,13 @@ from dqvae import DQVAE
 from gpt import GPT
 from guard import Guard
 from log import Log
+from mask_transformer import MaskTransformer
 from mqvae import MQVAE
 from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE, sides
 
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
-STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer}
+STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer, "mask_transformer": MaskTransformer}
 MODELS = STAGE1 | STAGE2
 
 
@@ -460,7 +461,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 def perplexities(values: dict[str, float]) -> dict[str, float]:
     """exp of the cross-entropies (nats) among the values."""
-    return {f"perplexity_{k}": math.exp(min(v, 50)) for k, v in values.items() if k in ("code", "content", "position")}
+    return {f"perplexity_{k}": math.exp(min(v, 50)) for k, v in values.items() if k in ("code", "content", "position", "layout")}
 
 
 def peak_memory() -> float:

@@ -25,7 +25,8 @@ matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8
                         "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = {"vqgan": "VQGAN", "vqvae": "VQ-VAE", "mqvae": "MQ-VAE", "dqvae": "DQ-VAE",
-         "gpt": "GPT", "stackformer": "Stackformer", "dq_transformer": "DQ-Transformer"}
+         "gpt": "GPT", "stackformer": "Stackformer", "dq_transformer": "DQ-Transformer",
+         "mask_transformer": "MaskTransformer"}
 
 
 def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:

@@ -6,6 +6,7 @@
     CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
+    kept_first              which cells stay when a part of an image is drawn anew
     parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
@@ -137,7 +138,8 @@ class GPT(CodeTransformer):
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, cfg_scale: float = 1.0,
-               generator: torch.Generator | list[torch.Generator] | None = None) -> dict[str, Tensor]:
+               generator: torch.Generator | list[torch.Generator] | None = None,
+               codes: dict[str, Tensor] | None = None, known: Tensor | None = None) -> dict[str, Tensor]:
         """Codes of n new images, {"indices": (n, h, w)}.
 
         labels         (n,) classes; None: the null class
@@ -145,16 +147,19 @@ class GPT(CodeTransformer):
         top_k, top_p   only the k most likely codes, or the fewest with this total probability
         cfg_scale      guidance: null + scale * (conditional - null)
         generator      one, or one per row; a row depends on its own random numbers only
+        codes, known   keep the cells `known`, bool (n, h, w), of `codes`, the first in raster order, and draw the rest
         """
         check_sampling(temperature, top_k, top_p)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
+        first, given = kept_first(known, n, self.grid, starts.device), None if codes is None else self._flat(codes).to(starts.device)
         numbers = uniforms(n, self.length * self.head.digits, generator, starts.device).view(n, self.length, -1)
         cache = Cache(self.blocks, len(starts), self.length)
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
         x = self.start_emb(starts)                                                           # (n or 2n, C)
         for t in range(self.length):
             x = self.blocks.step(x + self.index_emb[t], *cache.at(t))
-            indices[:, t] = self.head.draw(self.norm(x), guide, (temperature, top_k, top_p), numbers[:, t])
+            code = self.head.draw(self.norm(x), guide, (temperature, top_k, top_p), numbers[:, t])
+            indices[:, t] = code if given is None else torch.where(t < first, given[:, t], code)
             x = self.code_emb(indices[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices.view(n, *self.grid)}
@@ -175,18 +180,19 @@ def sides(grid: int | list[int]) -> tuple[int, int]:
 
 
 class Blocks(nn.Module):
-    """A stack of causal transformer blocks, (B, T, C) to (B, T, C)."""
+    """A stack of transformer blocks, causal or bidirectional, (B, T, C) to (B, T, C)."""
 
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float):
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float, causal: bool = True):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd must be a multiple of n_head; they are {n_embd} and {n_head}")
         self.n_head, self.head_dim = n_head, n_embd // n_head
-        self.layers = nn.ModuleList(Block(n_head, n_embd, dropout) for _ in range(n_layer))
+        self.layers = nn.ModuleList(Block(n_head, n_embd, dropout, causal) for _ in range(n_layer))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`, for bidirectional blocks: the keys that are attended to, bool, broadcast to (B, heads, T, T)."""
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask=mask)
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
@@ -199,11 +205,11 @@ class Blocks(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention and a GELU MLP, pre-norm, with residual connections."""
+    """Self-attention and a GELU MLP, pre-norm, with residual connections."""
 
-    def __init__(self, n_head: int, n_embd: int, dropout: float):
+    def __init__(self, n_head: int, n_embd: int, dropout: float, causal: bool = True):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
+        self.n_head, self.dropout, self.causal = n_head, dropout, causal
         self.norm1, self.norm2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
         self.qkv = Linear(n_embd, 3 * n_embd)
         self.out = Linear(n_embd, n_embd)
@@ -216,7 +222,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
         if kv is not None:
             k, v = kv[0].index_copy_(2, t, k), kv[1].index_copy_(2, t, v)
-        a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=kv is None)
+        a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=self.causal and kv is None)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -402,6 +408,18 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # stays below the total despite rounding
     passed = (below > target) & (logits > -math.inf)  # rounding in cumsum must not select an excluded token
     return passed.int().argmax(-1)  # the first
+
+
+def kept_first(known: Tensor | None, n: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """How many cells of each image stay (n,), given which, bool (n, h, w). ValueError unless they are the first in raster order."""
+    known = torch.zeros(n, *grid, dtype=torch.bool) if known is None else known
+    if known.shape != (n, *grid) or known.dtype != torch.bool:
+        raise ValueError(f"known must be bool, ({n}, {grid[0]}, {grid[1]}); it is {known.dtype}, {tuple(known.shape)}")
+    count = known.sum((1, 2))
+    if not torch.equal(known.flatten(1), torch.arange(math.prod(grid), device=known.device) < count.unsqueeze(1)):
+        raise ValueError("this model draws cells in raster order, and keeps the first ones only, such as the upper half (--keep 0,0,1,.5); "
+                         "a MaskTransformer keeps any region")
+    return count.to(device)
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:

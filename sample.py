@@ -2,12 +2,20 @@
 
     python sample.py --run runs/dq_transformer -n 64 [--classes 3,7 | --classes disc,ring] [--cfg 3] [--seed 0] [--out FOLDER | FILE]
     accelerate launch --num_processes 8 sample.py --run runs/dq_transformer -n 50000 --out samples.npz
+    python sample.py --run runs/mask_transformer --image PHOTO --keep 0,0,1,0.5 -n 8            # draws the lower half anew
+
+With --image, the codes that lie wholly in what is kept stay, and the others are drawn n times; the grid begins with the photo and the
+mask. --keep takes rectangles left,top,right,bottom in shares of width and height, separated by spaces, or granularities of a DQ-VAE
+(coarse, or coarse,medium); --mask a picture of the photo's size, white where it is drawn anew. A mask_transformer keeps any region, the
+others what comes first in their order.
 
 --out says what is written: a folder of single PNGs and grid.png (default: RUN/samples/seed_SEED); FILE.png, one grid; or FILE.npz with
 uint8 (N, H, W, 3) as `arr_0` and the labels as `arr_1`, which the ADM evaluation suite reads. Sampling settings that are not given are
 those of the run's config, section `sample`. Image number i of a seed is drawn with the same random numbers in whatever batch and on
 whatever process: on the CPU it is the same image.
 """
+
+from __future__ import annotations
 
 import argparse
 import inspect
@@ -17,9 +25,11 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torchvision.utils import make_grid
@@ -27,12 +37,14 @@ from tqdm import tqdm
 
 from checkpoint import make_file
 from config import UserError, build
-from dataset import EXTENSIONS, to_uint8
+from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
 from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, check_sampling, sides
 from launch import run_main
 
-SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float}
+SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float,
+            "steps": int, "layout_steps": int, "choice_temperature": float}
+GRAINS = ("coarse", "medium", "fine")
 
 
 @dataclass
@@ -48,6 +60,10 @@ class SampleSettings:
     temperature_pos: float | None = None  # of the positions, for models that have them; null: as temperature
     top_k_pos: int | None = None
     top_p_pos: float | None = None
+    steps: int | None = None  # of a mask_transformer, as those below; see MaskTransformer.sample, null: its default
+    layout_steps: int | None = None
+    choice_temperature: float | None = None
+    cfg_schedule: Literal["constant", "linear"] | None = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,6 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cfg", type=float, help="scale of the guidance towards the classes; 1: none")
     for name, kind in SETTINGS.items():
         parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--cfg_schedule", choices=("constant", "linear"), help="of the guidance over a mask_transformer's steps")
+    parser.add_argument("--image", help="draw parts of this image anew")
+    parser.add_argument("--keep", help='the parts that stay: "0,0,1,0.5 0,0.5,0.2,1", or coarse')
+    parser.add_argument("--mask", help="or a picture that is white where the image is drawn anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, per process")
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
@@ -70,14 +90,19 @@ def main(argv: list[str] | None = None) -> None:
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
     model, stage1, config, classes = load_models(args.run, args.which)
     model, stage1 = model.to(state.device), stage1.to(state.device)
+    edited = edit(args, model, stage1, config)
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    if edited and not args.classes and model.num_starts > model.num_classes:
+        labels = None  # the class of the photo is not known
     if args.classes and labels is None:
         raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
-    given = {k: v for k in SETTINGS if (v := getattr(args, k)) is not None} | ({} if args.cfg is None else {"cfg_scale": args.cfg})
+    given = {k: v for k in (*SETTINGS, "cfg_schedule") if (v := getattr(args, k)) is not None}
+    given |= {} if args.cfg is None else {"cfg_scale": args.cfg}
     settings = sampling_arguments(model, config["sample"] | given, labels)
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
             blocks.step = torch.compile(blocks.step)
+            blocks.compile()  # what a mask_transformer calls
     out, single = output(args, state)
 
     # Every process draws its share into one file, from which the first writes what shows them together
@@ -91,14 +116,14 @@ def main(argv: list[str] | None = None) -> None:
         with tqdm(total=len(mine), unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
             for i in range(0, len(mine), args.batch_size):
                 numbers = mine[i:i + args.batch_size]
-                pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, state.autocast)
+                pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, state.autocast, edited)
                 for number in numbers if single else ():
                     Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
                 bar.update(len(numbers))
         pixels.flush()
         state.wait_for_everyone()
         if state.is_main_process:
-            write_together(out, single, pixels, labels)
+            write_together(out, single, pixels, labels, edited)
             if single:
                 about = {"run": args.run, "seed": args.seed, "settings": settings, "labels": None if labels is None else labels.tolist()}
                 (out / "samples.json").write_text(json.dumps(about) + "\n")
@@ -109,19 +134,86 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
+class Edit(NamedTuple):
+    """A photo of which parts are drawn anew."""
+
+    codes: dict[str, torch.Tensor]  # (1, ...)
+    known: torch.Tensor  # (1, h, w) bool: the cells of the finest grid that stay
+    shown: torch.Tensor  # (2, 3, H, W): the photo, and what stays of it
+
+
+@torch.no_grad()
+def edit(args: argparse.Namespace, model: torch.nn.Module, stage1: torch.nn.Module, config: dict) -> Edit | None:
+    """What --image, --keep and --mask ask for, or None."""
+    if args.image is None:
+        if args.keep or args.mask:
+            raise UserError("--keep and --mask say what of --image stays; give it")
+        return None
+    if (args.keep is None) == (args.mask is None):
+        raise UserError("with --image, give one of --keep and --mask")
+    size, device = sides(config["data"]["image_size"]), stage1.last_layer.device
+    image = load_image(args.image, size).to(device)                                         # (1, 3, H, W)
+    codes = stage1.encode(image)
+    grid = stage1.grid if "positions" in codes else tuple(codes["indices"].shape[1:3])
+    if args.mask:
+        mask, photo = (read_image(existing(path)).size for path in (args.mask, args.image))
+        if mask != photo:
+            raise UserError(f"{args.mask} is {mask[0]} x {mask[1]} pixels, but {args.image} is {photo[0]} x {photo[1]}")
+        keep = load_image(args.mask, size).to(device).mean(1) < 0                           # (1, H, W)
+    elif "grain" in codes and args.keep.split(",")[0] in GRAINS:
+        chosen = [GRAINS.index(name) if name in GRAINS[:stage1.grains - 1] else -1 for name in args.keep.split(",")]
+        if chosen != list(range(len(chosen))):
+            raise UserError("--keep takes granularities from the coarsest on, but not the finest: coarse, or with three coarse,medium; "
+                            f"it is {args.keep}")
+        keep = F.interpolate(codes["grain"].unsqueeze(1).float(), size).squeeze(1) <= chosen[-1]
+    else:
+        keep = torch.zeros(1, *size, dtype=torch.bool, device=device)
+        for left, top, right, bottom in rectangles(args.keep):
+            keep[:, round(top * size[0]):round(bottom * size[0]), round(left * size[1]):round(right * size[1])] = True
+    known = F.max_pool2d((~keep).float(), [pixels // cells for pixels, cells in zip(size, grid)]) == 0  # cells that stay whole
+    if known.all():
+        raise UserError("nothing is left to draw: all of the image stays")
+    return Edit(codes, known, torch.cat([image, image.where(keep.unsqueeze(1), 0.0)]).cpu())
+
+
+def rectangles(text: str) -> list[list[float]]:
+    """"0,0,1,0.5 0,0.5,0.2,1" as numbers."""
+    found = []
+    for word in text.split():
+        try:
+            left, top, right, bottom = map(float, word.split(","))
+        except ValueError:
+            raise UserError(f"--keep takes rectangles left,top,right,bottom, such as 0,0,1,0.5; it is {text!r}") from None
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise UserError(f"--keep takes shares of the image, from 0 to 1, left below right and top below bottom; it is {word}")
+        found.append([left, top, right, bottom])
+    return found
+
+
+def load_image(path: str, size: tuple[int, int]) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1], cropped as for validation."""
+    return ImageDataset(Files([str(existing(path))], [0], [""]), list(size))[0][0].unsqueeze(0)
+
+
+def existing(path: str) -> Path:
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"there is no image {path}")
+    return Path(path).expanduser()
+
+
 def sampling_arguments(model: torch.nn.Module | type, settings: dict, labels: torch.Tensor | None = None) -> dict:
     """What of the section `sample` this model's `sample` takes. UserError, before anything is drawn, for settings that make no sense; of
     a model (not only its class) also for guidance that it cannot have."""
     kind = model if isinstance(model, type) else type(model)
     known = inspect.signature(kind.sample).parameters
     for key, value in settings.items():
-        if key.endswith("_pos") and value is not None and key not in known:
-            raise UserError(f"sample.{key} is for models that generate positions, which {kind.__name__} does not")
+        if value is not None and key not in known and key not in ("columns", "rows"):
+            raise UserError(f"sample.{key} is not for a {kind.__name__}, which has {', '.join(k for k in settings if k in known)}")
     for end in ("", "_pos"):
         build(check_sampling, {"temperature": settings[f"temperature{end}"] or 0.0} | {k: settings[k + end] for k in ("top_k", "top_p")})
     if kind is not model and settings["cfg_scale"] != 1 and (labels is None or model.num_starts == model.num_classes):
         raise UserError(f"--cfg {settings['cfg_scale']:g} needs a class-conditional model that was trained with label_dropout")
-    return {k: v for k, v in settings.items() if k in known}
+    return {k: v for k, v in settings.items() if k in known and v is not None}
 
 
 def output(args: argparse.Namespace, state: Accelerator) -> tuple[Path, bool]:
@@ -141,14 +233,15 @@ def output(args: argparse.Namespace, state: Accelerator) -> tuple[Path, bool]:
     return out, single
 
 
-def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Tensor | None) -> None:
-    """A grid as PNG, or all images and labels as .npz."""
+def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Tensor | None, edited: Edit | None) -> None:
+    """A grid as PNG, which begins with an edited photo and its mask, or all images and labels as .npz."""
     if out.suffix == ".npz":
         np.savez(out, **{"arr_0": pixels} | ({"arr_1": labels.numpy()} if labels is not None else {}))
         return
     shown = torch.from_numpy(np.array(pixels[:400] if single else pixels)).permute(0, 3, 1, 2)
+    shown = shown if edited is None else torch.cat([to_uint8(edited.shown), shown])
     columns = len(set(labels.tolist())) if labels is not None else 99
-    columns = columns if columns <= 20 else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
+    columns = columns if columns <= 20 and edited is None else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
     Image.fromarray(make_grid(shown, nrow=columns).permute(1, 2, 0).numpy()).save(out / "grid.png" if single else out)
 
 
@@ -170,11 +263,14 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
 
 @torch.no_grad()
 def draw(model: torch.nn.Module, stage1: torch.nn.Module, numbers: list[int], labels: torch.Tensor | None, seed: int, settings: dict,
-         autocast: Callable = nullcontext) -> np.ndarray:
+         autocast: Callable = nullcontext, edited: Edit | None = None) -> np.ndarray:
     """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
     with autocast():
         try:
             labels = None if labels is None else labels[numbers]
+            if edited:
+                settings = settings | {"codes": {k: v.expand(len(numbers), *v.shape[1:]) for k, v in edited.codes.items()},
+                                       "known": edited.known.expand(len(numbers), -1, -1)}
             codes = model.sample(len(numbers), labels, generator=generators(seed, numbers), **settings)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -22,7 +22,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, CodeHead, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, sides, uniforms)
+    Blocks, Cache, CodeHead, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, kept_first,
+    sides, uniforms)
 
 
 class Stackformer(CodeTransformer):
@@ -88,11 +89,12 @@ class Stackformer(CodeTransformer):
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, cfg_scale: float = 1.0,
                generator: torch.Generator | list[torch.Generator] | None = None, temperature_pos: float | None = None,
-               top_k_pos: int | None = None, top_p_pos: float | None = None) -> dict[str, Tensor]:
+               top_k_pos: int | None = None, top_p_pos: float | None = None,
+               codes: dict[str, Tensor] | None = None, known: Tensor | None = None) -> dict[str, Tensor]:
         """Codes of n new images, {"indices": (n, N), "positions": (n, N)}, positions ascending.
 
         As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position must follow the last one and leave
-        room for the codes to come.
+        room for the codes to come. Cells without a code also stay without one where they are known.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
@@ -101,18 +103,22 @@ class Stackformer(CodeTransformer):
         numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, starts.device).view(n, self.length, -1)
         code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
         indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
-        cells, last = torch.arange(self.cells, device=starts.device), torch.full((n, 1), -1, device=starts.device)
+        first, given = kept_first(known, n, self.grid, starts.device), {k: v.to(starts.device) for k, v in (codes or {}).items()}
+        kept = (given["positions"] < first.unsqueeze(1)).sum(1) if given else 0              # codes, (n,)
+        cells, last = torch.arange(self.cells, device=starts.device), first.unsqueeze(1) - 1
         x = self._first(starts)                                                              # (n or 2n, C)
         for t in range(self.length):
             h = self.code_blocks.step(x + self.index_emb[t], *code_cache.at(t))
-            indices[:, t] = self.code_head.draw(self.code_norm(h), guide, (temperature, top_k, top_p), numbers[:, t])
+            code = self.code_head.draw(self.code_norm(h), guide, (temperature, top_k, top_p), numbers[:, t])
+            indices[:, t] = torch.where(t < kept, given["indices"][:, t], code) if given else code
             code = self.code_emb(indices[:, t].repeat(guide.copies))
 
             p = self.position_blocks.step(h + code, *position_cache.at(t))
             logits = guide(self.position_head(self.position_norm(p)))                        # (n, h * w)
             logits = logits.masked_fill((cells <= last) | (cells > self.cells - self.length + t), -math.inf)
-            positions[:, t] = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, t, -1])
-            last = positions[:, t:t + 1]
+            position = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, t, -1])
+            positions[:, t] = torch.where(t < kept, given["positions"][:, t], position) if given else position
+            last = torch.maximum(positions[:, t:t + 1], first.unsqueeze(1) - 1)
             x = code + self.position_emb(positions[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices, "positions": positions}

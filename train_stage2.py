@@ -1,4 +1,4 @@
-"""Stage 2: trains a transformer (GPT, Stackformer, DQ-Transformer) to generate the codes of a stage-1 run, and so images.
+"""Stage 2: trains a transformer (GPT, Stackformer, DQ-Transformer, MaskTransformer) to generate the codes of a stage-1 run, and so images.
 
     accelerate launch train_stage2.py --config configs/quickstart/gpt.yaml codes.stage1=runs/vqgan [--resume auto] [key.sub=value ...]
 
@@ -57,6 +57,9 @@ READS = {
     "gpt": ((VQGAN, VQVAE), lambda m, size: {"grid": grid(size, m.factor)}),
     "stackformer": ((MQVAE,), lambda m, size: {"grid": grid(size, m.factor), "num_codes": int(m.topk_ratio * math.prod(m.grid))}),
     "dq_transformer": ((DQVAE,), lambda m, size: {"grids": [grid(size, f) for f in m.factors]}),
+    "mask_transformer": ((VQGAN, VQVAE, MQVAE, DQVAE), lambda m, size: {
+        "grids": [grid(size, f) for f in getattr(m, "factors", [m.factor])],
+        "num_codes": int(m.topk_ratio * math.prod(m.grid)) if isinstance(m, MQVAE) else None}),
 }
 
 
@@ -170,10 +173,10 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
     if conditional and len(classes) < 2:
         raise UserError("train.class_conditional=true needs images with labels, but this data has none; sort them into a folder per class")
     found = READS[name][1](stage1, size) | {"codebook_size": stage1.quantizer.codebook_size, "num_classes": len(classes) * conditional}
-    if found.get("num_codes", 1) < 1:
+    if found.get("num_codes") == 0:
         raise UserError(f"{stage1.topk_ratio} of the cells of images of data.image_size={size} pixels is less than one")
     for key, value in found.items():
-        if config["model"].get(key, 0) not in (value, 0):
+        if config["model"].get(key) not in (value, 0, None):
             raise UserError(f"model.{key} follows from the stage-1 run and the data; it is {value}, not {config['model'][key]}")
     config["model"] |= found
     if sample["cfg_scale"] != 1 and not (conditional and config["model"]["label_dropout"] > 0):

@@ -3,7 +3,8 @@
     python visualize.py recon --run A [--run B ...] [-n 6]           originals, reconstructions, error maps
     python visualize.py codes --run R [-n 8] [--images 1000]         where a stage-1 model spends its codes
     python visualize.py codebook --run R [--history]                 usage, norms and gradients of the codes; over training
-    python visualize.py sequence --run R2 [--seed 0] [--class C]     how a stage-2 model generates images, code by code; also a GIF
+    python visualize.py sequence --run R2 [--seed 0] [--class C]     how a stage-2 model generates images, code by code or step by step;
+                                                                     also a GIF
     python visualize.py rate --run A [--run B ...]                   quality against bits per pixel: a point for each run, a curve for those
                                                                      that were trained for a range of rates
     python visualize.py ladder --run R [-n 4]                        images at five rates of such a run, with bits and PSNR
@@ -43,6 +44,7 @@ from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, t
 from gpt import sides
 from launch import run_main
 from losses import load_lpips
+from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
 from sample import chosen_labels, generators, load_models, sampling_arguments
 
@@ -397,25 +399,28 @@ def sequence(args: argparse.Namespace) -> None:
         raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
     settings = sampling_arguments(model, config["sample"], labels)
-    drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)), **settings)
-    ranks, counts = code_ranks(model, drawn)
+    trace = {"trace": []} if isinstance(model, MaskTransformer) else {}
+    drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)), **settings, **trace)
+    ranks, counts = code_ranks(model, drawn, **trace)
     G, total = counts.shape[1], counts.sum(1).tolist()
-    stages, frames, done = round(8 / G), [], []  # frames of each granularity in the strip; the GIF has four times as many
-    for i in tqdm(range(1, 4 * stages * G + 1), "frames"):
-        done.append(codes_done(counts, i / stages / 4))
+    # Frames of each granularity in the strip, and how many of the GIF are between them
+    stages, between, frames, done = *((min(12, total[0]), 1) if trace else (round(8 / G), 4)), [], []
+    for i in tqdm(range(1, between * stages * G + 1), "frames"):
+        done.append(codes_done(counts, i / stages / between))
         images = partial_images(stage1, drawn, ranks, done[-1])
         images = pixels(F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1])))
         frames.append(np.stack([images, [cell_map(r, d, t, images.shape[1]) for r, d, t in zip(ranks, done[-1], total)]]))
 
     shares = [f"{(i + 1) / stages:.0%}" for i in range(stages)]
-    titles = [f"{share} of the codes" for share in shares] if G == 1 else [f"{grain}: {share}" for grain in GRAINS[G] for share in shares]
+    what = "steps" if trace else "codes"
+    titles = [f"{share} of the {what}" for share in shares] if G == 1 else [f"{g}: {share}" for g in GRAINS[G] for share in shares]
     figure, axes = tiles(2 * args.n, len(titles), height=1.32)
     for i, (upper, lower) in enumerate(axes.reshape(args.n, 2, -1)):
-        images, maps = zip(*(frame[:, i] for frame in frames[3::4]))
+        images, maps = zip(*(frame[:, i] for frame in frames[between - 1::between]))
         row(upper, images, f"image {i}" if labels is None else classes[labels[i]], titles if i == 0 else None)
         row(lower, maps, "")
-        for ax, number in zip(lower, done[3::4]):
-            ax.set_xlabel(f"{number[i]} codes")
+        for ax, number in zip(lower, done[between - 1::between]):
+            ax.set_xlabel(f"step {number[i]}" if trace else f"{number[i]} codes")
     figure.colorbar(matplotlib.cm.ScalarMappable(cmap="viridis"), ax=axes, pad=0.01, shrink=0.6, aspect=30,
                     label="order of generation").set_ticks([0, 1], labels=["first", "last"])
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
@@ -428,8 +433,11 @@ def sequence(args: argparse.Namespace) -> None:
     print(gif)
 
 
-def code_ranks(model: torch.nn.Module, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The rank of each finest cell's code in the order of generation (n, h, w), -1 for no code; codes of each granularity (n, G)."""
+def code_ranks(model: torch.nn.Module, codes: dict[str, Tensor], trace: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The rank of each finest cell's code in the order of generation (n, h, w), -1 for no code; codes of each granularity (n, G). Of a
+    MaskTransformer, given its trace: the step of each cell, from 0, and the number of steps (n, 1)."""
+    if trace:
+        return torch.where(trace[0] > 0, trace[0] - 1, -1), trace[0].max().expand(len(trace[0]), 1)
     if "grain" in codes:
         tokens = model.order(codes)
         number = (model.slot_kind[tokens.slot] == 1).cumsum(1) - 1
@@ -450,7 +458,8 @@ def codes_done(counts: Tensor, u: float) -> Tensor:
 def partial_images(stage1: torch.nn.Module, codes: dict[str, Tensor], ranks: Tensor, done: Tensor) -> Tensor:
     """Images (n, 3, H, W) of the first `done` (n,) codes of each image. An MQ-VAE's images all have the same `done`."""
     if "positions" in codes:
-        return stage1.decode({key: value[:, :int(done[0])] for key, value in codes.items()})
+        there = ranks.flatten(1).gather(1, codes["positions"]) < done.view(-1, 1)            # as many in each image
+        return stage1.decode({key: value[there].view(len(value), -1) for key, value in codes.items()})
     there = ranks < done.view(-1, 1, 1)
     quantizer = stage1.quantizer
     middle = quantizer.codebook.mean(0) if hasattr(quantizer, "codebook") else torch.zeros(quantizer.dim, device=ranks.device)

@@ -88,6 +88,9 @@ TRANSFORMERS = {  # and the stage-1 model whose codes they read
     "stackformer": ("name: stackformer\n  code_layers: 1\n  position_layers: 1", "mqvae"),
     "dq_transformer": ("name: dq_transformer\n  position_layers: 1\n  content_layers: 1", "dqvae"),
     "dq_transformer_triple": ("name: dq_transformer\n  position_layers: 1\n  content_layers: 1", "dqvae_triple"),
+    "mask_vqgan": ("name: mask_transformer\n  layout_layers: 1\n  content_layers: 1", "vqgan"),
+    "mask_mqvae": ("name: mask_transformer\n  layout_layers: 1\n  content_layers: 1", "mqvae"),
+    "mask_dqvae": ("name: mask_transformer\n  layout_layers: 1\n  content_layers: 1", "dqvae"),
 }
 
 

@@ -26,13 +26,14 @@ def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
     config, run = write_tiny2(tmp_path, name), tmp_path / "run2"
     train2(config, "train.use_ema=true", "train.log_with=tensorboard")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    parts = {"gpt": ["code"], "stackformer": ["code", "position"]}.get(name, ["content", "position"])
+    parts = {"gpt": ["code"], "stackformer": ["code", "position"], "mask_vqgan": ["content"]}.get(name, ["content", "position"])
+    parts = ["content", "layout"] if name in ("mask_mqvae", "mask_dqvae") else parts
     assert {"loss", "lr", "grad_norm", "tokens", "padding", "tokens_per_second", "val_loss", "val_bits"} <= set().union(*lines)
     assert {f"{v}perplexity_{p}" for p in parts for v in ("", "val_")} <= set().union(*lines)
     assert list((run / "tensorboard").rglob("events*"))
     model, saved = load_run(run)
     assert saved["model"]["num_classes"] == 10 and saved["model"]["codebook_size"] == 32
-    maps = 0 if name == "gpt" else 1
+    maps = 0 if TRANSFORMERS[name][1] == "vqgan" else 1
     assert Image.open(run / "samples/samples_00000006.png").size == (3 * 130 + 2, ((maps + 2) + 2 * (maps + 1)) * 130 + 2)
     # The folder is all that sampling needs, wherever it is
     shutil.rmtree(tmp_path / f"stage1_{TRANSFORMERS[name][1]}")
@@ -47,6 +48,13 @@ def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
     folder = moved / "samples/seed_0"
     assert sorted(p.name for p in folder.iterdir()) == [f"00000{i}.png" for i in range(5)] + ["grid.png", "samples.json"]
     assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
+    if name.startswith("mask"):
+        sample.main(["--run", str(moved), "-n", "5", "--steps", "3", "--layout_steps", "2", "--choice_temperature", "1",
+                     "--cfg_schedule", "linear", "--cfg", "2"])
+        assert json.loads((folder / "samples.json").read_text())["settings"].items() > {"steps": 3, "cfg_schedule": "linear"}.items()
+    else:
+        with pytest.raises(UserError, match="sample.steps is not for a .*, which has temperature, top_k"):
+            sample.main(["--run", str(moved), "-n", "5", "--steps", "3"])
 
 
 @pytest.mark.parametrize("settings", [
@@ -75,7 +83,7 @@ EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "train.lr_scheduler=c
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
-@pytest.mark.parametrize("name", ["stackformer", "dq_transformer"])
+@pytest.mark.parametrize("name", ["stackformer", "dq_transformer", "mask_dqvae"])
 def test_resume_is_exact(train2, tmp_path, name, cache):
     config = write_tiny2(tmp_path, name)
     settings = [*EVERYTHING, f"codes.cache={cache}", "train.max_train_steps=9"]
@@ -232,7 +240,7 @@ def test_length_batches():
     (["codes.stage1=/nowhere"], "has no config.yaml"),
     (["codes.stage1=null"], "codes.stage1 must be the run folder"),
     (["model.codebook_size=64"], "model.codebook_size follows from the stage-1 run and the data; it is 32, not 64"),
-    (["sample.top_k_pos=5"], "does not"),
+    (["sample.top_k_pos=5"], "sample.top_k_pos is not for a GPT, which has"),
     (["sample.top_k=0"], "top_k must be between 1"),
     (["sample.top_p=2"], "top_p must be above 0"),
     (["sample.cfg_scale=2", "train.class_conditional=false"], "cfg_scale other than 1 needs"),
@@ -277,7 +285,7 @@ def test_bad_questions_to_sample(train2, tmp_path):
                                 (["--classes", "3,"], "no class ''"), (["--out", str(tmp_path / "x.jpg")], "must be a folder"),
                                 (["--out", str(tmp_path)], "already holds images"),
                                 (["--top_k", "0"], "top_k must be at least 1"), (["-n", "0"], "at least 1"),
-                                (["--top_k_pos", "3"], "generate positions")):
+                                (["--top_k_pos", "3"], "sample.top_k_pos is not for a GPT")):
         with pytest.raises(UserError, match=sentence):
             sample.main(["--run", run, *arguments])
     with pytest.raises(UserError, match="not a run folder"):
@@ -361,3 +369,73 @@ def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
             blocks.step = torch.compile(blocks.step, backend="aot_eager")
         outs.append(model.sample(2, [0, 1], generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(outs[0][k], outs[1][k]) for k in outs[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of an image drawn anew
+
+
+KEEPS = {"gpt": "0,0,1,0.5", "stackformer": "0,0,1,0.5", "dq_transformer": "coarse", "dq_transformer_triple": "coarse,medium",
+         "mask_vqgan": "0,0,0.5,0.5 0.5,0.5,1,1", "mask_mqvae": "0,0,0.5,1", "mask_dqvae": "MASK"}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
+    train2(write_tiny2(tmp_path, name), "train.max_train_steps=1")
+    run, photo, out = tmp_path / "run2", tmp_path / "photo.png", tmp_path / "out"
+    pixels = make_dataset("shapes", image_size=64)[1][0].add(1).mul(127.5).byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).crop((0, 8, 64, 56)).save(photo)                                 # 64 x 48: its centre is cropped
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (24, 0, 64, 48))                                                         # from pixel 4 of 16 on
+    mask.save(tmp_path / "mask.png")
+    keep = ["--mask", str(tmp_path / "mask.png")] if KEEPS[name] == "MASK" else ["--keep", KEEPS[name]]
+    caught, draw = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args: caught.append(args[-1]) or draw(*args))
+    sample.main(["--run", str(run), "-n", "3", "--image", str(photo), *keep, "--out", str(out)])
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png", "samples.json"]
+    assert json.loads((out / "samples.json").read_text())["labels"] is None                  # the class of a photo is not known
+    model, stage1, _, _ = sample.load_models(run)
+    edited, known = caught[0], caught[0].known
+    assert torch.equal(edited.shown[0], sample.load_image(str(photo), (16, 16))[0])
+    want = torch.zeros(1, 8, 8, dtype=torch.bool)
+    if name.startswith("dq"):
+        want = torch.nn.functional.interpolate(edited.codes["grain"].unsqueeze(1).float(), (8, 8)).squeeze(1) < model.grains - 1
+    elif name == "mask_vqgan":
+        want[:, :4, :4] = want[:, 4:, 4:] = True
+    elif name.startswith("mask"):
+        want[:, :, :4 if name == "mask_mqvae" else 2] = True
+    else:
+        want[:, :4] = True
+    assert torch.equal(known, want) and 0 < want.sum() < 64
+    if name.startswith("mask"):
+        places, _ = model.places.kept(model.places.read(edited.codes)[0], known)
+        codes = model.sample(1, codes=edited.codes, known=known)
+        assert torch.equal(model.places.read(codes)[1][places], model.places.read(edited.codes)[1][places])
+    # One picture: photo and mask first
+    sample.main(["--run", str(run), "-n", "2", "--image", str(photo), *keep, "--out", str(tmp_path / "one.png"), "--classes", "3"])
+    grid = np.asarray(Image.open(tmp_path / "one.png"))
+    first = edited.shown[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+    assert grid.shape == (38, 38, 3) and (grid[2:18, 2:18] == first).all()
+    if name in ("gpt", "stackformer"):
+        with pytest.raises(UserError, match="keeps the first ones only, such as the upper half"):
+            sample.main(["--run", str(run), "--image", str(photo), "--keep", "0,0.5,1,1"])
+    if name == "dq_transformer":
+        with pytest.raises(UserError, match="all coarse codes .--keep coarse."):
+            sample.main(["--run", str(run), "--image", str(photo), "--mask", str(tmp_path / "mask.png")])
+    if name != "mask_dqvae":
+        return
+    Image.new("L", (64, 64)).save(tmp_path / "large.png")
+    (tmp_path / "broken.png").write_bytes(b"no")
+    for words, sentence in ((["--keep", "0,0,1,1"], "nothing is left to draw"), (["--keep", "0,0,1.5,1"], "from 0 to 1"),
+                            (["--keep", "0.5,0,0.5,1"], "left below right"), (["--keep", "left"], "rectangles left,top,right,bottom"),
+                            (["--keep", "coarse,fine"], "but not the finest"), (["--keep", "medium"], "but not the finest"),
+                            (["--mask", "large.png"], "large.png is 64 x 64 pixels, but .*photo.png is 64 x 48"),
+                            (["--mask", "nowhere.png"], "no image .*nowhere.png"), ([], "give one of --keep and --mask"),
+                            (["--keep", "coarse", "--mask", "mask.png"], "give one of --keep and --mask")):
+        words = [str(tmp_path / w) if w.endswith(".png") else w for w in words]
+        with pytest.raises(UserError, match=sentence):
+            sample.main(["--run", str(run), "--image", str(photo), *words])
+    with pytest.raises(UserError, match="say what of --image stays"):
+        sample.main(["--run", str(run), "--keep", "0,0,1,0.5"])
+    with pytest.raises((UserError, DataError), match="cannot read .*broken.png"):
+        sample.main(["--run", str(run), "--image", str(tmp_path / "broken.png"), "--keep", "0,0,1,0.5"])
