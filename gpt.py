@@ -189,10 +189,12 @@ class Blocks(nn.Module):
         self.n_head, self.head_dim = n_head, n_embd // n_head
         self.layers = nn.ModuleList(Block(n_head, n_embd, dropout, causal) for _ in range(n_layer))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`, for bidirectional blocks: the keys that are attended to, bool, broadcast to (B, heads, T, T)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+        """For bidirectional blocks: `mask`, the keys that are attended to, bool, broadcast to (B, heads, T, T); and `rope`, the angles of
+        rotary position embeddings (B or 1, T, head_dim / 2)."""
+        rope = None if rope is None else torch.stack([rope.cos(), rope.sin()]).unsqueeze(2)  # (2, B or 1, 1, T, head_dim / 2)
         for layer in self.layers:
-            x = layer(x, mask=mask)
+            x = layer(x, mask=mask, rope=rope)
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
@@ -216,15 +218,24 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(Linear(n_embd, 4 * n_embd), nn.GELU(), Linear(4 * n_embd, n_embd))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, kv: Tensor | None = None, t: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor | None = None, t: Tensor | None = None, mask: Tensor | None = None,
+                rope: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and t (1,) is the token's number."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        if rope is not None:
+            q, k = rotated(q, *rope), rotated(k, *rope)
         if kv is not None:
             k, v = kv[0].index_copy_(2, t, k), kv[1].index_copy_(2, t, v)
         a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=self.causal and kv is None)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (B, heads, T, head_dim), each pair of halves turned by its angle (RoFormer, arXiv 2104.09864)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 class Linear(nn.Linear):

@@ -17,8 +17,8 @@ longest row, C channels.
     codes = model.eval().sample(8, labels, steps=12)
     codes = model.sample(8, labels, codes=codes, known=known)                               # known: bool (8, h, w), cells that stay
 
-Differences from the release: the layout; places are embedded by a table; the class opens the sequence; classifier-free guidance;
-no label smoothing. Copy with gpt.py.
+Differences from the release: the layout; the class opens the sequence; rotary position embeddings beside learned ones; classifier-free
+guidance; no label smoothing. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class MaskTransformer(CodeTransformer):
         self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, causal=False)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = CodeHead(n_embd, codebook_size, bias=False)
+        self.register_buffer("rope", self.places.angles(n_embd // n_head), persistent=False)
         self.init_weights()
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
@@ -84,13 +85,14 @@ class MaskTransformer(CodeTransformer):
     def _layout_logits(self, layout: Tensor, starts: Tensor) -> Tensor:
         """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits (B, R, kinds)."""
         x = torch.cat([self.start_emb(starts).unsqueeze(1), self.kind_emb(layout) + self.region_emb.weight], dim=1)
-        return self.layout_head(self.layout_norm(self.layout_blocks(self.drop(x))[:, 1:]))
+        x = self.layout_blocks(self.drop(x), rope=self.rope[:self.regions + 1].unsqueeze(0))
+        return self.layout_head(self.layout_norm(x[:, 1:]))
 
     def _content_hidden(self, content: Tensor, packed: Packed, starts: Tensor) -> Tensor:
         """Contents (B, L), masked ones being K, to the input of content_head (B, L, C)."""
         x = torch.cat([self.start_emb(starts).unsqueeze(1), self.code_emb(content) + self.place_emb(packed.place)], dim=1)
         mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None] if len(self.places.grids) > 1 else None  # keys: the class and codes
-        return self.content_norm(self.content_blocks(self.drop(x), mask)[:, 1:])
+        return self.content_norm(self.content_blocks(self.drop(x), mask, self.rope[F.pad(packed.place + 1, (1, 0))])[:, 1:])
 
     def _nats(self, layout: Tensor, content: Tensor, packed: Packed, hidden: tuple[Tensor, Tensor], starts: Tensor) -> list[Tensor]:
         """Cross-entropies of masked regions (B, R), if there is a layout, and of masked contents (B, L); 0 elsewhere."""
@@ -253,6 +255,15 @@ class Places(nn.Module):
         for name in tables[0]:  # (P,) each; `cover` (G, N): the place that covers each finest cell in each granularity
             join = torch.stack if name == "cover" else torch.cat
             self.register_buffer(name, join([table[name] for table in tables]), persistent=False)
+
+    def angles(self, head_dim: int) -> Tensor:
+        """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of all places, by their centres."""
+        if head_dim % 4:
+            raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
+        centres = [torch.stack([torch.arange(h * w) // w, torch.arange(h * w) % w], 1).add(0.5) * (self.grids[-1][0] / h)
+                   for h, w in self.grids]                                                   # (cells, 2) each, in finest cells
+        frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
+        return F.pad((torch.cat(centres).unsqueeze(2) * frequencies).flatten(1), (0, 0, 1, 0))
 
     def read(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where there are none."""

@@ -5,7 +5,8 @@
 GPT draws 256 codes, Stackformer 640 (code, position) pairs, half of the layers for each; random weights, the same sampling code both
 times: for the second, a transformer's step is replaced by a forward pass over all tokens so far, as the reference releases do it. That
 is timed at --points evenly spaced lengths and multiplied out; the cached sampling is timed whole. The codes of a short sample are
-compared first. On a GPU, `bandwidth` is the share of --peak_gbs (default: H200) that reading weights and cache once per step takes.
+compared first. Then the MaskTransformer draws 256 codes of one grid, and those of a DQ-VAE with 16 x 16 regions, in 12 steps (and 8 of the
+layout). On a GPU, `bandwidth` is the share of --peak_gbs (default: H200) that reading weights and cache once per step takes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from gpt import GPT, Blocks
+from mask_transformer import MaskTransformer
 from stackformer import Stackformer
 
 
@@ -85,6 +87,17 @@ def main() -> None:
             read = sum(p.numel() for p in model.parameters()) + args.batch * length * args.width * args.layers  # mean of both caches
             line += f"; bandwidth {read * 2 * length / cached / args.peak_gbs / 1e9:.1%}"
         print(line)
+    for name, grids, layers in (("256 codes", [16], (1, args.layers)), ("DQ-VAE's codes", [16, 32], (half, args.layers - half))):
+        model = MaskTransformer(1024, grids, None, 0, *layers, heads, args.width).to(device, dtype).eval()
+        if args.compile:
+            for blocks in stacks(model):
+                blocks.compile()
+        model.sample(args.batch)
+        start = clock()
+        codes = model.sample(args.batch)
+        seconds = clock() - start
+        print(f"MaskTransformer, {name} (mean {model.lengths(codes).float().mean() - 1:.0f}), batch {args.batch}: {seconds:.2f} s "
+              f"({args.batch / seconds:.2f} images/s)")
 
 
 def stacks(model: torch.nn.Module) -> list[Blocks]:

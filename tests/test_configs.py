@@ -62,6 +62,13 @@ RELEASES = {
         "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "model.dropout": 0.0, "train.base_lr": 4.5e-6,
         "train.lr_scheduler": "constant", "train.adam_weight_decay": 0.01, "train.adam_beta2": 0.95, "train.max_grad_norm": None,
         "train.mixed_precision": None, "model.label_dropout": 0},
+    "stage2/maskgit_imagenet_class": {
+        "model.content_layers": 24, "model.n_head": 16, "model.n_embd": 768, "model.dropout": 0.1, "model.label_dropout": 0,
+        "sample.choice_temperature": 4.5, "train.train_batch_size": 32, "train.learning_rate": 1e-4, "train.lr_scheduler": "constant",
+        "train.lr_warmup_steps": 5000, "train.adam_beta1": 0.9, "train.adam_beta2": 0.96, "train.adam_weight_decay": 0.045,
+        "train.max_grad_norm": None, "train.mixed_precision": None},
+    "stage2/mask_transformer_imagenet_dqvae_class": {"codes.stage1": "runs/dqvae_imagenet_entropy_r50", "model.n_head": 8},
+    "stage2/mask_transformer_imagenet_mqvae_class": {"codes.stage1": "runs/mqvae_imagenet_r25", "model.n_head": 16},
 }
 
 

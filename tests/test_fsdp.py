@@ -12,6 +12,7 @@ from conftest import ROOT, command, metrics, weights, write_tiny2
 
 import sample
 from config import UserError
+from dataset import make_dataset
 from experiment import load_run
 
 pytestmark = pytest.mark.xdist_group("fsdp")  # one worker, so that the runs of `folder` are made once
@@ -115,8 +116,31 @@ def folder(tmp_path_factory):
                       "train.checkpoints_total_limit=9", f"train.output_dir={folders[name]}/spoiled_{fused}"]) for fused in (True, False)]
     runs += [(False, [*noisy, f"train.output_dir={folders[name]}/whole"]), (False, [*parts, "train.max_minutes=0"]),
              (False, [*parts, "--resume", "auto"])]
+    # Masks are drawn in each process, so a MaskTransformer is compared with the same two processes without FSDP
+    folders["mask"] = tmp_path_factory.mktemp("mask")
+    words = ["--config", write_tiny2(folders["mask"], "mask_dqvae"), *SAME, "train.train_batch_size=2"]
+    runs.append((False, [*words, f"train.output_dir={folders['mask']}/fsdp"]))
+    command(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_stage2.py", *words,
+            f"train.output_dir={folders['mask']}/plain", env={"OMP_NUM_THREADS": "1"})
     folders["said"] = launch(folders[name], runs)
     return folders
+
+
+def test_a_mask_transformer_learns_the_same_with_half_of_the_weights_each(folder):
+    plain, fsdp = folder["mask"] / "plain", folder["mask"] / "fsdp"
+    shares = json.loads((fsdp / "shares_0.json").read_text())
+    assert shares.pop("blocks") == 2 and shares == pytest.approx({"model": 0.5, "ema": 0.5, "optimizer": 0.5}, abs=0.05)
+    one, other = ({k: v for k, v in weights(run, 6).items() if k.startswith(("model.", "ema."))} for run in (plain, fsdp))
+    equal(one, other, atol=1e-5)
+    bits = [[line["val_bits"] for line in metrics(run) if "val_bits" in line] for run in (plain, fsdp)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-4)
+    # The bits do not depend on who shares the images out
+    model, stage1, config, _ = sample.load_models(plain)
+    images = make_dataset(**config["data"], split="val")
+    with torch.no_grad():
+        codes = stage1.encode(torch.stack([images[i][0] for i in range(4)]))
+        own = model.bits(codes, torch.tensor([images[i][1] for i in range(4)])).mean().item()
+    assert own == pytest.approx(bits[0][-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt", "dq_transformer"])

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
-          "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}}
+          "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
 
 
 def imports(name):
