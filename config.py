@@ -46,12 +46,15 @@ class TrainSettings:
     seed: Annotated[int, (0, 2**32 - 1)] = 0
     train_batch_size: int = 12  # images per process and forward pass
     gradient_accumulation_steps: int = 1  # batch size x processes x this is the "global batch"
+    init_from: str | None = None  # start from the weights of this run or checkpoint, as far as they fit
+    freeze: list[str] | None = None  # parts of the model that do not learn, such as [encoder, pre_quant, quantizer]
     max_train_steps: int | None = None  # give this
     num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None  # or this
     max_minutes: float | None = None  # save and stop, for clusters with time limits; --resume auto continues
     learning_rate: float | None = None
     base_lr: float | None = None  # or this: per image, multiplied by the global batch
-    lr_scheduler: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+    min_lr: float = 0.0  # where cosine and linear end
     lr_warmup_steps: Count = 0  # added to lr_warmup_epochs
     lr_warmup_epochs: float = 0.0
     adam_beta1: Share = 0.9

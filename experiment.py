@@ -429,14 +429,14 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: di
 
 
 def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch: float) -> float:
-    """The learning rate of step number `step` (from 0): linear warm-up, then constant or cosine to 0."""
+    """The learning rate of step number `step` (from 0): linear warm-up, then constant, or cosine or linear to min_lr."""
     peak = train["learning_rate"] if train["learning_rate"] is not None else train["base_lr"] * global_batch
     warmup = train["lr_warmup_steps"] + train["lr_warmup_epochs"] * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    if train["lr_scheduler"] == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
+    done = (step - warmup) / max(1, max_steps - warmup)
+    share = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[train["lr_scheduler"]]
+    return train["min_lr"] + share * (peak - train["min_lr"])
 
 
 def compile_parts(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
 from experiment import STAGE1, Run, compile_parts, rate_range, set_image_size
+from finetune import freeze, init_from
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
 from quantizers import gradient_norms
@@ -57,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
     check_image_size(config["data"]["image_size"], model, discriminator)
+    init_from(run, model=model, discriminator=discriminator)
+    freeze(model, train["freeze"])
+    if discriminator is not None and criterion.adaptive_weight and not model.last_layer.requires_grad:
+        raise UserError("train.freeze takes the last layer's gradient, which the GAN weight needs; set loss.adaptive_weight=false")
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model, criterion = model.to(device, memory_format=memory_format), criterion.to(memory_format=memory_format)
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None

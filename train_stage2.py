@@ -24,6 +24,7 @@ from config import TrainSettings, UserError, build, load_config, mapping, read_y
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
 from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
+from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
 from launch import run_main
 from mqvae import MQVAE
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model and optimizer
     model = make_model(config).to(device)
+    init_from(run, model=model)
+    freeze(model, train["freeze"])
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
     raw_model = model
     if train["compile"]:

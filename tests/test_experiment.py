@@ -125,11 +125,14 @@ def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path,
 
 
 def test_learning_rate():
-    train = dict(learning_rate=None, base_lr=1e-3, lr_scheduler="cosine", lr_warmup_steps=4, lr_warmup_epochs=0.5)
+    train = dict(learning_rate=None, base_lr=1e-3, lr_scheduler="cosine", min_lr=0.0, lr_warmup_steps=4, lr_warmup_epochs=0.5)
     rates = [learning_rate_at(s, train, global_batch=8, max_steps=109, steps_per_epoch=10) for s in range(109)]
     assert rates[8] == pytest.approx(8 * 0.9e-3) and rates[9] == pytest.approx(8e-3)  # warmed up after 4 + 5 steps
     assert rates[59] == pytest.approx(4e-3) and 0 < rates[-1] < 1e-4
-    constant = dict(learning_rate=0.5, base_lr=None, lr_scheduler="constant", lr_warmup_steps=0, lr_warmup_epochs=0)
+    for scheduler, step, rate in (("cosine", 59, 4.5e-3), ("linear", 34, 6.25e-3)):
+        train |= {"lr_scheduler": scheduler, "min_lr": 1e-3}
+        assert [learning_rate_at(s, train, 8, 109, 10) for s in (9, step, 109)] == pytest.approx([8e-3, rate, 1e-3])
+    constant = dict(learning_rate=0.5, base_lr=None, lr_scheduler="constant", min_lr=0.0, lr_warmup_steps=0, lr_warmup_epochs=0)
     assert {learning_rate_at(s, constant, 8, 100, 10) for s in range(100)} == {0.5}
 
 

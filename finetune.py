@@ -1,0 +1,63 @@
+"""Starting from other weights, with a fresh optimizer.
+
+    init_from       train.init_from: the weights of another run, as far as they fit
+    freeze          train.freeze: parts that do not learn
+
+    train_stage1.py --config ... train.init_from=runs/vqgan train.freeze=[encoder,pre_quant,quantizer]       # the decoder alone
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from checkpoint import list_checkpoints, newest_whole
+from config import UserError
+from experiment import Run, run_config
+
+SHOWN = 8  # how many names a sentence lists
+
+
+def init_from(run: Run, **modules: nn.Module | None) -> None:
+    """Loads what fits of train.init_from, a run folder or one of its checkpoints, into `model` and the others that it has; names what does
+    not. Averaged weights, if there are any. Nothing, if the run goes on from a checkpoint of its own."""
+    source, resumed = run.train["init_from"], run.wanted == "auto" and list_checkpoints(run.folder / "checkpoints")
+    if source is None or resumed or run.wanted not in (None, "auto"):
+        return
+    path = Path(source).expanduser()
+    checkpoint, folder = path, path.parent.parent
+    if (path / "config.yaml").is_file():
+        checkpoint, folder = newest_whole(path / "checkpoints", run.accelerator.print), path
+    if checkpoint is None or not (checkpoint / "model.safetensors").is_file():
+        raise UserError(f"train.init_from must be a run folder or one of its checkpoints; {source} has no model.safetensors")
+    kind, wanted = run_config(folder)["model"]["name"], run.config["model"]["name"]
+    if kind != wanted:
+        raise UserError(f"train.init_from={source} holds a {kind}, but the config asks for a {wanted}")
+    for name, module in modules.items():
+        files = [checkpoint / f"{n}.safetensors" for n in (("ema", "model") if name == "model" else (name,))]
+        files = [file for file in files if file.is_file()]
+        if module is None or not files:
+            continue
+        state, own = ({k: v for k, v in tensors.items() if not k.endswith("queue")}  # usage is counted anew
+                      for tensors in (load_file(files[0]), module.state_dict()))
+        fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+        module.load_state_dict(fits, strict=False)
+        rest = [key for key in own if key not in fits]
+        left = f"; new are {', '.join(rest[:SHOWN])}" + (f" and {len(rest) - SHOWN} more" if len(rest) > SHOWN else "") if rest else ""
+        run.accelerator.print(f"{name}: {len(fits)} of {len(own)} tensors from {files[0]}{left}")
+
+
+def freeze(model: nn.Module, names: list[str] | None) -> None:
+    """Keeps parts of the model, by their attributes' names, as they are: no gradients, and always in eval mode, so that an EMA codebook and
+    BatchNorm's statistics stay too."""
+    parts = dict(model.named_modules())
+    for name in names or ():
+        if name not in parts or not name:
+            raise UserError(f"train.freeze: there is no part {name!r}; the parts are {', '.join(k for k, _ in model.named_children())}")
+        part = parts[name].requires_grad_(False).eval()
+        for module in part.modules():
+            module.train = lambda mode=True, module=module: module  # stays in eval mode
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("train.freeze leaves nothing to learn")

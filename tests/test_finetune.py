@@ -1,0 +1,77 @@
+"""train.init_from and train.freeze, in both stages."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_MODELS, metrics, save_stage1, weights, write_tiny, write_tiny2
+
+from config import UserError
+from experiment import load_run
+
+DECODER_ALONE = ["train.freeze=[encoder,pre_quant,quantizer]", "train.use_ema=true", "train.max_train_steps=4"]
+
+
+def test_the_decoder_alone_learns(train, tiny, tmp_path, capfd):
+    """From another run, also from its averaged weights; resumed exactly, when the other run is gone."""
+    source = str(tmp_path / "source")
+    train("train.use_ema=true", "train.ema_decay=0.5", f"train.output_dir={source}")
+    words = [*DECODER_ALONE, f"train.init_from={source}", "train.checkpointing_steps=1", "train.checkpoints_total_limit=9"]
+    train(*words, f"train.output_dir={tmp_path}/whole")
+    said = capfd.readouterr().out
+    assert "ema.safetensors" in said and "discriminator: " in said and "; new are" not in said
+    before, after = load_run(source)[0].state_dict(), weights(tmp_path / "whole", 4)
+    for key, value in ((k, v) for k, v in before.items() if not k.endswith("queue")):
+        same = torch.equal(value, after[f"model.{key}"])
+        assert same == (key.split(".")[0] in ("encoder", "pre_quant", "quantizer")), key
+    train(*words, "train.max_minutes=0", f"train.output_dir={tmp_path}/parts")
+    shutil.rmtree(source)
+    train(*words, f"train.output_dir={tmp_path}/parts", resume="auto")
+    parts = weights(tmp_path / "parts", 4)
+    assert after.keys() == parts.keys() and all(torch.equal(after[k], parts[k]) for k in after)
+
+
+@pytest.mark.parametrize("name, frozen", [("mqvae", ["score_net", "encoder"]), ("dqvae", ["router", "necks.0"]), ("vqvae", ["decoder"])])
+def test_any_part_can_be_frozen(train, tmp_path, name, frozen):
+    config = write_tiny(tmp_path, model=TINY_MODELS[name])
+    train(f"train.freeze=[{','.join(frozen)}]", "train.checkpointing_steps=1", "train.checkpoints_total_limit=9", config=config)
+    one, other = weights(tmp_path / "run", 1), weights(tmp_path / "run", 6)
+    for key in one:
+        if key.startswith("model."):
+            inside = any(key.startswith(f"model.{part}.") for part in frozen)
+            assert not inside or torch.equal(one[key], other[key]), key
+    assert any(not torch.equal(one[k], other[k]) for k in one if k.startswith("model.pre_quant"))
+
+
+def test_what_does_not_fit_is_named(train, train2, tiny, tmp_path, capfd):
+    train("train.max_train_steps=1", f"train.output_dir={tmp_path}/source")
+    smaller = TINY_MODELS["vqgan"].replace("codebook_size: 32", "codebook_size: 16")
+    train(f"train.init_from={tmp_path}/source/checkpoints/step_00000001", "train.max_train_steps=1", f"train.output_dir={tmp_path}/other",
+          config=write_tiny(tmp_path, model=smaller))
+    assert "; new are quantizer.codebook" in capfd.readouterr().out
+    config = write_tiny2(tmp_path, "gpt")
+    train2(config, "train.max_train_steps=3", f"train.output_dir={tmp_path}/labels")
+    train2(config, "train.class_conditional=false", f"train.init_from={tmp_path}/labels", "train.freeze=[blocks,code_emb]",
+           "train.max_train_steps=3")
+    assert "tensors from" in (said := capfd.readouterr().out) and "; new are start_emb.weight" in said
+    one, other = weights(tmp_path / "labels", 3), weights(tmp_path / "run2", 3)
+    frozen = [k for k in one if k.startswith(("model.blocks.", "model.code_emb."))]
+    assert frozen and all(torch.equal(one[k], other[k]) for k in frozen)
+    assert not torch.equal(one["model.head.weight"], other["model.head.weight"])
+    assert metrics(tmp_path / "run2")[-1]["step"] == 3
+
+
+def test_bad_questions(train, tiny, tmp_path):
+    other = save_stage1(tmp_path, "mqvae")
+    (tmp_path / "empty").mkdir()
+    for words, sentence in (([f"train.init_from={other}"], "holds a mqvae, but the config asks for a vqgan"),
+                            ([f"train.init_from={tmp_path}/empty"], "must be a run folder or one of its checkpoints"),
+                            (["train.init_from=/nowhere"], "must be a run folder or one of its checkpoints"),
+                            (["train.freeze=[encodr]"], "there is no part 'encodr'; the parts are encoder, pre_quant, quantizer"),
+                            (["train.freeze=[encoder,pre_quant,quantizer,post_quant,decoder,to_image]"], "leaves nothing to learn"),
+                            (["train.freeze=[to_image]"], "set loss.adaptive_weight=false"),
+                            (["train.freeze=encoder"], "train.freeze must be list")):
+        with pytest.raises(UserError, match=sentence):
+            train(*words, config=write_tiny(tmp_path))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    train("train.freeze=[to_image]", "loss.adaptive_weight=false", "train.max_train_steps=3", config=write_tiny(tmp_path))
