@@ -29,7 +29,6 @@ from accelerate.utils import broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import UserError
 
@@ -296,13 +295,17 @@ def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
     tensor = tensor.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
     return tensor.cpu().contiguous() if keep else None
 
 
 def _shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     """The whole tensor, or this process's part of it if `like` is sharded."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # takes a second
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def _checksum(tensor: Tensor) -> Tensor:

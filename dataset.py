@@ -26,7 +26,6 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -358,6 +357,8 @@ def celeba(root: Path, train: bool) -> Source:
 
 def cifar10(root: Path, train: bool) -> Source:
     try:
+        import torchvision  # takes seconds
+
         data = torchvision.datasets.CIFAR10(str(root), train=train)
     except RuntimeError as error:
         raise DataError(f"{root} does not hold CIFAR-10 whole") from error

@@ -40,11 +40,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from checkpoint import write_file
@@ -176,6 +171,8 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
 
 def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[str, Tensor]:
     """How much two batches of uint8 images (B, 3, H, W) differ, each (B,). Equal images have a PSNR of 100 dB."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure  # takes seconds, as others below
+
     x, y = a.float(), b.float()
     psnr = peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3), reduction="none").clamp(max=100)  # no error at all: infinite
     _, ssim = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none", return_full_image=True)
@@ -332,6 +329,9 @@ def pixels_of(path: Path) -> np.ndarray:
 def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, float]:
     """FID, Inception Score, precision and recall, from Inception's features (N, D) and logits (N, C) of samples, and its features
     (M, D) of real images."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     logits = logits[np.lexsort(logits[:, :4].T.numpy())]  # the splits of the score then do not depend on the samples' order
     score = isc_features_to_metric(logits, splits=min(10, len(logits)))
     if min(len(features), len(real)) < 4:
@@ -363,6 +363,8 @@ def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> t
 def load_inception() -> torch.nn.Module:
     """The network of FID and the Inception Score, with the weights of the TensorFlow release: uint8 images (B, 3, H, W) to
     features (B, FEATURES) and logits without bias (B, 1008). FileNotFoundError if they are neither on disk nor to be downloaded."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
     folder, _, name = URL_INCEPTION_V3.rpartition("/")
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
@@ -414,6 +416,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Of Gaussians with the means and covariances of features (N, D) and (M, D): FID, if the features are Inception's."""
     if min(len(a), len(b)) < 2:
         raise UserError("a Frechet distance needs at least two images on each side")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
     a, b = (fid_features_to_statistics(x.double()) for x in (a, b))
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 

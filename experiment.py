@@ -29,8 +29,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, list_checkpoints, newest_whole, whole_state, write_file, write_weights
@@ -100,6 +98,8 @@ class Run:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.cpu_ram_efficient_loading = False  # is for weights from a file; these are the same in every process
             if self.accelerator.mixed_precision == "bf16":  # accelerate would round sums of gradients too, and the loss
+                from torch.distributed.fsdp import MixedPrecisionPolicy  # takes a second
+
                 plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.sharded:
@@ -277,7 +277,7 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     if kind == DistributedType.FSDP:
         for refused, why in ((not fsdp, "but stage 1 needs the whole model in every process; use --multi_gpu"),
                              (plugin.fsdp_version != 2, "version 1, which is not supported; add --fsdp_version 2"),
-                             (isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+                             (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
                               "with weights on the CPU, which is not supported; leave --fsdp_offload_params out"),
                              (accelerator.mixed_precision == "fp16", "with train.mixed_precision=fp16, which is not supported; use bf16")):
             if refused:
@@ -453,7 +453,7 @@ def compile_parts(model: nn.Module) -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step)."""
-    both = ([p.to_local() if isinstance(p, DTensor) else p for p in m.parameters()] for m in (ema, model))
+    both = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
     for averaged, current in zip(ema.buffers(), model.buffers()):
         averaged.copy_(current)

@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from checkpoint import write_file
 from config import UserError
@@ -69,7 +68,7 @@ class Guard:
         optimizers' gradients, including those that still accumulate.)"""
         self.accelerator.unscale_gradients(optimizer)
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor
         bad = ~norm.isfinite()
         self.bad[next(name for name, m in self.modules.items() if m is self.accelerator.unwrap_model(module))] = bad
         if self.accelerator.scaler is None:  # fp16's scaler skips by itself

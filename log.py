@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from checkpoint import write_file
 
@@ -80,6 +79,8 @@ class Log:
         if self.accelerator.is_main_process:
             size = [s * max(1, 128 // s) for s in columns[0][0].shape[-2:]]
             cells = [F.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1) for row in zip(*columns) for cell in row]
+            from torchvision.utils import make_grid, save_image  # takes seconds
+
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
             file = io.BytesIO()
             save_image(grid, file, "png")

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import make_file
@@ -238,6 +237,8 @@ def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Te
     if out.suffix == ".npz":
         np.savez(out, **{"arr_0": pixels} | ({"arr_1": labels.numpy()} if labels is not None else {}))
         return
+    from torchvision.utils import make_grid  # takes seconds
+
     shown = torch.from_numpy(np.array(pixels[:400] if single else pixels)).permute(0, 3, 1, 2)
     shown = shown if edited is None else torch.cat([to_uint8(edited.shown), shown])
     columns = len(set(labels.tolist())) if labels is not None else 99
