@@ -30,7 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, Cache, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, sides, uniforms
+from gpt import (
+    Blocks, Cache, CodeTransformer, Count, Probability, check_known, check_sampling, code_ends, draw, filter_logits, sides, uniforms)
 
 START, CODE, END = 0, 1, 2  # kinds of tokens
 
@@ -273,8 +274,8 @@ class DQTransformer(CodeTransformer):
         numbers = uniforms(n, (1 + self.content_head.digits) * self.length, generator, starts.device).view(n, self.length, -1)
         position_cache, content_cache = (Cache(b, len(starts), self.length) for b in (self.position_blocks, self.content_blocks))
         state = State(self, n, starts)
-        if codes is not None:
-            state.give(self.order({key: value.to(starts.device) for key, value in codes.items()}), known.to(starts.device))
+        if codes is not None or known is not None:
+            state.give(codes, known)
         for t in range(self.length):
             content, place, grain = state.embedding_indices()                                # (n or 2n,) each
             x = self.content_emb(content) + self.position_emb(place) + self.grain_emb(grain) + self.index_emb[t]
@@ -313,19 +314,21 @@ class State:
         self.owed = torch.zeros_like(model.column_opens[new])                                # (rows, N + G), see move
         self.steps, self.given, self.kept = 0, None, new + 1  # tokens so far but the first; those that are given, see give
 
-    def give(self, tokens: Tokens, known: Tensor) -> None:
-        """Keeps the codes whose finest cells are all `known`, bool (n, h, w), and the end of a granularity whose codes all stay."""
-        model, (n, length) = self.model, tokens.slot.shape
-        if known.shape != (n, *model.grids[-1]) or known.dtype != torch.bool:
-            raise ValueError(f"known must be bool, {(n, *model.grids[-1])}; it is {known.dtype}, {tuple(known.shape)}")
+    def give(self, codes: dict[str, Tensor] | None, known: Tensor | None) -> None:
+        """Keeps the codes whose finest cells are all `known`, bool (n, h, w), and the end of a granularity whose codes all stay (so that it
+        gets no others; a granularity without codes may)."""
+        check_known(len(self.rows), self.model.grids[-1], codes, known)
+        model, known = self.model, known.to(self.rows.device)
+        tokens = model.order({key: value.to(known.device) for key, value in codes.items()})
+        n, length = tokens.slot.shape
         whole = torch.ones(n, len(model.slot_kind), dtype=torch.uint8, device=known.device).scatter_reduce(
             1, model.cover.flatten().expand(n, -1), known.flatten(1).byte().repeat(1, model.grains), "amin")  # (n, M)
         number, kind = torch.arange(length, device=known.device), model.slot_kind[tokens.slot]  # kind: END at padding
         stays = (kind == CODE) & whole.bool().gather(1, tokens.slot)                         # (n, T)
         self.kept = torch.where(stays, number + 1, 1).amax(1)                                # up to the last code that stays
         if ((kind == CODE) & ~stays & (number < self.kept.unsqueeze(1))).any():
-            raise ValueError("this model draws coarse codes first, in raster order, then finer ones, and keeps the first of them only: "
-                             "all coarse codes (--keep coarse), or those at the top; a MaskTransformer keeps any region")
+            raise ValueError("this model draws coarse codes first, then finer ones, each in raster order, so only the first of these can "
+                             "stay, such as all coarse codes; a MaskTransformer keeps any region")
         follows = kind.gather(1, self.kept.clamp(max=length - 1).unsqueeze(1)).squeeze(1)
         self.given, self.kept = tokens, self.kept + ((follows == END) & (self.kept > 1))
 

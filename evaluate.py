@@ -17,7 +17,7 @@ stage 1     psnr (dB), ssim, lpips (VGG)    of each image in 8 bits, by torchmet
                                             too, mean over pairs. 1: a fixed pattern; chance: the share that is kept
 stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with 3 nearest
                                             neighbours in Inception's features (Kynkaanniemi et al., NeurIPS 2019), as in the ADM suite
-            bits                            negative log-likelihood of a validation image's codes
+            bits                            negative log-likelihood of a validation image's codes; of a MaskTransformer an upper bound
             images_per_second               of sampling, on all processes together
 
 _std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do

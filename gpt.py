@@ -1,12 +1,12 @@
-"""GPT over the codes of a VQGAN or VQ-VAE, and what Stackformer and DQ-Transformer share with it.
+"""GPT over the codes of a VQGAN or VQ-VAE, and what the other transformers share with it.
 
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
-    CodeTransformer         base class of all three: class labels, classifier-free guidance
+    CodeTransformer         base class of all: class labels, classifier-free guidance
     Blocks, Cache           pre-norm transformer blocks (minGPT's), and their key-value cache
     CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
-    kept_first              which cells stay when a part of an image is drawn anew
+    check_known, kept_first which cells stay when a part of an image is drawn anew
     parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
@@ -33,7 +33,7 @@ Probability = Annotated[float, (0, 0.999)]
 
 
 class CodeTransformer(nn.Module):
-    """Base of GPT, Stackformer and DQTransformer.
+    """Base of GPT, Stackformer, DQTransformer and MaskTransformer.
 
     A sequence opens with a start token, one per class. In training, labels become the null class with probability `label_dropout`, for
     classifier-free guidance (Ho & Salimans, 2022) and sampling without labels. An unconditional model has the null class only.
@@ -151,7 +151,8 @@ class GPT(CodeTransformer):
         """
         check_sampling(temperature, top_k, top_p)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        first, given = kept_first(known, n, self.grid, starts.device), None if codes is None else self._flat(codes).to(starts.device)
+        first = kept_first(n, self.grid, codes, known).to(starts.device)
+        given = None if codes is None else self._flat(codes).to(starts.device)
         numbers = uniforms(n, self.length * self.head.digits, generator, starts.device).view(n, self.length, -1)
         cache = Cache(self.blocks, len(starts), self.length)
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
@@ -421,16 +422,23 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     return passed.int().argmax(-1)  # the first
 
 
-def kept_first(known: Tensor | None, n: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """How many cells of each image stay (n,), given which, bool (n, h, w). ValueError unless they are the first in raster order."""
-    known = torch.zeros(n, *grid, dtype=torch.bool) if known is None else known
-    if known.shape != (n, *grid) or known.dtype != torch.bool:
-        raise ValueError(f"known must be bool, ({n}, {grid[0]}, {grid[1]}); it is {known.dtype}, {tuple(known.shape)}")
-    count = known.sum((1, 2))
-    if not torch.equal(known.flatten(1), torch.arange(math.prod(grid), device=known.device) < count.unsqueeze(1)):
-        raise ValueError("this model draws cells in raster order, and keeps the first ones only, such as the upper half (--keep 0,0,1,.5); "
-                         "a MaskTransformer keeps any region")
-    return count.to(device)
+def check_known(n: int, grid: tuple[int, int], codes: dict[str, Tensor] | None, known: Tensor | None) -> None:
+    """ValueError unless codes of n images and `known`, which of their cells stay, bool (n, h, w), come together."""
+    if (codes is None) != (known is None):
+        raise ValueError("give both codes and known, or neither")
+    if codes is not None and (known.shape != (n, *grid) or known.dtype != torch.bool or any(len(v) != n for v in codes.values())):
+        raise ValueError(f"codes must be those of {n} images, and known bool, ({n}, {grid[0]}, {grid[1]}); they are "
+                         f"{ {k: tuple(v.shape) for k, v in codes.items()} } and {known.dtype}, {tuple(known.shape)}")
+
+
+def kept_first(n: int, grid: tuple[int, int], codes: dict[str, Tensor] | None, known: Tensor | None) -> Tensor:
+    """How many cells of each image stay (n,). ValueError unless they are the first in raster order."""
+    check_known(n, grid, codes, known)
+    count = torch.zeros(n, dtype=torch.int64) if known is None else known.sum((1, 2))
+    if known is not None and not torch.equal(known.flatten(1), torch.arange(math.prod(grid), device=known.device) < count.unsqueeze(1)):
+        raise ValueError("this model draws cells in raster order, so only the first ones can stay: whole rows from the top, and the first "
+                         "cells of the next; a MaskTransformer keeps any region")
+    return count
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:

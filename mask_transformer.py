@@ -17,8 +17,8 @@ longest row, C channels.
     codes = model.eval().sample(8, labels, steps=12)
     codes = model.sample(8, labels, codes=codes, known=known)                               # known: bool (8, h, w), cells that stay
 
-Differences from the release: the layout; the class opens the sequence; rotary position embeddings beside learned ones; classifier-free
-guidance; no label smoothing. Copy with gpt.py.
+Differences from the release: the layout; rotary position embeddings beside learned ones; gpt.py's pre-norm blocks and an untied head;
+classifier-free guidance; no label smoothing. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_sampling, draw, filter_logits, sides, uniforms
+from gpt import (
+    Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, draw, filter_logits, sides, uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -52,7 +53,7 @@ class MaskTransformer(CodeTransformer):
         self.codebook_size, self.num_codes = codebook_size, num_codes
         self.places = Places(grids, num_codes)
         self.kinds, self.regions = self.places.kinds, self.places.regions
-        self.mean_length = float(num_codes or self.places.cells)  # of the contents, see survey
+        self.mean_length: float | None = None  # of the contents, see survey
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.drop = nn.Dropout(dropout)
         if self.kinds > 1:
@@ -71,7 +72,7 @@ class MaskTransformer(CodeTransformer):
 
     def lengths(self, codes: dict[str, Tensor]) -> Tensor:
         """Number of input tokens (B,) of each image's contents."""
-        return self.places.pack(self.places.read(codes)[0]).counts + 1
+        return (self.places.read(codes)[0][:, self.places.region] == self.places.kind).sum(1) + 1
 
     @torch.no_grad()
     def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
@@ -94,9 +95,9 @@ class MaskTransformer(CodeTransformer):
         mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None] if len(self.places.grids) > 1 else None  # keys: the class and codes
         return self.content_norm(self.content_blocks(self.drop(x), mask, self.rope[F.pad(packed.place + 1, (1, 0))])[:, 1:])
 
-    def _nats(self, layout: Tensor, content: Tensor, packed: Packed, hidden: tuple[Tensor, Tensor], starts: Tensor) -> list[Tensor]:
+    def _nats(self, layout: Tensor, content: Tensor, packed: Packed, masked: tuple[Tensor, Tensor], starts: Tensor) -> list[Tensor]:
         """Cross-entropies of masked regions (B, R), if there is a layout, and of masked contents (B, L); 0 elsewhere."""
-        regions, contents = hidden
+        regions, contents = masked
         x = self._content_hidden(content.masked_fill(contents, self.codebook_size), packed, starts)
         found = [self.content_head.nats(x, content.masked_fill(~contents, -100))]
         if self.kinds > 1:
@@ -104,24 +105,39 @@ class MaskTransformer(CodeTransformer):
             found.insert(0, F.cross_entropy(logits.mT.float(), layout.masked_fill(~regions, -100), reduction="none"))
         return found
 
+    def _mask(self, packed: Packed, numbers: Tensor, counts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Masks of `counts` (B,) regions (B, R) and contents (B, L), chosen by random numbers (B, R + P)."""
+        contents = numbers[:, self.regions:].gather(1, packed.place).masked_fill(~packed.valid, 2.0)
+        return lowest(numbers[:, :self.regions], counts[0]), lowest(contents, counts[1])
+
+    def _fixed_numbers(self, codes: dict[str, Tensor], rows: int) -> Tensor:
+        """Random numbers (rows, B, 2 + R + P) that follow from an image's codes alone: fixed ones, shifted by a hash of these, modulo 1."""
+        indices = codes["indices"].flatten(1)
+        hashed = (indices * (torch.arange(1, indices.shape[1] + 1, device=indices.device) * 2654435761 % 2**31)).sum(1) % 2**20 / 2**20
+        numbers = torch.rand(rows, 1, 2 + self.regions + self.places.count, generator=torch.Generator().manual_seed(0))
+        return (numbers.to(indices.device) + hashed.view(1, -1, 1)) % 1
+
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes and labels (B,) to {"loss", "layout", "content"} in nats: mean cross-entropies of masked regions and codes, and their sum.
-        A random share of both is masked, by the cosine schedule (sec. 3.3). The training loss divides by expected numbers, not the
-        batch's. In eval mode the masks are always the same."""
+        A random share of both is masked, by the cosine schedule (sec. 3.3). After `survey`, the training loss divides by expected numbers,
+        not the batch's. In eval mode an image's masks are always the same."""
         layout, content = self.places.read(codes)
         packed, B = self.places.pack(layout), len(layout)
         starts = self.start_tokens(B, labels, layout.device)
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        numbers = torch.rand(2 + self.regions + packed.place.shape[1], B, device="cpu" if generator else layout.device, generator=generator)
-        shares, numbers = numbers[:2, :1].to(layout.device), numbers[2:].t().to(layout.device)
-        shares = torch.cos((shares + torch.arange(B, device=layout.device) / B) % 1 * math.pi / 2)  # (2, B): evenly spread over the batch
-        hidden = (lowest(numbers[:, :self.regions], (shares[0] * self.regions).ceil()),
-                  lowest(numbers[:, self.regions:].masked_fill(~packed.valid, 2.0), (shares[1] * packed.counts).ceil()))
-        nats = self._nats(layout, content.gather(1, packed.place), packed, hidden, starts)
-        names, hidden, lengths = ("layout", "content")[-len(nats):], hidden[-len(nats):], (self.regions, self.mean_length)[-len(nats):]
-        own = {name: (x.sum() / masked.sum()).detach() for name, x, masked in zip(names, nats, hidden)}
-        loss = sum(x.sum() / (B * length * 2 / math.pi) for x, length in zip(nats, lengths)) if self.training else sum(own.values())
-        return {"loss": loss} | own
+        if self.training:
+            numbers = torch.rand(B, 2 + self.regions + self.places.count, device=layout.device)
+            shares = (numbers[:1, :2] + torch.arange(B, device=layout.device).unsqueeze(1) / B) % 1  # (B, 2), evenly spread over the batch
+        else:
+            numbers = self._fixed_numbers(codes, 1)[0]
+            shares = numbers[:, :2]
+        regions, contents = torch.cos(shares * math.pi / 2).unbind(1)
+        masked = self._mask(packed, numbers[:, 2:], ((regions * self.regions).ceil(), (contents * packed.counts).ceil()))
+        nats = self._nats(layout, content.gather(1, packed.place), packed, masked, starts)
+        lengths = self.regions, self.mean_length or packed.counts.float().mean()
+        names, masked, lengths = ("layout", "content")[-len(nats):], masked[-len(nats):], lengths[-len(nats):]
+        own = {name: (x.sum() / m.sum()).detach() for name, x, m in zip(names, nats, masked)}
+        expected = sum(x.sum() / (B * (2 / math.pi * length + 0.5)) for x, length in zip(nats, lengths))  # the mean of ceil(cos(..) length)
+        return {"loss": expected if self.training else sum(own.values())} | own
 
     def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None, masked: Tensor | None = None) -> dict[str, Tensor]:
         """Logits where cells `masked` (B, h, w) of the finest grid (default: all) are hidden: {"layout": (B, R, kinds), if there is one,
@@ -136,21 +152,18 @@ class MaskTransformer(CodeTransformer):
 
     @torch.no_grad()
     def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None, strata: int = 16) -> Tensor:
-        """An upper bound of the negative log-likelihood of each image's layout and contents, in bits (B,).
+        """An upper bound on the negative log-likelihood of each image's layout and contents, in bits (B,).
 
         The bound of absorbing diffusion with a linear schedule, in its order-agnostic form ("Autoregressive Diffusion Models", Hoogeboom
         et al., ICLR 2022, sec. 3): k of n tokens are masked, k uniform from 1 to n, and n / k times their cross-entropy counts. It is the
-        mean over all orders of generation, one token at a time. Estimated at `strata` values of k, with the same random numbers for all
-        images."""
+        mean over all orders of generation, one token at a time. This is an unbiased estimate of it, at one k in each of `strata` equal
+        parts, with masks that follow from the image's codes."""
         layout, content = self.places.read(codes)
         packed, starts = self.places.pack(layout), self.start_tokens(len(layout), labels, layout.device)
-        numbers = torch.rand(strata, 2 + self.regions + self.places.count, generator=torch.Generator().manual_seed(0))
         content, counts, total = content.gather(1, packed.place), (torch.full_like(packed.counts, self.regions), packed.counts), 0.0
-        for s, row in enumerate(numbers.to(layout.device)):
-            k = [((s + u) / strata * n).long() + 1 for u, n in zip(row[:2], counts)]         # (B,) each
-            order = row[2 + self.regions:][packed.place].masked_fill(~packed.valid, 2.0)     # (B, L)
-            hidden = lowest(row[2:2 + self.regions].expand_as(layout), k[0]), lowest(order, k[1])
-            nats = self._nats(layout, content, packed, hidden, starts)
+        for s, numbers in enumerate(self._fixed_numbers(codes, strata)):
+            k = [((s + u) / strata * n).long() + 1 for u, n in zip(numbers[:, :2].unbind(1), counts)]  # (B,) each
+            nats = self._nats(layout, content, packed, self._mask(packed, numbers[:, 2:], k), starts)
             total = total + sum(x.sum(1) * n / m for x, n, m in zip(nats[::-1], counts[::-1], k[::-1]))
         return total / (strata * math.log(2))
 
@@ -167,7 +180,7 @@ class MaskTransformer(CodeTransformer):
         steps, layout_steps    of the contents and of the layout. After step s of S, cos(pi / 2 s / S) of the tokens are masked
         choice_temperature     of the Gumbel noise on the confidences, falling to 0 linearly
         temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's (default: temperature)
-        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows from 1 to this over the steps
+        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows to this over the steps
         codes, known           keep the cells `known`, bool (n, h, w) on the finest grid, of `codes`, and draw the rest. A code stays if all
                                of its cells are known. An MQ-VAE's images keep their number of codes
         trace                  a list, to which the step that decided each finest cell is appended, (n, h, w), from 1; 0: kept, -1: no code
@@ -178,8 +191,7 @@ class MaskTransformer(CodeTransformer):
         if min(steps, layout_steps) < 1 or not 0 <= choice_temperature < math.inf:
             raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at least 0; they are "
                              f"{steps}, {layout_steps} and {choice_temperature}")
-        if (codes is None) != (known is None):
-            raise ValueError("give both codes and known, or neither")
+        check_known(n, self.places.grids[-1], codes, known)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
         layout, content = torch.zeros(2, n, self.places.count, dtype=torch.int64, device=starts.device)
         layout, kept, regions = layout[:, :self.regions], content.bool(), layout[:, :self.regions].bool()
@@ -194,7 +206,7 @@ class MaskTransformer(CodeTransformer):
         for pick, choose in for_layout.view(n, layout_steps, 2, self.regions).permute(1, 2, 0, 3):  # (n, R) each
             logits = unmask.guide(self._layout_logits(layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1), starts))
             layout = torch.where(unmask.open, self._draw_layout(logits, layout, unmask.open, temperature_pos, pick), layout)
-            unmask.step(logits, layout, choose)
+            unmask.step(logits[unmask.open], layout, choose)
 
         packed = self.places.pack(layout)
         places = Packed(*(x.repeat(guide.copies, *[1] * (x.dim() - 1)) for x in packed))
@@ -202,10 +214,9 @@ class MaskTransformer(CodeTransformer):
         unmask = Unmask(steps, choice_temperature, guide, cfg_scale, cfg_schedule, packed.valid & ~kept.gather(1, packed.place))
         for pick, choose in for_content.view(n, steps, 2, -1).permute(1, 2, 0, 3):           # (n, P) each
             hidden = self._content_hidden(content.masked_fill(unmask.open, self.codebook_size).repeat(guide.copies, 1), places, starts)
-            logits = unmask.guide(self.content_head(hidden))                                 # (n, L, K)
-            filtered = filter_logits(logits.flatten(0, 1), temperature, top_k, top_p)
-            content = torch.where(unmask.open, draw(filtered, pick.gather(1, packed.place).flatten()).view_as(content), content)
-            when += unmask.open
+            logits = unmask.guide(self.content_head(hidden[unmask.open.repeat(guide.copies, 1)]))  # (open ones, K)
+            drawn = draw(filter_logits(logits, temperature, top_k, top_p), pick.gather(1, packed.place)[unmask.open])
+            content, when = content.masked_scatter(unmask.open, drawn), when + unmask.open
             unmask.step(logits, content, choose.gather(1, packed.place))
         guide.check()
         if trace is not None:
@@ -214,11 +225,12 @@ class MaskTransformer(CodeTransformer):
         return self.places.codes(layout, packed.place, content)
 
     def _draw_layout(self, logits: Tensor, layout: Tensor, open_: Tensor, temperature: float, numbers: Tensor) -> Tensor:
-        """Kinds (n, R) by logits (n, R, kinds); of an MQ-VAE, as many with a code as are still to be placed."""
+        """Kinds (n, R) by logits (n, R, kinds). Of an MQ-VAE, as many with a code as are still to be placed: the likeliest after Gumbel
+        noise on both kinds, whose difference is logistic."""
         if not self.num_codes:
             return draw(filter_logits(logits.flatten(0, 1), temperature), numbers.flatten()).view_as(layout)
         wanted = self.num_codes - (layout * ~open_).sum(1)
-        score = logits[..., 1].float() - logits[..., 0].float() + temperature * torch.logit(numbers, 1e-7)  # top-N after Gumbel noise
+        score = logits[..., 1].float() - logits[..., 0].float() + temperature * torch.logit(numbers, 1e-7)
         return lowest((-score).masked_fill(~open_, math.inf), wanted).long()
 
 
@@ -299,9 +311,7 @@ class Places(nn.Module):
     def kept(self, layout: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Which places keep their code (B, P): those with nothing but `known` cells, bool (B, h, w). And which regions keep their kind
         (B, R): those that are known, or have such a place."""
-        B, want = len(layout), (len(layout), *self.grids[-1])
-        if known.shape != want or known.dtype != torch.bool:
-            raise ValueError(f"known must be bool, {want}; it is {known.dtype}, {tuple(known.shape)}")
+        B = len(layout)
         whole = torch.ones(B, self.count, dtype=torch.uint8, device=layout.device).scatter_reduce(
             1, self.cover.flatten().expand(B, -1), known.flatten(1).byte().repeat(1, len(self.cover)), "amin").bool()
         places = whole & (layout[:, self.region] == self.kind)
@@ -317,17 +327,18 @@ class Unmask:
         self.guidance, self.done, self.total = guide, 0, open_.sum(1)                        # (n,)
 
     def guide(self, logits: Tensor) -> Tensor:
-        """Guided logits (n, T, V) of this step, from (n or 2n, T, V)."""
+        """Guided logits (m, ...) of this step, from those of all copies, (m or 2m, ...)."""
         share = (self.done + 1) / self.steps if self.schedule == "linear" else 1.0
         self.guidance.scale = 1 + share * (self.scale - 1)
         return self.guidance(logits)
 
     def step(self, logits: Tensor, tokens: Tensor, numbers: Tensor) -> None:
-        """Given logits (n, T, V), the tokens that were drawn (n, T), and random numbers (n, T)."""
+        """Given logits (m, V) of the m open tokens, all tokens with what was drawn (n, T), and random numbers (n, T)."""
         self.done += 1
         share = self.done / self.steps
-        confidence = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        confidence = confidence - self.temperature * (1 - share) * (-numbers.clamp(min=1e-20).log()).log()
+        sure = logits.float().log_softmax(-1).gather(-1, tokens[self.open].unsqueeze(-1)).squeeze(-1)
+        noise = -self.temperature * (1 - share) * (-numbers.clamp(min=1e-20).log()).log()    # Gumbel
+        confidence = noise.masked_scatter(self.open, sure + noise[self.open])
         left = (self.total * math.cos(math.pi / 2 * share)).long().clamp(min=self.steps - self.done)  # each later step keeps one or more
         self.open = lowest(confidence.masked_fill(~self.open, math.inf), left.minimum(self.open.sum(1) - 1))
 

@@ -5,9 +5,9 @@
     python sample.py --run runs/mask_transformer --image PHOTO --keep 0,0,1,0.5 -n 8            # draws the lower half anew
 
 With --image, the codes that lie wholly in what is kept stay, and the others are drawn n times; the grid begins with the photo and the
-mask. --keep takes rectangles left,top,right,bottom in shares of width and height, separated by spaces, or granularities of a DQ-VAE
-(coarse, or coarse,medium); --mask a picture of the photo's size, white where it is drawn anew. A mask_transformer keeps any region, the
-others what comes first in their order.
+mask. --keep takes rectangles left,top,right,bottom in shares of width and height of the image (its centre, as the model sees it),
+separated by spaces, or granularities of a DQ-VAE (coarse, or coarse,medium); --mask a picture of the photo's size, white where it is drawn
+anew. A mask_transformer keeps any region, the others what comes first in their order.
 
 --out says what is written: a folder of single PNGs and grid.png (default: RUN/samples/seed_SEED); FILE.png, one grid; or FILE.npz with
 uint8 (N, H, W, 3) as `arr_0` and the labels as `arr_1`, which the ADM evaluation suite reads. Sampling settings that are not given are
@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import make_file
-from config import UserError, build
+from config import UserError, build, check_config
 from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
 from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, check_sampling, sides
@@ -88,16 +88,21 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
     model, stage1, config, classes = load_models(args.run, args.which)
-    model, stage1 = model.to(state.device), stage1.to(state.device)
-    edited = edit(args, model, stage1, config)
-    labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
-    if edited and not args.classes and model.num_starts > model.num_classes:
-        labels = None  # the class of the photo is not known
-    if args.classes and labels is None:
-        raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
     given = {k: v for k in (*SETTINGS, "cfg_schedule") if (v := getattr(args, k)) is not None}
     given |= {} if args.cfg is None else {"cfg_scale": args.cfg}
-    settings = sampling_arguments(model, config["sample"] | given, labels)
+    model, stage1 = model.to(state.device), stage1.to(state.device)
+    edited = edit(args, stage1, config)
+    labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    if edited and not args.classes:  # the class of the photo is not known
+        if model.num_classes and (args.cfg is not None or model.num_starts == model.num_classes):
+            raise UserError(f"with --image, {'--cfg' if args.cfg is not None else 'a model without a null class'} needs --classes")
+        labels, config["sample"]["cfg_scale"] = None, 1.0
+    if args.classes and labels is None:
+        raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
+    settings = check_config({"sample": config["sample"] | given}, {"sample": SampleSettings}, "the command line")["sample"]
+    settings = sampling_arguments(model, settings, labels)
+    if edited:
+        draw(model, stage1, [0], labels, args.seed, settings, state.autocast, edited)  # can this stay? before other images are removed
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
             blocks.step = torch.compile(blocks.step)
@@ -125,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             write_together(out, single, pixels, labels, edited)
             if single:
                 about = {"run": args.run, "seed": args.seed, "settings": settings, "labels": None if labels is None else labels.tolist()}
+                about |= {"image": args.image, "keep": args.keep, "mask": args.mask} if edited else {}
                 (out / "samples.json").write_text(json.dumps(about) + "\n")
             print(f"{args.n} images: {out / 'grid.png' if single else out}")
     finally:
@@ -134,18 +140,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Edit(NamedTuple):
-    """A photo of which parts are drawn anew."""
+    """A photo, and which parts of it are drawn anew."""
 
     codes: dict[str, torch.Tensor]  # (1, ...)
-    known: torch.Tensor  # (1, h, w) bool: the cells of the finest grid that stay
+    known: torch.Tensor  # (1, h, w) bool: the cells of the finest grid whose codes stay
     shown: torch.Tensor  # (2, 3, H, W): the photo, and what stays of it
 
 
 @torch.no_grad()
-def edit(args: argparse.Namespace, model: torch.nn.Module, stage1: torch.nn.Module, config: dict) -> Edit | None:
+def edit(args: argparse.Namespace, stage1: torch.nn.Module, config: dict) -> Edit | None:
     """What --image, --keep and --mask ask for, or None."""
     if args.image is None:
-        if args.keep or args.mask:
+        if args.keep is not None or args.mask is not None:
             raise UserError("--keep and --mask say what of --image stays; give it")
         return None
     if (args.keep is None) == (args.mask is None):
@@ -154,11 +160,15 @@ def edit(args: argparse.Namespace, model: torch.nn.Module, stage1: torch.nn.Modu
     image = load_image(args.image, size).to(device)                                         # (1, 3, H, W)
     codes = stage1.encode(image)
     grid = stage1.grid if "positions" in codes else tuple(codes["indices"].shape[1:3])
-    if args.mask:
-        mask, photo = (read_image(existing(path)).size for path in (args.mask, args.image))
-        if mask != photo:
-            raise UserError(f"{args.mask} is {mask[0]} x {mask[1]} pixels, but {args.image} is {photo[0]} x {photo[1]}")
-        keep = load_image(args.mask, size).to(device).mean(1) < 0                           # (1, H, W)
+    if args.mask is not None:
+        load_image(args.mask, size)  # or one sentence
+        white, (width, height) = read_image(args.mask).convert("L").point(lambda v: 255 * (v > 127)), read_image(args.image).size
+        if white.size != (width, height):
+            raise UserError(f"{args.mask} is {white.width} x {white.height} pixels, but {args.image} is {width} x {height}")
+        crop = min(width, height * size[1] / size[0]), min(height, width * size[0] / size[1])  # as that of the image
+        left, top = round((width - crop[0]) / 2), round((height - crop[1]) / 2)
+        white = torch.from_numpy(np.array(white))[top:top + round(crop[1]), left:left + round(crop[0])] > 0
+        keep = F.adaptive_max_pool2d(white[None].float().to(device), size) == 0              # (1, H, W): pixels without any white
     elif "grain" in codes and args.keep.split(",")[0] in GRAINS:
         chosen = [GRAINS.index(name) if name in GRAINS[:stage1.grains - 1] else -1 for name in args.keep.split(",")]
         if chosen != list(range(len(chosen))):
@@ -169,10 +179,15 @@ def edit(args: argparse.Namespace, model: torch.nn.Module, stage1: torch.nn.Modu
         keep = torch.zeros(1, *size, dtype=torch.bool, device=device)
         for left, top, right, bottom in rectangles(args.keep):
             keep[:, round(top * size[0]):round(bottom * size[0]), round(left * size[1]):round(right * size[1])] = True
-    known = F.max_pool2d((~keep).float(), [pixels // cells for pixels, cells in zip(size, grid)]) == 0  # cells that stay whole
-    if known.all():
-        raise UserError("nothing is left to draw: all of the image stays")
-    return Edit(codes, known, torch.cat([image, image.where(keep.unsqueeze(1), 0.0)]).cpu())
+    known = torch.zeros(1, *grid, dtype=torch.bool, device=device)
+    for g, side in enumerate(getattr(stage1, "factors", [size[0] // grid[0]])):  # of a code of each granularity, in pixels
+        whole = F.interpolate(F.max_pool2d((~keep).float(), side).unsqueeze(1), grid).squeeze(1) == 0
+        known |= whole & (F.interpolate(codes["grain"].unsqueeze(1).float(), grid).squeeze(1) == g if "grain" in codes else True)
+    if known.all() or not known.any():
+        raise UserError("nothing is left to draw: all of the image stays" if known.all() else
+                        "nothing stays: no code lies wholly in what is kept")
+    stays = F.interpolate(known.unsqueeze(1).float(), size) > 0
+    return Edit(codes, known, torch.cat([image, image.where(stays, 0.0)]).cpu())
 
 
 def rectangles(text: str) -> list[list[float]]:

@@ -103,7 +103,8 @@ class Stackformer(CodeTransformer):
         numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, starts.device).view(n, self.length, -1)
         code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
         indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
-        first, given = kept_first(known, n, self.grid, starts.device), {k: v.to(starts.device) for k, v in (codes or {}).items()}
+        first = kept_first(n, self.grid, codes, known).to(starts.device)
+        given = {k: v.to(starts.device) for k, v in (codes or {}).items()}
         kept = (given["positions"] < first.unsqueeze(1)).sum(1) if given else 0              # codes, (n,)
         cells, last = torch.arange(self.cells, device=starts.device), first.unsqueeze(1) - 1
         x = self._first(starts)                                                              # (n or 2n, C)

@@ -10,7 +10,7 @@ from conftest import command_in_copy
 from test_transformers import MODELS as OTHERS
 from test_transformers import make, random_codes, rows
 
-from gpt import Guidance, NotFinite, parameter_groups
+from gpt import Guidance, NotFinite, parameter_groups, rotated
 from mask_transformer import MaskTransformer
 
 K, CLASSES = 12, 5
@@ -131,13 +131,55 @@ def test_each_step_keeps_one(name):
         assert model.places.kept(layout, fixed)[0][0, packed.place[0, best]]
 
 
-def test_more_steps_than_codes_and_one_step():
-    for name in MODELS:
-        model = make_mask(name)
-        for steps in (1, 100):
+@pytest.mark.parametrize("name", MODELS)
+def test_the_schedule_and_the_trace(name):
+    """The number of codes that each step decides; what was kept is step 0, and cells without a code are -1."""
+    model, codes = make_mask(name), codes_for(name, 3)
+    for steps in (1, 5, 100):
+        for known in (torch.zeros(3, *model.places.grids[-1], dtype=torch.bool), random_mask(model, 3)):
             trace = []
-            check_valid(model, model.sample(3, [0, 1, 2], steps=steps, layout_steps=steps, trace=trace))
-            assert trace[0].max() <= min(steps, model.places.cells) and trace[0].max() >= 1
+            drawn = model.sample(3, [0, 1, 2], steps=steps, layout_steps=steps, trace=trace, codes=codes, known=known)
+            layout, _ = model.places.read(drawn)
+            packed = model.places.pack(layout)
+            when = trace[0].flatten(1).gather(1, drawn["positions"]) if name == "mq" else trace[0]
+            when = model.places.read(drawn | {"indices": when})[1].gather(1, packed.place)
+            kept = model.places.kept(model.places.read(codes)[0], known)[0].gather(1, packed.place)
+            for row in range(3):
+                there, left = packed.valid[row], int((packed.valid & ~kept)[row].sum())
+                assert torch.equal(when[row, there] == 0, kept[row, there])
+                total = left
+                for step in range(1, steps + 1):
+                    after = max(min(left - 1, max(int(total * math.cos(math.pi / 2 * step / steps)), steps - step)), 0)
+                    assert int((when[row, there] == step).sum()) == left - after
+                    left = after
+            if name == "mq":
+                assert torch.equal(trace[0].flatten(1) == -1, layout == 0)
+
+
+def test_rotary_embeddings_see_differences_of_position():
+    """Of centres in two dimensions, in finest cells, whatever the granularity."""
+    places = MODELS["triple"][0]().places
+    angles = places.angles(8)
+    assert angles.shape == (1 + 2 + 8 + 32, 4) and (angles[0] == 0).all()
+    frequencies = torch.tensor([1.0, 0.1])
+    for number, (y, x) in ((1, (2, 2)), (2, (2, 6)), (3, (1, 1)), (8, (3, 3)), (11, (0.5, 0.5)), (42, (3.5, 7.5))):
+        torch.testing.assert_close(angles[number], torch.cat([y * frequencies, x * frequencies]))
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 43, 8)
+    turned = [rotated(v, angles.cos(), angles.sin())[0, 0] for v in (q, k)]
+    scores = turned[0] @ turned[1].t()                                                       # (43, 43)
+
+    def cell(y, x):
+        return 11 + 8 * y + x
+
+    torch.testing.assert_close(scores[cell(0, 0), cell(2, 3)], scores[cell(1, 4), cell(3, 7)])
+    torch.testing.assert_close(scores[3, 8], scores[cell(0, 0), cell(2, 2)])                 # from (1, 1) to (3, 3)
+    assert abs(scores[cell(0, 0), cell(2, 3)] - scores[cell(0, 0), cell(3, 2)]) > 1e-4
+    model, seen = make_mask("dual"), []
+    for layer in (*model.layout_blocks.layers, *model.content_blocks.layers):
+        layer.register_forward_hook(lambda _, given, kept, out: seen.append(kept["rope"]), with_kwargs=True)
+    model.logits(codes_for("dual"))
+    assert len(seen) == 3 and all(rope is not None and rope.std() > 0.1 for rope in seen)
 
 
 @pytest.mark.parametrize("name", ["vq", "mq", "dual"])
@@ -191,8 +233,13 @@ def test_loss_by_hand(name):
                                             (model.regions, model.mean_length)))[-len(found):]:
         assert (x[~masked] == 0).all() and (x[masked] > 0).all() and masked.any(1).all()
         torch.testing.assert_close(out[part], x.sum() / masked.sum())
-        want = want + x.sum() / (6 * length * 2 / math.pi)
+        want = want + x.sum() / (6 * (length * 2 / math.pi + 0.5))
     torch.testing.assert_close(out["loss"], want)
+    with torch.no_grad():
+        model.mean_length = None  # without a survey: that of the batch
+        many = [{k: float(v) for k, v in model(codes, torch.arange(6) % CLASSES).items()} for _ in range(300)]
+    mean = {k: sum(one[k] for one in many) / len(many) for k in many[0]}
+    assert mean["loss"] == pytest.approx(mean["content"] + mean.get("layout", 0.0), rel=0.05)  # it divides by the right numbers
     out["loss"].backward()
     assert not [k for k, p in model.named_parameters() if p.grad is None]
 
@@ -210,15 +257,15 @@ def test_masks_follow_the_cosine_schedule():
     assert (torch.stack(seen).float().mean(1) / 16 - 2 / math.pi - 1 / 32).abs().max() < 0.01  # spread evenly over each batch
     model.eval()
     model(codes)
-    model(codes)
-    assert torch.equal(*seen[-2:])
+    model({"indices": codes["indices"][40:]})
+    assert torch.equal(seen[-2][40:], seen[-1]) and len(seen[-1].unique()) > 5  # an image's own, in any batch
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_memorises(name):
     """16 labelled images; a label then gives its image's codes, and a part of an image the rest of it."""
     torch.manual_seed(0)
-    model = MODELS[name][0](num_classes=16, n_embd=64, dropout=0.0)
+    model = MODELS[name][0](num_classes=16, n_embd=64, dropout=0.0, label_dropout=0.5)
     codes, labels = codes_for(name, 16), torch.arange(16)
     optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=1e-3)
     again, step = codes, 0
@@ -233,8 +280,13 @@ def test_it_memorises(name):
             if all(torch.equal(again[k], codes[k]) for k in codes):
                 break
     assert all(torch.equal(again[k], codes[k]) for k in codes), f"{name}: not after {step + 1} steps"
-    rest = model.eval().sample(16, labels, temperature=0, codes=codes, known=random_mask(model, 16))
-    assert all(torch.equal(rest[k], codes[k]) for k in codes)
+    many = {k: v.repeat_interleave(8, 0) for k, v in codes.items()}  # now the known part must say which image it is
+    known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.7
+    rest = model.eval().sample(128, temperature=0, codes=many, known=known)
+    same = torch.stack([(rest[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
+    nothing = model.sample(128, temperature=0)
+    chance = torch.stack([(nothing[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
+    assert same > 0.3 > 0.2 > chance, (same, chance)
 
 
 def test_guidance_grows(monkeypatch):
@@ -260,8 +312,10 @@ def test_logits_that_are_not_finite_are_an_error():
     (lambda m, c: m.sample(6, choice_temperature=-1), "choice_temperature at least 0"),
     (lambda m, c: m.sample(6, temperature_pos=-1), "temperature must be at least 0"),
     (lambda m, c: m.sample(6, codes=c), "both codes and known"),
-    (lambda m, c: m.sample(6, codes=c, known=torch.ones(6, 2, 2, dtype=torch.bool)), r"known must be bool, \(6, 4, 4\); it is"),
-    (lambda m, c: m.sample(6, codes=c, known=torch.ones(6, 4, 4)), "known must be bool"),
+    (lambda m, c: m.sample(6, known=torch.ones(6, 4, 4, dtype=torch.bool)), "both codes and known"),
+    (lambda m, c: m.sample(6, codes=c, known=torch.ones(6, 2, 2, dtype=torch.bool)), r"known bool, \(6, 4, 4\); they are"),
+    (lambda m, c: m.sample(6, codes=c, known=torch.ones(6, 4, 4)), "known bool"),
+    (lambda m, c: m.sample(3, codes=c, known=torch.ones(3, 4, 4, dtype=torch.bool)), "codes must be those of 3 images"),
     (lambda m, c: m({"indices": c["indices"]}), r"grain must be \(B, 2, 2\)"),
     (lambda m, c: m(c | {"indices": c["indices"][:, :2]}), r"indices must be \(B, 4, 4\)"),
     (lambda m, c: MaskTransformer(K, [4, 2]), "each a multiple of the one before"),
@@ -308,10 +362,11 @@ def test_what_comes_first_stays(name):
         own = model.sample(n, labels, generator=[torch.Generator().manual_seed(i) for i in range(n)])
         again = model.sample(n, labels, generator=[torch.Generator().manual_seed(i) for i in range(n)], codes=own, known=known)
         assert torch.equal(own["indices"], again["indices"])
-    with pytest.raises(ValueError, match="keeps the first ones only"):
-        model.sample(n, labels, codes=codes, known=~known)
-    with pytest.raises(ValueError, match="known must be bool"):
-        model.sample(n, labels, codes=codes, known=known.float())
+    for given, sentence in (((codes, ~known), "only the first ones can stay"), ((codes, known.float()), "known bool"),
+                            ((codes, None), "both codes and known"), ((None, known), "both codes and known"),
+                            ((rows(codes, [0]), known), "codes must be those of 5 images")):
+        with pytest.raises(ValueError, match=sentence):
+            model.sample(n, labels, codes=given[0], known=given[1])
 
 
 @pytest.mark.parametrize("name", ["dual", "dual_region_first", "triple", "dual_factors"])
@@ -337,7 +392,10 @@ def test_coarse_codes_stay(name):
     known[row] = (model.cover == slots[0]).any(0).view(model.grids[-1])
     drawn = model.sample(n, labels, codes=codes, known=known)
     assert torch.equal(drawn["indices"][known], codes["indices"][known])
-    with pytest.raises(ValueError, match="--keep coarse"):
+    for given in ((codes, None), (None, known)):
+        with pytest.raises(ValueError, match="both codes and known"):
+            model.sample(n, labels, codes=given[0], known=given[1])
+    with pytest.raises(ValueError, match="such as all coarse codes"):
         model.sample(n, labels, codes=codes, known=grain == model.grains - 1)
     own = model.sample(n, labels, generator=[torch.Generator().manual_seed(i) for i in range(n)])
     known = F.interpolate(own["grain"].unsqueeze(1).float(), model.grids[-1]).squeeze(1) == 0

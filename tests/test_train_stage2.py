@@ -284,7 +284,7 @@ def test_bad_questions_to_sample(train2, tmp_path):
     for arguments, sentence in ((["--classes", "10"], "no class '10'; the classes are 0 to 9"), (["--classes", "cat"], "no class 'cat'"),
                                 (["--classes", "3,"], "no class ''"), (["--out", str(tmp_path / "x.jpg")], "must be a folder"),
                                 (["--out", str(tmp_path)], "already holds images"),
-                                (["--top_k", "0"], "top_k must be at least 1"), (["-n", "0"], "at least 1"),
+                                (["--top_k", "0"], "sample.top_k must be between 1 and"), (["-n", "0"], "at least 1"),
                                 (["--top_k_pos", "3"], "sample.top_k_pos is not for a GPT")):
         with pytest.raises(UserError, match=sentence):
             sample.main(["--run", run, *arguments])
@@ -381,12 +381,13 @@ KEEPS = {"gpt": "0,0,1,0.5", "stackformer": "0,0,1,0.5", "dq_transformer": "coar
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
-    train2(write_tiny2(tmp_path, name), "train.max_train_steps=1")
+    train2(write_tiny2(tmp_path, name), "train.max_train_steps=1", "sample.cfg_scale=2")
     run, photo, out = tmp_path / "run2", tmp_path / "photo.png", tmp_path / "out"
     pixels = make_dataset("shapes", image_size=64)[1][0].add(1).mul(127.5).byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).crop((0, 8, 64, 56)).save(photo)                                 # 64 x 48: its centre is cropped
     mask = Image.new("L", (64, 48))
-    mask.paste(255, (24, 0, 64, 48))                                                         # from pixel 4 of 16 on
+    mask.paste(255, (23, 0, 24, 48))                                                         # one white line, in pixel 5 of 16
+    mask.paste(255, (32, 0, 64, 48))
     mask.save(tmp_path / "mask.png")
     keep = ["--mask", str(tmp_path / "mask.png")] if KEEPS[name] == "MASK" else ["--keep", KEEPS[name]]
     caught, draw = [], sample.draw
@@ -403,9 +404,15 @@ def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
     elif name == "mask_vqgan":
         want[:, :4, :4] = want[:, 4:, 4:] = True
     elif name.startswith("mask"):
-        want[:, :, :4 if name == "mask_mqvae" else 2] = True
+        want[:, :, :4] = True
+        if name == "mask_dqvae":                                                             # a coarse code is 2 x 2 cells
+            grain = torch.nn.functional.interpolate(edited.codes["grain"].unsqueeze(1).float(), (8, 8)).squeeze(1)
+            want[:, :, 2] = False
+            want[:, :, 3] &= grain[:, :, 3] > 0
     else:
         want[:, :4] = True
+    shown = torch.nn.functional.interpolate(want.unsqueeze(1).float(), (16, 16))[0] > 0
+    assert torch.equal(edited.shown[1], edited.shown[0].where(shown, 0.0))                   # the picture of what stays
     assert torch.equal(known, want) and 0 < want.sum() < 64
     if name.startswith("mask"):
         places, _ = model.places.kept(model.places.read(edited.codes)[0], known)
@@ -417,10 +424,12 @@ def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
     first = edited.shown[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
     assert grid.shape == (38, 38, 3) and (grid[2:18, 2:18] == first).all()
     if name in ("gpt", "stackformer"):
-        with pytest.raises(UserError, match="keeps the first ones only, such as the upper half"):
-            sample.main(["--run", str(run), "--image", str(photo), "--keep", "0,0.5,1,1"])
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        with pytest.raises(UserError, match="only the first ones can stay: whole rows from the top"):
+            sample.main(["--run", str(run), "--image", str(photo), "--keep", "0,0.5,1,1", "--out", str(out)])
+        assert before == {p.name: p.read_bytes() for p in out.iterdir()}                     # earlier images are not lost
     if name == "dq_transformer":
-        with pytest.raises(UserError, match="all coarse codes .--keep coarse."):
+        with pytest.raises(UserError, match="such as all coarse codes"):
             sample.main(["--run", str(run), "--image", str(photo), "--mask", str(tmp_path / "mask.png")])
     if name != "mask_dqvae":
         return
@@ -430,12 +439,18 @@ def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
                             (["--keep", "0.5,0,0.5,1"], "left below right"), (["--keep", "left"], "rectangles left,top,right,bottom"),
                             (["--keep", "coarse,fine"], "but not the finest"), (["--keep", "medium"], "but not the finest"),
                             (["--mask", "large.png"], "large.png is 64 x 64 pixels, but .*photo.png is 64 x 48"),
-                            (["--mask", "nowhere.png"], "no image .*nowhere.png"), ([], "give one of --keep and --mask"),
+                            (["--mask", "nowhere.png"], "no image .*nowhere.png"), (["--keep", ""], "nothing stays"),
+                            (["--keep", "0,0,0.01,0.01"], "nothing stays"),
+                            (["--keep", "0,0,1,0.5", "--cfg", "2"], "--cfg needs --classes"),
+                            (["--keep", "0,0,1,0.5", "--steps", "0"], "sample.steps must be between 1"),
+                            ([], "give one of --keep and --mask"),
                             (["--keep", "coarse", "--mask", "mask.png"], "give one of --keep and --mask")):
         words = [str(tmp_path / w) if w.endswith(".png") else w for w in words]
         with pytest.raises(UserError, match=sentence):
             sample.main(["--run", str(run), "--image", str(photo), *words])
     with pytest.raises(UserError, match="say what of --image stays"):
         sample.main(["--run", str(run), "--keep", "0,0,1,0.5"])
-    with pytest.raises((UserError, DataError), match="cannot read .*broken.png"):
-        sample.main(["--run", str(run), "--image", str(tmp_path / "broken.png"), "--keep", "0,0,1,0.5"])
+    for words in (["--image", str(tmp_path / "broken.png"), "--keep", "0,0,1,0.5"],
+                  ["--image", str(photo), "--mask", str(tmp_path / "broken.png")]):
+        with pytest.raises((UserError, DataError), match="cannot read .*broken.png"):
+            sample.main(["--run", str(run), *words])
