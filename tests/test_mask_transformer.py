@@ -286,7 +286,7 @@ def test_it_memorises(name):
     same = torch.stack([(rest[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
     nothing = model.sample(128, temperature=0)
     chance = torch.stack([(nothing[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
-    assert same > 0.3 > 0.2 > chance, (same, chance)
+    assert same > 0.15 and same > 2 * chance, (same, chance)  # a model that does not see it draws one of 16
 
 
 def test_guidance_grows(monkeypatch):
