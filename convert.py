@@ -13,6 +13,7 @@ import json
 import pickle
 from pathlib import Path
 
+import openmp  # noqa: F401, before torch
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError

@@ -35,6 +35,7 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 import torch.nn.functional as F

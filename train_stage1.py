@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import openmp  # noqa: F401, before torch
 import torch
 from accelerate.utils import gather_object
 

@@ -28,6 +28,7 @@ import zipfile
 from pathlib import Path
 
 import matplotlib
+import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,7 @@
 """The shape of the house: what CONTRIBUTING.md says about files and imports."""
 
 import ast
+import sys
 
 from conftest import ROOT
 
@@ -55,3 +56,11 @@ def test_files_and_classes_can_be_read_in_one_go():
 
 def test_every_file_begins_with_its_map():
     assert all((ast.get_docstring(tree) or "").count("\n") > 1 for tree in FILES.values())
+
+
+def test_scripts_set_openmp_before_torch_is_loaded():
+    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"):
+        lines = [node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
+        first = next(i for i, module in enumerate(imported) if module.split(".")[0] not in sys.stdlib_module_names)
+        assert imported[first] == "openmp", name
