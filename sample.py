@@ -258,7 +258,8 @@ def write_together(out: Path, single: bool, pixels: np.ndarray, labels: torch.Te
     shown = torch.from_numpy(np.array(pixels[:400] if single else pixels)).permute(0, 3, 1, 2)
     shown = shown if edited is None else torch.cat([to_uint8(edited.shown), shown])
     columns = len(set(labels.tolist())) if labels is not None else 99
-    columns = columns if columns <= 20 and edited is None else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
+    columns = columns if columns <= 20 else math.ceil(math.sqrt(len(shown)))  # a class in each, if they are few
+    columns = columns if edited is None else min(10, len(shown))
     Image.fromarray(make_grid(shown, nrow=columns).permute(1, 2, 0).numpy()).save(out / "grid.png" if single else out)
 
 
