@@ -1,7 +1,7 @@
 """Imported by the scripts before torch, whose OpenMP (GNU's) reads this setting when it is loaded.
 
 A thread that waits for others spins first: by default so long that a busy machine's other processes get nothing done, and nor do we.
-10,000 turns cost at most 3 % on an idle machine, and are twice as fast beside two busy processes. A user's own setting wins.
+10,000 turns cost about 4 % on an idle machine, and are twice as fast beside two busy processes. A user's own setting wins.
 """
 
 import os
