@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, CodeTransformer, Count, Probability, check_known, check_sampling, code_ends, draw, filter_logits, sides, uniforms)
+    Blocks, Cache, CodeTransformer, Count, Probability, check_known, check_sampling, code_ends, covered, draw, filter_logits, sides,
+    uniforms)
 
 START, CODE, END = 0, 1, 2  # kinds of tokens
 
@@ -320,11 +321,9 @@ class State:
         check_known(len(self.rows), self.model.grids[-1], codes, known)
         model, known = self.model, known.to(self.rows.device)
         tokens = model.order({key: value.to(known.device) for key, value in codes.items()})
-        n, length = tokens.slot.shape
-        whole = torch.ones(n, len(model.slot_kind), dtype=torch.uint8, device=known.device).scatter_reduce(
-            1, model.cover.flatten().expand(n, -1), known.flatten(1).byte().repeat(1, model.grains), "amin")  # (n, M)
-        number, kind = torch.arange(length, device=known.device), model.slot_kind[tokens.slot]  # kind: END at padding
-        stays = (kind == CODE) & whole.bool().gather(1, tokens.slot)                         # (n, T)
+        length, kind = tokens.slot.shape[1], model.slot_kind[tokens.slot]                    # kind: (n, T), END at padding
+        number = torch.arange(length, device=known.device)
+        stays = (kind == CODE) & covered(known, model.cover, len(model.slot_kind)).gather(1, tokens.slot)  # (n, T)
         self.kept = torch.where(stays, number + 1, 1).amax(1)                                # up to the last code that stays
         if ((kind == CODE) & ~stays & (number < self.kept.unsqueeze(1))).any():
             raise ValueError("this model draws coarse codes first, then finer ones, each in raster order, so only the first of these can "

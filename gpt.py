@@ -6,7 +6,7 @@
     CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
-    check_known, kept_first which cells stay when a part of an image is drawn anew
+    check_known, kept_first, covered    which codes stay when a part of an image is drawn anew
     parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
@@ -439,6 +439,13 @@ def kept_first(n: int, grid: tuple[int, int], codes: dict[str, Tensor] | None, k
         raise ValueError("this model draws cells in raster order, so only the first ones can stay: whole rows from the top, and the first "
                          "cells of the next; a MaskTransformer keeps any region")
     return count
+
+
+def covered(known: Tensor, cover: Tensor, places: int) -> Tensor:
+    """Which places (B, places) have nothing but `known` cells (B, h, w), given the places that cover each cell (G, h * w)."""
+    B = len(known)
+    every = torch.ones(B, places, dtype=torch.uint8, device=known.device)
+    return every.scatter_reduce(1, cover.flatten().expand(B, -1), known.flatten(1).byte().repeat(1, len(cover)), "amin").bool()
 
 
 def uniforms(n: int, count: int, generator: torch.Generator | list[torch.Generator] | None, device: torch.device) -> Tensor:

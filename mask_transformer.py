@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, draw, filter_logits, sides, uniforms)
+    Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, covered, draw, filter_logits, sides,
+    uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -119,7 +120,7 @@ class MaskTransformer(CodeTransformer):
 
     def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Codes and labels (B,) to {"loss", "layout", "content"} in nats: mean cross-entropies of masked regions and codes, and their sum.
-        A random share of both is masked, by the cosine schedule (sec. 3.3). After `survey`, the training loss divides by expected numbers,
+        A random share of both is masked, by the cosine schedule. After `survey`, the training loss divides by expected numbers,
         not the batch's. In eval mode an image's masks are always the same."""
         layout, content = self.places.read(codes)
         packed, B = self.places.pack(layout), len(layout)
@@ -155,7 +156,7 @@ class MaskTransformer(CodeTransformer):
         """An upper bound on the negative log-likelihood of each image's layout and contents, in bits (B,).
 
         The bound of absorbing diffusion with a linear schedule, in its order-agnostic form ("Autoregressive Diffusion Models", Hoogeboom
-        et al., ICLR 2022, sec. 3): k of n tokens are masked, k uniform from 1 to n, and n / k times their cross-entropy counts. It is the
+        et al., ICLR 2022): k of n tokens are masked, k uniform from 1 to n, and n / k times their cross-entropy counts. It is the
         mean over all orders of generation, one token at a time. This is an unbiased estimate of it, at one k in each of `strata` equal
         parts, with masks that follow from the image's codes."""
         layout, content = self.places.read(codes)
@@ -311,11 +312,9 @@ class Places(nn.Module):
     def kept(self, layout: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Which places keep their code (B, P): those with nothing but `known` cells, bool (B, h, w). And which regions keep their kind
         (B, R): those that are known, or have such a place."""
-        B = len(layout)
-        whole = torch.ones(B, self.count, dtype=torch.uint8, device=layout.device).scatter_reduce(
-            1, self.cover.flatten().expand(B, -1), known.flatten(1).byte().repeat(1, len(self.cover)), "amin").bool()
+        whole = covered(known, self.cover, self.count)                                       # (B, P)
         places = whole & (layout[:, self.region] == self.kind)
-        stays = places if self.num_codes is None else whole                                  # (B, P)
+        stays = places if self.num_codes is None else whole
         return places, torch.zeros_like(layout).scatter_reduce(1, self.region.expand_as(stays), stays.long(), "amax").bool()
 
 

@@ -1,7 +1,7 @@
 """Imported by the scripts before torch, whose OpenMP (GNU's) reads this setting when it is loaded.
 
-A thread that waits for others spins first: by default so long that a busy machine's other processes get nothing done, and nor do we.
-10,000 turns cost about 4 % on an idle machine, and are twice as fast beside two busy processes. A user's own setting wins.
+A thread that waits for others spins first, by default so long that other busy processes cost most of the speed. With 10,000 turns the demo
+was twice as fast beside two busy loops, and about 4 % slower on an idle machine (two cores). A user's own setting wins.
 """
 
 import os

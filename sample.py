@@ -44,7 +44,7 @@ from launch import run_main
 
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float,
             "steps": int, "layout_steps": int, "choice_temperature": float}
-GRAINS = ("coarse", "medium", "fine")
+GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}  # names of granularities
 
 
 @dataclass
@@ -170,12 +170,11 @@ def edit(args: argparse.Namespace, stage1: torch.nn.Module, config: dict) -> Edi
         left, top = round((width - crop[0]) / 2), round((height - crop[1]) / 2)
         white = torch.from_numpy(np.array(white))[top:top + round(crop[1]), left:left + round(crop[0])] > 0
         keep = F.adaptive_max_pool2d(white[None].float().to(device), size) == 0              # (1, H, W): pixels without any white
-    elif "grain" in codes and args.keep.split(",")[0] in GRAINS:
-        chosen = [GRAINS.index(name) if name in GRAINS[:stage1.grains - 1] else -1 for name in args.keep.split(",")]
-        if chosen != list(range(len(chosen))):
+    elif "grain" in codes and (chosen := args.keep.split(","))[0] in GRAINS[3]:
+        if chosen != GRAINS[stage1.grains][:-1][:len(chosen)]:
             raise UserError("--keep takes granularities from the coarsest on, but not the finest: coarse, or with three coarse,medium; "
                             f"it is {args.keep}")
-        keep = F.interpolate(codes["grain"].unsqueeze(1).float(), size).squeeze(1) <= chosen[-1]
+        keep = F.interpolate(codes["grain"].unsqueeze(1).float(), size).squeeze(1) < len(chosen)
     else:
         keep = torch.zeros(1, *size, dtype=torch.bool, device=device)
         for left, top, right, bottom in rectangles(args.keep):

@@ -47,9 +47,8 @@ from launch import run_main
 from losses import load_lpips
 from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
-from sample import chosen_labels, generators, load_models, sampling_arguments
+from sample import GRAINS, chosen_labels, generators, load_models, sampling_arguments
 
-GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}
 LEGENDS = {2: "blue: coarse\nred: fine", 3: "blue: coarse\nyellow: medium\nred: fine"}  # of dqvae.COLOURS
 GREY = 0.0  # for cells without a code, in images in [-1, 1]
 
@@ -404,8 +403,8 @@ def sequence(args: argparse.Namespace) -> None:
     drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)), **settings, **trace)
     ranks, counts = code_ranks(model, drawn, **trace)
     G, total = counts.shape[1], counts.sum(1).tolist()
-    # Frames of each granularity in the strip, and how many of the GIF are between them
-    stages, between, frames, done = *((min(12, total[0]), 1) if trace else (round(8 / G), 4)), [], []
+    stages, between = (min(12, total[0]), 1) if trace else (round(8 / G), 4)  # frames of each granularity in the strip; of the GIF in each
+    frames, done = [], []
     for i in tqdm(range(1, between * stages * G + 1), "frames"):
         done.append(codes_done(counts, i / stages / between))
         images = partial_images(stage1, drawn, ranks, done[-1])

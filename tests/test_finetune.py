@@ -49,6 +49,9 @@ def test_what_does_not_fit_is_named(train, train2, tiny, tmp_path, capfd):
     train(f"train.init_from={tmp_path}/source/checkpoints/step_00000001", "train.max_train_steps=1", f"train.output_dir={tmp_path}/other",
           config=write_tiny(tmp_path, model=smaller))
     assert "; new are quantizer.codebook" in capfd.readouterr().out
+    alone = save_stage1(tmp_path, "vqgan")  # weights alone, as convert.py writes them
+    train(f"train.init_from={alone}", "train.max_train_steps=1", f"train.output_dir={tmp_path}/from_alone", config=write_tiny(tmp_path))
+    assert "tensors from" in (said := capfd.readouterr().out) and "; new are" not in said
     config = write_tiny2(tmp_path, "gpt")
     train2(config, "train.max_train_steps=3", f"train.output_dir={tmp_path}/labels")
     train2(config, "train.class_conditional=false", f"train.init_from={tmp_path}/labels", "train.freeze=[blocks,code_emb]",

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import command_in_copy
 from test_transformers import MODELS as OTHERS
-from test_transformers import make, random_codes, rows
+from test_transformers import make, memorise, random_codes, rows
 
-from gpt import Guidance, NotFinite, parameter_groups, rotated
+from gpt import Guidance, NotFinite, rotated
 from mask_transformer import MaskTransformer
 
 K, CLASSES = 12, 5
@@ -267,19 +267,7 @@ def test_it_memorises(name):
     torch.manual_seed(0)
     model = MODELS[name][0](num_classes=16, n_embd=64, dropout=0.0, label_dropout=0.5)
     codes, labels = codes_for(name, 16), torch.arange(16)
-    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=1e-3)
-    again, step = codes, 0
-    for step in range(1000):
-        loss = model(codes, labels)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 49:
-            again = model.eval().sample(16, labels, temperature=0, choice_temperature=0)
-            model.train()
-            if all(torch.equal(again[k], codes[k]) for k in codes):
-                break
-    assert all(torch.equal(again[k], codes[k]) for k in codes), f"{name}: not after {step + 1} steps"
+    assert memorise(model, codes, labels, 1e-3, 1000, choice_temperature=0)
     many = {k: v.repeat_interleave(8, 0) for k, v in codes.items()}  # now the known part must say which image it is
     known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.7
     rest = model.eval().sample(128, temperature=0, codes=many, known=known)

@@ -280,6 +280,22 @@ def test_bits_are_the_loss(name):
     torch.testing.assert_close(bits, want.view(1) / math.log(2))
 
 
+def memorise(model, codes, labels, lr, steps, **settings):
+    """Trains until labels give their codes, at most so many steps; whether they do."""
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=lr)
+    for step in range(steps):
+        loss = model(codes, labels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 25 == 24:
+            again = model.eval().sample(len(labels), labels, temperature=0, **settings)
+            model.train()
+            if all(torch.equal(again[k], codes[k]) for k in codes):
+                return True
+    return False
+
+
 @pytest.mark.parametrize("name", ["gpt", "stackformer", "dual", "triple"])
 def test_overfits_labelled_shapes(name):
     """Memorises 16 labelled images. At temperature 0, a label then gives its image's codes."""
@@ -304,17 +320,7 @@ def test_overfits_labelled_shapes(name):
         codes = stage1.eval().encode(images)
     assert len(codes["indices"].unique()) == K
     labels = torch.arange(16)
-    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=3e-3)
-    for step in range(400):
-        loss = model(codes, labels)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 25 == 24:
-            again = model.eval().sample(16, labels, temperature=0)
-            model.train()
-            if all(torch.equal(again[k], codes[k]) for k in codes):
-                break
+    memorise(model, codes, labels, 3e-3, 400)
     shuffled = torch.randperm(16)
     again = model.eval().sample(16, labels[shuffled], temperature=0)
     for k in codes:
