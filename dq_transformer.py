@@ -280,16 +280,16 @@ class DQTransformer(CodeTransformer):
         for t in range(self.length):
             content, place, grain = state.embedding_indices()                                # (n or 2n,) each
             x = self.content_emb(content) + self.position_emb(place) + self.grain_emb(grain) + self.index_emb[t]
-            h = self.position_blocks.step(x, *position_cache.at(t))
+            h = position_cache.step(x, t)
             logits = guide(self.position_head(self.position_norm(h)))                        # (n, N + G)
             logits = logits.masked_fill(~state.possible(fine_positions == "sampled"), -math.inf)
             state.move(draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[state.rows, t, 0]))
 
             _, place, _ = state.embedding_indices()
-            z = self.content_blocks.step(h + self.position_emb(place), *content_cache.at(t))
+            z = content_cache.step(h + self.position_emb(place), t)
             state.store(self.content_head.draw(self.content_norm(z), guide, (temperature, top_k, top_p), numbers[state.rows, t, 1:]))
 
-            if t % 16 == 15:  # now and then, finished rows leave the batch
+            if (t + 1) % content_cache.window == 0:  # now and then (it waits for the GPU), finished rows leave the batch
                 active = state.unfinished()
                 if len(active) == 0:
                     break

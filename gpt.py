@@ -2,7 +2,7 @@
 
     GPT                     next-code prediction in raster order           "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.2
     CodeTransformer         base class of all: class labels, classifier-free guidance
-    Blocks, Cache           pre-norm transformer blocks (minGPT's), and their key-value cache
+    Blocks, Cache, Graph    pre-norm transformer blocks (minGPT's), their key-value cache, and a decoding step as a CUDA graph
     CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
@@ -20,7 +20,8 @@ guidance. Needs torch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import torch
@@ -158,7 +159,7 @@ class GPT(CodeTransformer):
         indices = torch.empty(n, self.length, dtype=torch.int64, device=starts.device)
         x = self.start_emb(starts)                                                           # (n or 2n, C)
         for t in range(self.length):
-            x = self.blocks.step(x + self.index_emb[t], *cache.at(t))
+            x = cache.step(x + self.index_emb[t], t)
             code = self.head.draw(self.norm(x), guide, (temperature, top_k, top_p), numbers[:, t])
             indices[:, t] = code if given is None else torch.where(t < first, given[:, t], code)
             x = self.code_emb(indices[:, t].repeat(guide.copies))
@@ -199,8 +200,8 @@ class Blocks(nn.Module):
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-        """One decoding step, (B, C) to (B, C), given `Cache.at(t)`. Shapes change only every `Cache.window` steps, so this can be compiled
-        or captured in a CUDA graph."""
+        """One decoding step, (B, C) to (B, C), as `Cache.step` calls it. Shapes change only every `Cache.window` steps, so this can be
+        compiled or captured in a CUDA graph."""
         x = x.unsqueeze(1)
         for layer, layer_kv in zip(self.layers, kv):
             x = layer(x, layer_kv, t, mask)
@@ -223,11 +224,12 @@ class Block(nn.Module):
                 rope: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and t (1,) is the token's number."""
         B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
+        q, k, v = qkv
         if rope is not None:
             q, k = rotated(q, *rope), rotated(k, *rope)
         if kv is not None:
-            k, v = kv[0].index_copy_(2, t, k), kv[1].index_copy_(2, t, v)
+            k, v = kv.index_copy_(3, t, qkv[1:])
         a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=self.causal and kv is None)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -334,25 +336,59 @@ def code_ends(codebook_size: int, n_embd: int, factors: list[int] | None, specia
 
 
 class Cache:
-    """Keys and values of `rows` sequences of at most `length` tokens, allocated once."""
+    """Keys and values of `rows` sequences of at most `length` tokens, allocated once, and the decoding steps that read them."""
+
+    graphs = True  # on a GPU, replay each step from a CUDA graph
 
     def __init__(self, blocks: Blocks, rows: int, length: int):
         weight = blocks.layers[0].qkv.weight
         half = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if half else weight.dtype
         self.kv = torch.zeros(len(blocks.layers), 2, rows, blocks.n_head, length, blocks.head_dim, dtype=dtype, device=weight.device)
-        self.steps = torch.arange(length, device=weight.device)
+        self.blocks, self.steps = blocks, torch.arange(length, device=weight.device)
         self.window = 64 if weight.is_cuda else 16  # attention covers multiples of this, the future masked: few shapes, little waste
+        self.graph, self.captured, self.graphs = None, None, self.graphs and weight.is_cuda
 
-    def at(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For token t: keys and values of the window, t as a tensor (1,), and the mask (1, window) of tokens up to t."""
-        window = min(len(self.steps), (t // self.window + 1) * self.window)
-        now = self.steps[t:t + 1]
-        return self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0)
+    def step(self, x: Tensor, t: int) -> Tensor:
+        """Token t through the blocks, (rows, C) to (rows, C). The next step may overwrite the result."""
+        now, window = self.steps[t:t + 1], min(len(self.steps), (t // self.window + 1) * self.window)
+
+        def step(x: Tensor, now: Tensor) -> Tensor:
+            return self.blocks.step(x, self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0))
+
+        if self.graphs and self.captured != (window, x.shape):
+            try:
+                self.graph, self.captured = Graph(step, x, now), (window, x.shape)
+            except RuntimeError as error:  # something in the step cannot be captured
+                warnings.warn(f"sampling without CUDA graphs, which is slower: {error}", stacklevel=2)
+                self.graphs = False
+        return self.graph(x, now) if self.graphs else step(x, now)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps these rows (R,) only."""
         self.kv = self.kv.index_select(2, rows)
+
+
+class Graph:
+    """A function of tensors of these shapes, captured in a CUDA graph, whose kernels then start together. Calls return the same tensor."""
+
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
+        self.inputs, self.graph, stream = [v.clone() for v in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*self.inputs)  # libraries allocate their workspaces, and autocast its copies of the weights
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.output = function(*self.inputs)
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -109,12 +109,12 @@ class Stackformer(CodeTransformer):
         cells, last = torch.arange(self.cells, device=starts.device), first.unsqueeze(1) - 1
         x = self._first(starts)                                                              # (n or 2n, C)
         for t in range(self.length):
-            h = self.code_blocks.step(x + self.index_emb[t], *code_cache.at(t))
+            h = code_cache.step(x + self.index_emb[t], t)
             code = self.code_head.draw(self.code_norm(h), guide, (temperature, top_k, top_p), numbers[:, t])
             indices[:, t] = torch.where(t < kept, given["indices"][:, t], code) if given else code
             code = self.code_emb(indices[:, t].repeat(guide.copies))
 
-            p = self.position_blocks.step(h + code, *position_cache.at(t))
+            p = position_cache.step(h + code, t)
             logits = guide(self.position_head(self.position_norm(p)))                        # (n, h * w)
             logits = logits.masked_fill((cells <= last) | (cells > self.cells - self.length + t), -math.inf)
             position = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, t, -1])

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from gpt import GPT, Blocks
+from gpt import GPT, Blocks, Cache
 from mask_transformer import MaskTransformer
 from stackformer import Stackformer
 
@@ -56,36 +56,22 @@ def main() -> None:
         for whole in (False, True):
             for blocks in stacks(short) if whole else ():
                 blocks.step = WholePrefix(blocks)
+            Cache.graphs = not whole  # a WholePrefix grows
             samples.append(short.sample(args.batch, generator=torch.Generator().manual_seed(0))["indices"])
+        Cache.graphs = True
         same = (samples[0] == samples[1]).float().mean().item()
 
         model = make(16).to(device, dtype).eval()
         if args.compile:
             for blocks in stacks(model):
                 blocks.step = torch.compile(blocks.step)
-            model.sample(args.batch)
-        start = clock()
         model.sample(args.batch)
-        cached, length = clock() - start, model.length
-
-        tokens = torch.randn(args.batch, length, args.width, device=device, dtype=dtype)
-        seconds = []
-        with torch.no_grad():
-            for i in range(args.points):
-                prefix = tokens[:, :max(1, round((i + 0.5) * length / args.points))]
-                for blocks in stacks(model):
-                    blocks(prefix)  # warm
-                start = clock()
-                for blocks in stacks(model):
-                    blocks(prefix)
-                seconds.append(clock() - start)
-        whole = sum(seconds) / len(seconds) * length
-        line = (f"{name}, {length} codes, batch {args.batch}, {args.layers} layers of {args.width}: cached {cached:.2f} s "
-                f"({args.batch / cached:.2f} images/s), whole prefix {whole:.1f} s, {whole / cached:.1f} x; codes of a short sample agree "
+        seconds, whole = cached(model, args.batch), whole_prefix(model, args.batch, args.points)
+        line = (f"{name}, {model.length} codes, batch {args.batch}, {args.layers} layers of {args.width}: cached {seconds:.2f} s "
+                f"({args.batch / seconds:.2f} images/s), whole prefix {whole:.1f} s, {whole / seconds:.1f} x; codes of short samples agree "
                 f"{same:.1%}")
         if device.type == "cuda":
-            read = sum(p.numel() for p in model.parameters()) + args.batch * length * args.width * args.layers  # mean of both caches
-            line += f"; bandwidth {read * 2 * length / cached / args.peak_gbs / 1e9:.1%}"
+            line += f"; bandwidth {bandwidth(model, args.batch, seconds) / args.peak_gbs:.1%}"
         print(line)
     for name, grids, layers in (("256 codes", [16], (1, args.layers)), ("DQ-VAE's codes", [16, 32], (half, args.layers - half))):
         model = MaskTransformer(1024, grids, None, 0, *layers, heads, args.width).to(device, dtype).eval()
@@ -98,6 +84,37 @@ def main() -> None:
         seconds = clock() - start
         print(f"MaskTransformer, {name} (mean {model.lengths(codes).float().mean() - 1:.0f}), batch {args.batch}: {seconds:.2f} s "
               f"({args.batch / seconds:.2f} images/s)")
+
+
+def cached(model: torch.nn.Module, batch: int) -> float:
+    """Seconds to draw so many images."""
+    start = clock()
+    model.sample(batch)
+    return clock() - start
+
+
+@torch.no_grad()
+def whole_prefix(model: torch.nn.Module, batch: int, points: int) -> float:
+    """Seconds to draw so many images, if each step runs over all tokens so far: measured at some lengths, and multiplied out."""
+    weight, seconds = next(model.parameters()), []
+    tokens = torch.randn(batch, model.length, weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    for i in range(points):
+        prefix = tokens[:, :max(1, round((i + 0.5) * model.length / points))]
+        for blocks in stacks(model):
+            blocks(prefix)  # warm
+        start = clock()
+        for blocks in stacks(model):
+            blocks(prefix)
+        seconds.append(clock() - start)
+    return sum(seconds) / points * model.length
+
+
+def bandwidth(model: torch.nn.Module, batch: int, seconds: float) -> float:
+    """GB/s, if each step reads the weights and the cache of keys and values (half full, on average) once."""
+    weight = next(model.parameters())
+    layers, width = sum(len(blocks.layers) for blocks in stacks(model)), weight.shape[-1]
+    read = sum(p.numel() for p in model.parameters()) + batch * model.length * width * layers
+    return read * weight.element_size() * model.length / seconds / 1e9
 
 
 def stacks(model: torch.nn.Module) -> list[Blocks]:

@@ -19,6 +19,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +36,8 @@ from launch import run_main
 from gpt import parameter_groups, sides
 from losses import PatchGAN, Stage1Loss
 from train_stage1 import SECTIONS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
@@ -53,22 +56,25 @@ def main() -> None:
 
 
 def stage1(args) -> None:
-    config = load_config(args.config, ["loss.disc_start=0", "loss.gan_start=0", *args.overrides], SECTIONS)
-    train, settings = config["train"], dict(config["model"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, size = train["train_batch_size"], sides(config["data"]["image_size"])
-    precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
+    config = load_config(args.config, args.overrides, SECTIONS)
+    train, device = config["train"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, batches = train["train_batch_size"], None
     if args.data:
         dataset = build(make_dataset, config["data"], split="train")
         batches = train_loader(dataset, batch, num_workers=train["dataloader_num_workers"], device=device)
         seconds = timed(lambda: next(batches), args.warmup, args.steps)
         print(f"loader alone: {batch / seconds:.1f} images/s with {train['dataloader_num_workers']} workers")
-    else:
-        fixed = torch.rand(batch, 3, *size, device=device) * 2 - 1
-        batches = iter(lambda: (fixed, None), 0)
+    found = measure(stage1_step(config, device, batches), batch, args.warmup, args.steps, count=not train["compile"])
+    print(line(found, precision(config, device), args.peak_tflops))
 
+
+def stage1_step(config: dict, device: torch.device, batches: Iterator[tuple[torch.Tensor, None]] | None = None) -> Callable[[], None]:
+    """A training step of a stage-1 config, with generator and discriminator, on these batches or on random images of the device."""
+    train, settings, size = config["train"], dict(config["model"]), sides(config["data"]["image_size"])
+    dtype = DTYPES.get(precision(config, device))
+    if batches is None:
+        fixed = torch.rand(train["train_batch_size"], 3, *size, device=device) * 2 - 1
+        batches = iter(lambda: (fixed, None), 0)
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model = build(STAGE1[settings.pop("name")], settings).to(device, memory_format=memory_format)
     if hasattr(model, "calibrate"):
@@ -80,11 +86,12 @@ def stage1(args) -> None:
     if train["compile"]:
         compile_parts(model)
 
-    def step() -> None:
+    def run() -> None:
         images = next(batches)[0].to(memory_format=memory_format)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             out = model(images)
-            loss, _ = criterion.generator(images, out, model.last_layer, discriminator if criterion.disc_weight > 0 else None, 0)
+            loss, _ = criterion.generator(images, out, model.last_layer, discriminator if criterion.disc_weight > 0 else None,
+                                          criterion.gan_start)
         loss.backward()
         if criterion.disc_weight > 0:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -94,40 +101,18 @@ def stage1(args) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    seconds = timed(step, args.warmup, args.steps)
-    line = f"{precision}: {batch / seconds:.1f} images/s, {1e3 * seconds:.1f} ms/step of {batch}, peak memory {peak_memory():.2f} GiB"
-    if not train["compile"]:
-        with FlopCounterMode(display=False) as counter:
-            step()
-        flops = counter.get_total_flops()
-        line += f", {flops / batch / 1e9:.2f} GFLOP/image, {flops / seconds / 1e12:.2f} TFLOP/s"
-        if device.type == "cuda":
-            line += f", MFU {flops / seconds / 1e12 / args.peak_tflops:.1%}"
-    print(line)
+    return run
 
 
 def stage2(args) -> None:
     config = load_config(args.config, args.overrides, train_stage2.SECTIONS, lambda given: train_stage2.inherit_data(given, None))
-    train, settings, name = config["train"], config["model"], config["model"]["name"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = train["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    train, device = config["train"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = build(make_dataset, config["data"], split="train")
     autoencoder, *_ = train_stage2.load_stage1(config, None)
     train_stage2.complete(config, autoencoder, dataset.classes)
     autoencoder = autoencoder.to(device).requires_grad_(False)
-    model = build(STAGE2[name], {k: v for k, v in settings.items() if k != "name"}).to(device)
-    if train["compile"]:
-        compile_parts(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), 1e-6, fused=device.type == "cuda")
     batch, count = train["train_batch_size"], min(len(dataset), max(1000, 64 * train["train_batch_size"]))
-
-    def step(codes, labels) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = model(codes, labels if train["class_conditional"] else None)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model, step = stage2_step(config, device)
 
     with tempfile.TemporaryDirectory() as folder:
         example = autoencoder.encode(image(dataset, 0).unsqueeze(0).to(device))
@@ -139,13 +124,10 @@ def stage2(args) -> None:
         print(f"encoding: {count / (time.perf_counter() - start):.1f} images/s, once per image and view")
         lengths = model.lengths(cache[:][0])
         tokens = lengths.float().mean().item()
-        shuffled = lengths[torch.randperm(count)[:count // batch * batch]].view(-1, batch).float()
-        sorted_ = torch.stack([lengths[rows].float() for rows, _ in zip(CodeBatches(lengths, 1, batch), range(count // batch))])
-        padding = [1 - (x.sum() / (x.amax(1) * batch).sum()).item() for x in (shuffled, sorted_)]
-        print(f"padding: {padding[0]:.2%} in random batches of {batch}, {padding[1]:.2%} in batches of similar length "
+        shuffled, similar = padding(lengths, batch)
+        print(f"padding: {shuffled:.2%} in random batches of {batch}, {similar:.2%} in batches of similar length "
               f"({tokens:.0f} tokens per image, from {lengths.min()} to {lengths.max()})")
         batches = code_loader(cache, lengths, batch, device=device)
-        cached = timed(lambda: step(*next(batches)), args.warmup, args.steps)
         images = train_loader(dataset, batch, 0, train["dataloader_num_workers"], device=device)
 
         def encode_and_step() -> None:
@@ -153,20 +135,65 @@ def stage2(args) -> None:
             step(autoencoder.encode(x), labels)
 
         fly = timed(encode_and_step, args.warmup, args.steps)
-        line = (f"{precision}: {batch / cached:.1f} images/s ({batch * tokens / cached:.0f} tokens/s) from the cache, "
-                f"{batch / fly:.1f} images/s encoding on the fly, {fly / cached:.2f} x; peak memory {peak_memory():.2f} GiB")
-        if not train["compile"]:
-            codes, labels = next(batches)
-            with FlopCounterMode(display=False) as counter:
-                step(codes, labels)
-            flops = counter.get_total_flops()
-            line += f", {flops / batch / 1e9:.2f} GFLOP/image, {flops / cached / 1e12:.2f} TFLOP/s"
-            if device.type == "cuda":
-                line += f", MFU {flops / cached / 1e12 / args.peak_tflops:.1%}"
-        print(line)
+        found = measure(lambda: step(*next(batches)), batch, args.warmup, args.steps, count=not train["compile"])
+        print(f"from the cache: {line(found, precision(config, device), args.peak_tflops)}, {batch * tokens / found['seconds']:.0f} "
+              f"tokens/s; encoding on the fly: {batch / fly:.1f} images/s, {fly / found['seconds']:.2f} x as long")
 
 
-def timed(run, warmup: int, steps: int) -> float:
+def stage2_step(config: dict, device: torch.device) -> tuple[torch.nn.Module, Callable[[dict, torch.Tensor], None]]:
+    """The model of a stage-2 config, and a training step of it on codes and labels."""
+    train, dtype = config["train"], DTYPES.get(precision(config, device))
+    model = build(STAGE2[config["model"]["name"]], {k: v for k, v in config["model"].items() if k != "name"}).to(device)
+    if train["compile"]:
+        compile_parts(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), 1e-6, fused=device.type == "cuda")
+
+    def step(codes: dict[str, torch.Tensor], labels: torch.Tensor | None) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(codes, labels if train["class_conditional"] else None)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def padding(lengths: torch.Tensor, batch: int) -> tuple[float, float]:
+    """Share of padding in random batches, and in batches of similar length."""
+    count = len(lengths)
+    shuffled = lengths[torch.randperm(count)[:count // batch * batch]].view(-1, batch).float()
+    similar = torch.stack([lengths[rows].float() for rows, _ in zip(CodeBatches(lengths, 1, batch), range(count // batch))])
+    return tuple(1 - (x.sum() / (x.amax(1) * batch).sum()).item() for x in (shuffled, similar))
+
+
+def precision(config: dict, device: torch.device) -> str:
+    return config["train"]["mixed_precision"] or ("bf16" if device.type == "cuda" else "no")
+
+
+def measure(step: Callable[[], None], batch: int, warmup: int, steps: int, flops: int | None = None,
+            count: bool = True) -> dict[str, float]:
+    """Seconds per step, images/s, peak memory (GiB); and floating-point operations per step: `flops`, or counted, unless compiled code
+    would hide them."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(step, warmup, steps)
+    found = {"seconds": seconds, "images_per_second": batch / seconds, "gib": peak_memory()}
+    if flops is None and count:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops = counter.get_total_flops()
+    return found | ({"gflop_per_image": flops / batch / 1e9, "tflops": flops / seconds / 1e12, "flops": flops} if flops else {})
+
+
+def line(found: dict[str, float], kind: str, peak_tflops: float) -> str:
+    text = f"{kind}: {found['images_per_second']:.1f} images/s, {1e3 * found['seconds']:.1f} ms/step, peak memory {found['gib']:.2f} GiB"
+    if "tflops" in found:
+        text += f", {found['gflop_per_image']:.2f} GFLOP/image, {found['tflops']:.2f} TFLOP/s"
+        text += f", MFU {found['tflops'] / peak_tflops:.1%}" if torch.cuda.is_available() else ""
+    return text
+
+
+def timed(run: Callable[[], None], warmup: int, steps: int) -> float:
     """Seconds per call."""
     for _ in range(warmup):
         run()

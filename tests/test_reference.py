@@ -1,6 +1,10 @@
-"""Outputs of the reference implementations, on small networks with stand-in weights."""
+"""Outputs of the reference implementations, on small networks with stand-in weights.
+
+On a GPU: MINVQ_DEVICE=cuda python -m pytest tests/test_reference.py tests/test_training_parity.py
+"""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,23 +12,30 @@ import pytest
 import torch
 from fill import fill, image
 
-from convert import from_reference
+import convert
 from dq_transformer import DQTransformer
 from losses import PatchGAN
 
 FIXTURES = Path(__file__).parent / "fixtures"
+DEVICE = torch.device(os.environ.get("MINVQ_DEVICE", "cpu"))
+TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 1e-3
+torch.backends.cudnn.allow_tf32 = False
+
+
+def from_reference(*args):
+    return convert.from_reference(*args).to(DEVICE)
 
 
 def load(name):
     about = json.loads((FIXTURES / f"{name}.json").read_text())
     state = {k: torch.as_tensor(fill(k, tuple(shape))) for k, shape in about.get("parameters", {}).items()}
     with np.load(FIXTURES / f"{name}.npz") as file:
-        arrays = {k: torch.from_numpy(v) for k, v in file.items()}
-    return about["config"], state, torch.from_numpy(image(**about["image"])) if "image" in about else None, arrays
+        arrays = {k: torch.from_numpy(v).to(DEVICE) for k, v in file.items()}
+    return about["config"], state, torch.from_numpy(image(**about["image"])).to(DEVICE) if "image" in about else None, arrays
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["vqgan_taming", "vqgan_llamagen", "vqvae_simplecnn"])
@@ -117,7 +128,7 @@ def test_dq_transformer():
 def test_order_of_dq_transformer(name):
     config, _, _, want = load(name)
     model = DQTransformer(config["codebook_size"], [config["coarse_hw"], config["fine_hw"]], position_layers=1, content_layers=1,
-                          n_head=1, n_embd=8, order=config["fine_position_order"])
+                          n_head=1, n_embd=8, order=config["fine_position_order"]).to(DEVICE)
     codes = {k: want[k] for k in ("indices", "grain")}
     tokens = model.order(codes)
     for i in range(3):
@@ -137,7 +148,7 @@ def test_order_of_dq_transformer(name):
 @torch.no_grad()
 def test_patchgan():
     config, state, images, want = load("patchgan")
-    model = PatchGAN(config["ndf"], config["n_layers"]).eval()
+    model = PatchGAN(config["ndf"], config["n_layers"]).eval().to(DEVICE)
     missing, unexpected = model.load_state_dict({k.removeprefix("main."): v for k, v in state.items()}, strict=False)
     assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
     close(model(images), want["logits"])

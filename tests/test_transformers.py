@@ -1,11 +1,15 @@
 """GPT, Stackformer and DQ-Transformer: identities on tiny networks."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command_in_copy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dq_transformer
 import gpt
@@ -463,6 +467,73 @@ def test_step_compiles_to_the_same():
     want = model.sample(2, generator=torch.Generator().manual_seed(0))
     model.blocks.step = torch.compile(model.blocks.step, backend="eager", fullgraph=True)  # the whole step is one graph
     assert torch.equal(model.sample(2, generator=torch.Generator().manual_seed(0))["indices"], want["indices"])
+
+
+class RecordedGraph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph without a GPU: keeps the operations between begin and end, and replays them on the same tensors."""
+
+    captured = 0
+
+    def capture_begin(self, **_):
+        self.operations = []
+        RecordedGraph.captured += 1
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(): from here on, sampling as on a GPU: CUDA graphs, recorded and replayed on the CPU."""
+    made, on = gpt.Cache.__init__, []
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(RecordedGraph, "captured", 0)
+
+    def init(self, *args):
+        made(self, *args)
+        self.graphs, self.window = bool(on), 4
+
+    monkeypatch.setattr(gpt.Cache, "__init__", init)
+    return lambda: on.append(True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_are_replayed_from_a_graph_for_each_window(graphs, name, autocast):
+    model, draws = make(name, CLASSES), []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            draws.append(model.sample(3, [0, 1, 4], top_k=8, cfg_scale=2.0, generator=torch.Generator().manual_seed(0)))
+        graphs()
+    assert all(torch.equal(draws[0][key], draws[1][key]) for key in draws[0])
+    stacks = sum(isinstance(m, gpt.Blocks) for m in model.modules())
+    assert RecordedGraph.captured >= stacks * 2 and RecordedGraph.captured <= stacks * math.ceil(model.length / 4)
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(graphs, monkeypatch):
+    model = make("gpt")
+    want = model.sample(2, generator=torch.Generator().manual_seed(0))
+    graphs()
+    monkeypatch.setattr(RecordedGraph, "capture_begin", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not permitted")))
+    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: not permitted"):
+        got = model.sample(2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got["indices"], want["indices"])
 
 
 @pytest.mark.parametrize("files, code", [
