@@ -46,7 +46,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
+from experiment import STAGE2, load_run, run_config, run_dataset, run_folder, set_rate
 from gpt import sides
 from launch import run_main
 from losses import load_lpips
@@ -57,7 +57,7 @@ QUEUE, FEATURES = 65536, 2048
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="append", required=True, help="a run folder; several times for a comparison")
+    parser.add_argument("--run", action="append", required=True, type=run_folder, help="a run folder; several times for a comparison")
     parser.add_argument("--rates", help="(stage 1, trained for a range) several rates, such as 0.1,0.5,0.9: a result for each")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="the images to compare with (default val)")
     parser.add_argument("--images", type=int, help="at most so many of them, spread over the split (default: all)")

@@ -2,7 +2,7 @@
 
     STAGE1, STAGE2          the models by name
     Run                     a run folder and the training in it
-    load_run, save_run      a model from a run folder, and the other way round
+    load_run, save_run      a model from a run folder, and the other way round; run_folder: one from the Hugging Face Hub
     learning_rate_at, compile_parts, update_ema     what both training scripts need
 
 A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl, tensorboard/, samples/*.png and checkpoints/.
@@ -334,9 +334,11 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be from before the GAN
     loss began). Averaged weights, if the run kept them. UserError if there is no such run.
     """
-    folder, config = Path(folder), run_config(folder)
+    folder, config = Path(run_folder(folder)), run_config(folder)
     path = folder / "checkpoints/best.safetensors"
-    if which == "latest":
+    if (folder / "model.safetensors").is_file():  # as hub.py exports it
+        path = folder / "model.safetensors"
+    elif which == "latest":
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
             raise UserError(f"{folder} has no whole checkpoint yet")
@@ -351,9 +353,27 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     return model.eval(), config
 
 
+def run_folder(name: str | Path) -> str | Path:
+    """The folder of a run. "hf:user/name" is downloaded from the Hugging Face Hub to runs/user/name, unless it is there."""
+    if not str(name).startswith("hf:"):
+        return name
+    repository = str(name).removeprefix("hf:")
+    folder = f"runs/{repository}"
+    if not Path(folder, "config.yaml").is_file():
+        from huggingface_hub import snapshot_download  # takes a second
+
+        try:
+            snapshot_download(repository, local_dir=folder, ignore_patterns=["config.yaml"])
+            snapshot_download(repository, local_dir=folder, allow_patterns=["config.yaml"])  # last: with it, the folder is a run
+        except Exception as error:  # of the network, of httpx, of the Hub: they have no common base
+            raise UserError(f"{name} could not be downloaded from the Hugging Face Hub "
+                            f"({str(error).strip().splitlines()[0]}); check the name, user/name, and the network") from error
+    return folder
+
+
 def run_config(folder: str | Path) -> dict:
     """The config of a run folder."""
-    path = Path(folder) / "config.yaml"
+    path = Path(run_folder(folder)) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = read_yaml(path)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint import list_checkpoints, newest_whole
 from config import UserError
-from experiment import Run, run_config
+from experiment import Run, run_config, run_folder
 
 SHOWN = 8  # how many names a sentence lists
 
@@ -26,10 +26,11 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
     source, resumed = run.train["init_from"], run.wanted == "auto" and list_checkpoints(run.folder / "checkpoints")
     if source is None or resumed or run.wanted not in (None, "auto"):
         return
-    path = Path(source).expanduser()
+    path = Path(run_folder(source)).expanduser()
     checkpoint, folder = path, path.parent.parent
     if (path / "config.yaml").is_file():
-        checkpoint, folder = newest_whole(path / "checkpoints", run.accelerator.print), path
+        exported = path if (path / "model.safetensors").is_file() else None
+        checkpoint, folder = exported or newest_whole(path / "checkpoints", run.accelerator.print), path
     if checkpoint is None or not (checkpoint / "model.safetensors").is_file():
         raise UserError(f"train.init_from must be a run folder or one of its checkpoints; {source} has no model.safetensors")
     kind, wanted = run_config(folder)["model"]["name"], run.config["model"]["name"]

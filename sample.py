@@ -38,7 +38,7 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build, check_config
 from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
-from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
+from experiment import STAGE2, asked_rate, load_run, own_folder, run_folder, set_image_size, set_rate
 from gpt import Blocks, check_sampling, sides
 from launch import run_main
 
@@ -68,7 +68,7 @@ class SampleSettings:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the run folder of a stage-2 model")
+    parser.add_argument("--run", required=True, type=run_folder, help="the run folder of a stage-2 model, or hf:user/name")
     parser.add_argument("-n", type=int, default=64, help="how many images in all (default 64)")
     parser.add_argument("--classes", help="class numbers or names, with commas; the images go through them in turn (default: all)")
     parser.add_argument("--cfg", type=float, help="scale of the guidance towards the classes; 1: none")

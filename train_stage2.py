@@ -24,7 +24,8 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
+from experiment import (
+    STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, run_folder, save_run, set_image_size, set_rate)
 from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
 from launch import run_main
@@ -145,6 +146,7 @@ def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
     if resume and (copy_ / "config.yaml").is_file():
         return copy_, True
     folder = mapping(config.get("codes"), "codes").get("stage1")
+    folder = run_folder(folder) if folder else folder
     if not folder or not (Path(str(folder)).expanduser() / "config.yaml").is_file():
         raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {folder!r}"
                         + (", which has no config.yaml" if folder else ""))

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from config import UserError
 from dataset import ImageDataset, to_float, to_uint8
 from evaluate import code_counts, compare, spent
-from experiment import own_folder, rate_range, set_rate
+from experiment import own_folder, rate_range, run_folder, set_rate
 from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, tiles
 from gpt import sides
 from launch import run_main
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     def command(draw, several=False, data=True, images=False, n=None, suffix=".png"):
         sub = commands.add_parser(draw.__name__, help=draw.__doc__.splitlines()[0])
         sub.set_defaults(draw=draw, suffix=suffix)
-        sub.add_argument("--run", required=True, **({"action": "append"} if several else {"nargs": 1}),
+        sub.add_argument("--run", required=True, type=run_folder, **({"action": "append"} if several else {"nargs": 1}),
                          help="a run folder" + ("; several times for a comparison" if several else ""))
         sub.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
         sub.add_argument("--out", help=f"a file (default: RUN/figures/{draw.__name__}{suffix})")
