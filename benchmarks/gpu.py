@@ -36,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU can then be asked before a fork
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -259,6 +260,9 @@ def training(device: torch.device, args: argparse.Namespace) -> Checks:
            "loss.perceptual_weight=0"]
     names = ("vqgan", "mqvae", "dqvae", "dqvae_entropy")[:1 if device.type == "cpu" else 4]
     stage2 = {"gpt": "vqgan", "stackformer": "mqvae", "dq_transformer": "dqvae"}
+    stage2 = {name: stage1 for name, stage1 in stage2.items() if stage1 in names}
+    codes = {name: [f"codes.stage1=bf16_{stage1}", "model.n_embd=64", "sample.columns=2", "sample.rows=1"]
+             for name, stage1 in stage2.items()}
 
     def train(script: Any, name: str, run: str, steps: int, *words: str, resume: bool = False) -> Path:
         AcceleratorState._reset_state(True)
@@ -287,19 +291,15 @@ def training(device: torch.device, args: argparse.Namespace) -> Checks:
         yield f"{name}, resumed", lambda n=name: difference(
             train(train_stage1, n, f"whole_{n}", 4, *gan),
             train(train_stage1, n, f"{train(train_stage1, n, f'parts_{n}', 2, *gan)}", 4, *gan, resume=True), 4)
-        yield f"{name}, compiled", lambda n=name: difference(
-            train(train_stage1, n, f"eager_{n}", 2, *gan), train(train_stage1, n, f"compiled_{n}", 2, *gan, "train.compile=true"), 2)
-    for name, stage1 in stage2.items():
-        if stage1 not in names:
-            continue
-        codes = [f"codes.stage1=bf16_{stage1}", "model.n_embd=64", "sample.columns=2", "sample.rows=1"]
+    for name in stage2:
         for kind in ("bf16", "fp16")[:2 if device.type == "cuda" else 1]:
-            yield f"{name}, {kind}", lambda n=name, c=codes, k=kind: finite(
-                train(train_stage2, n, f"{k}_{n}", 2, *c, f"train.mixed_precision={k}"))
-        yield f"{name}, no wait in a step", lambda n=name, c=codes: without_waiting(
-            lambda: train(train_stage2, n, f"quick_{n}", 4, *c, "train.mixed_precision=bf16"), device)
-        yield f"{name}, compiled", lambda n=name, c=codes: difference(
-            train(train_stage2, n, f"eager_{n}", 2, *c), train(train_stage2, n, f"compiled_{n}", 2, *c, "train.compile=true"), 2)
+            yield f"{name}, {kind}", lambda n=name, k=kind: finite(
+                train(train_stage2, n, f"{k}_{n}", 2, *codes[n], f"train.mixed_precision={k}"))
+        yield f"{name}, no wait in a step", lambda n=name: without_waiting(
+            lambda: train(train_stage2, n, f"quick_{n}", 4, *codes[n], "train.mixed_precision=bf16"), device)
+    for script, name, words in [*((train_stage1, name, gan) for name in names), *((train_stage2, name, codes[name]) for name in stage2)]:
+        yield f"{name}, compiled", lambda s=script, n=name, w=words: difference(
+            train(s, n, f"eager_{n}", 2, *w), train(s, n, f"compiled_{n}", 2, *w, "train.compile=true"), 2)
 
 
 def without_waiting(train: Callable[[], Path], device: torch.device) -> dict[str, Any]:
@@ -349,14 +349,12 @@ def stage1(device: torch.device, args: argparse.Namespace) -> Checks:
         flops[name] = found["flops"] // batch
         return speeds(found, args)
 
-    batches = (32, 8) if device.type == "cuda" else (2,)
-    for compiled in ("false", "true"):
-        for batch in batches:
-            for layout in ("true", "false"):
-                for name in names[:1 if device.type == "cpu" and compiled == "true" else 4]:
-                    what = f"{name}, batch {batch}{', channels_last' * (layout == 'true')}{', compiled' * (compiled == 'true')}"
-                    if layout == "true" or device.type == "cuda":
-                        yield what, lambda n=name, b=batch, w=(f"train.channels_last={layout}", f"train.compile={compiled}"): run(n, b, *w)
+    ways = [(32, True, False), (32, True, True), (32, False, False), (8, True, False), (8, True, True), (32, False, True)]
+    for batch, channels_last, compiled in ways if device.type == "cuda" else [(2, True, False), (2, False, True)]:
+        for name in names[:1 if device.type == "cpu" and compiled else 4]:
+            words = [f"train.channels_last={str(channels_last).lower()}", f"train.compile={str(compiled).lower()}"]
+            what = f"{name}, batch {batch}{', channels_last' * channels_last}{', compiled' * compiled}"
+            yield what, lambda n=name, b=batch, w=words: run(n, b, *w)
 
 
 def speeds(found: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:

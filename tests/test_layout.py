@@ -61,4 +61,5 @@ def test_scripts_set_openmp_before_torch_is_loaded():
     for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "hub"):
         lines = [node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
         imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
-        assert imported.index("openmp") < imported.index(next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))), name
+        heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))
+        assert imported.index("openmp") < imported.index(heavy), name
