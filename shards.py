@@ -212,7 +212,8 @@ def _table(data: Any, part: str, image_column: str | None, label_column: str | N
         raise ValueError(f"the column {image_column!r} holds no images; set data.image_column to one of {', '.join(columns)}") from None
     if label_column is None:
         return Table(images, part, ["image"] * len(data), None)
-    found = data.select_columns([label_column])[:][label_column]
-    if not all(type(label) is type(found[0]) in (int, str) for label in found):
+    usable = re.match("u?int|(large_)?string", getattr(columns[label_column], "dtype", ""))
+    found = data.select_columns([label_column])[:][label_column] if usable else [None]
+    if None in found:
         raise ValueError(f"the column {label_column!r} must hold a number or a word for each image; set data.label_column to another one")
     return Table(images, part, found, getattr(columns[label_column], "names", None))
