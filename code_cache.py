@@ -75,7 +75,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
 def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int,
               rate: float | list[float] | None) -> str:
     """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, and the rate if one
-    was chosen. A folder of image files may move."""
+    was chosen. A folder of image files or shards may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not (name.startswith("quantizer.") and name.split(".")[-1] in ("ema_count", "ema_sum", "queue")):
@@ -84,7 +84,9 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
     names = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    data = {k: v for k, v in data.items() if k != "root" or not isinstance(dataset.source, Files)}
+    left_out = {"root"} if isinstance(dataset.source, Files) or data.get("name") == "webdataset" else set()
+    left_out |= {k for k in ("image_column", "label_column") if data.get(k) is None}  # which older caches did not know
+    data = {k: v for k, v in data.items() if k not in left_out}
     about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 

@@ -11,6 +11,7 @@ what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import atexit
+import io
 import math
 import multiprocessing
 import os
@@ -19,21 +20,22 @@ import re
 import signal
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shapes import Shapes
+from shards import EXTENSIONS, Shards, Table, tables, tar_shards
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 BACKGROUND = (255, 255, 255)  # behind transparent images
+ENOUGH = 2  # training decodes JPEGs at 1/2, 1/4 or 1/8 if so many pixels are left for each of the smallest crop's (docs/data.md)
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
 
 
@@ -45,20 +47,23 @@ class DataError(Exception):
         super().__init__(message.strip().splitlines()[-1].removeprefix("dataset.DataError: "))
 
 
-def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "shapes"] = "folder",
+def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder", "webdataset", "huggingface", "shapes"] = "folder",
                  root: str | None = None, split: Literal["train", "val"] = "train", image_size: int | list[int] = 256,
                  random_crop: bool = True, random_flip: bool = True, min_scale: Annotated[float, (1e-6, 1)] = 1.0,
                  val_fraction: Annotated[float, (0, 0.999)] = 0.05, seed: Annotated[int, (0, 2**63 - 1)] = 0, train_size: int = 50_000,
-                 val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3, uint8: bool = False) -> ImageDataset:
+                 val_size: int = 1_000, max_objects: Annotated[int, (1, 3)] = 3, image_column: str | None = None,
+                 label_column: str | None = None, uint8: bool = False) -> ImageDataset:
     """The images and labels of one split. DataError, in one sentence, if `root` does not hold what SOURCES says.
 
     image_size               side of the square images, or [height, width]
     random_crop, random_flip augmentation of the training split. Without random_crop, and for validation, the centre is cropped
     min_scale                training crops cover a random share of the largest crop's area between this and 1
-    val_fraction             (folder, without val/) the share of files that is held out
+    val_fraction             (folder, webdataset, huggingface; if nothing there is for validation) the share that is held out
     seed                     of the augmentation, and of the shapes
     train_size, val_size     how many shapes there are
     max_objects              in an image of shapes, 1 to 3
+    image_column             (huggingface) null: "image", or else the only column of images
+    label_column             (huggingface) null: "label", if there is one
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
     """
     train = split == "train"
@@ -73,13 +78,16 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
             if root is None:
                 raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
             root = Path(root).expanduser()
-            if not root.is_dir():
+            if not root.is_dir() and name != "webdataset":
                 raise DataError(f"there is no folder {root}")
-            source = make(root, train, val_fraction) if name == "folder" else make(root, train)
+            more = {"folder": (val_fraction,), "webdataset": (val_fraction,), "huggingface": (val_fraction, image_column, label_column)}
+            source = make(root, train, *more.get(name, ()))
             if len(source.labels) == 0:
                 raise DataError(f"no images for the {split} split in {root}")
-        except DataError as error:
+        except (DataError, FileNotFoundError) as error:
             raise DataError(f"{error}; data.root must be {layout}") from error
+        except ValueError as error:
+            raise DataError(str(error)) from error
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
 
 
@@ -95,6 +103,9 @@ class ImageDataset(Dataset):
         self.source, self.image_size, self.train, self.seed, self.uint8 = source, image_size, train, seed, uint8
         self.random_crop, self.random_flip, self.min_scale = random_crop, random_flip, min_scale
         self.classes = source.classes
+        smallest = math.sqrt(min_scale) if random_crop else 1  # the side of a training crop, as a share of the largest crop's
+        side = image_size if isinstance(image_size, int) else max(image_size)
+        self.least = math.ceil(ENOUGH * side / smallest) if train else 0
         self.unreadable = torch.zeros(len(source.labels), dtype=torch.uint8).share_memory_()  # seen by all workers
 
     def __len__(self) -> int:
@@ -118,11 +129,11 @@ class ImageDataset(Dataset):
         image = self.source.load(index)
         if isinstance(image, Tensor):  # made at the right size
             return image
+        image, (left, top, w, h) = decode(image, self.least) if isinstance(image, (str, bytes)) else (image, (0, 0, *image.size))
         # One call crops and resizes, which equals resizing to the larger scale and then cropping.
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        (w, h), flip = image.size, False
         box_w, box_h = min(w, h * width / height), min(h, w * height / width)
-        x, y = (w - box_w) / 2, (h - box_h) / 2
+        x, y, flip = (w - box_w) / 2, (h - box_h) / 2, False
         if self.train:
             rng = random.Random(f"{self.seed} {epoch} {index}")
             flip = self.random_flip and rng.random() < 0.5
@@ -130,7 +141,8 @@ class ImageDataset(Dataset):
                 scale = math.sqrt(rng.uniform(self.min_scale, 1))
                 box_w, box_h = box_w * scale, box_h * scale
                 x, y = rng.uniform(0, w - box_w), rng.uniform(0, h - box_h)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=(x, y, min(x + box_w, w), min(y + box_h, h)))
+        box = (left + x, top + y, left + min(x + box_w, w), top + min(y + box_h, h))
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return image.flip(2) if flip else image.contiguous()
 
@@ -228,13 +240,14 @@ def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[
 
 
 class Source(Protocol):
-    """The images of one split: `Files`, `Arrays`, or any class with these."""
+    """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
 
     labels: Sequence[int]
     classes: list[str]  # the names of the labels
 
-    def load(self, index: int) -> Image.Image | Tensor:
-        """An RGB image of any size; or a uint8 tensor (3, H, W) of the right size, which is neither cropped nor flipped."""
+    def load(self, index: int) -> Image.Image | Tensor | str | bytes:
+        """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor (3, H, W) of the right size, which is
+        neither cropped nor flipped."""
 
     def name(self, index: int) -> str:
         """For messages, and for the code cache: unique, and the same in every run."""
@@ -249,9 +262,8 @@ class Files:
     classes: list[str]
     crop: tuple[int, int, int, int] | None = None
 
-    def load(self, index: int) -> Image.Image:
-        image = read_image(self.paths[index])
-        return image.crop(self.crop) if self.crop else image
+    def load(self, index: int) -> Image.Image | str:
+        return read_image(self.paths[index]).crop(self.crop) if self.crop else self.paths[index]
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -272,17 +284,45 @@ class Arrays:
         return str(index)
 
 
+@dataclass
+class Packed:
+    """Some rows of what lies in shards or in a table."""
+
+    box: Shards | Table
+    rows: Sequence[int]
+    labels: list[int]
+    classes: list[str]
+
+    def load(self, index: int) -> bytes | str:
+        return self.box.read(self.rows[index])
+
+    def name(self, index: int) -> str:
+        return self.box.name(self.rows[index])
+
+
 def read_image(path: str | Path) -> Image.Image:
     """The image as 8-bit RGB, upright (EXIF), over white where it is transparent; 16-bit images keep their high bytes."""
-    with Image.open(path) as image:
+    return decode(path)[0]
+
+
+def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
+    `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
         image.load()
+        turn = image.getexif().get(ExifTags.Base.Orientation)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        return image.convert("RGB")
+        w, h = reduced[1][2:] if reduced else image.size
+        if reduced and turn in (5, 6, 7, 8):
+            w, h = h, w
+        left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
+        return image.convert("RGB"), (left, top, w, h)
 
 
 def list_images(root: Path) -> list[Path]:
@@ -300,11 +340,23 @@ def labelled(paths: list[Path], base: Path, classes: list[str] | None = None) ->
     if not all(len(p) > 1 for p in parts):
         return [0] * len(paths), ["image"]
     classes = classes or sorted({p[0] for p in parts})
+    return numbers([p[0] for p in parts], classes, lambda i: paths[i]), classes
+
+
+def numbers(found: list, classes: Sequence, name: Callable[[int], str | Path]) -> list[int]:
+    """The place of each of what was found among the classes."""
     index = {c: i for i, c in enumerate(classes)}
-    for path, p in zip(paths, parts):
-        if p[0] not in index:
-            raise DataError(f"{path} is of class {p[0]!r}, which the training split does not have")
-    return [index[p[0]] for p in parts], classes
+    for i, c in enumerate(found):
+        if c not in index:
+            raise DataError(f"{name(i)} is of class {c!r}, which the training split does not have")
+    return [index[c] for c in found]
+
+
+def held_out(names: Iterable[str], val_fraction: float, train: bool) -> list[int]:
+    """The indices for this split, by a hash of the names: one's place does not change when others come or go."""
+    place = [zlib.crc32(name.encode()) / 2**32 for name in names]
+    limit = max(val_fraction, min(place, default=0) + 2**-32)  # at least one image for validation
+    return [i for i, x in enumerate(place) if (x >= limit) == train]
 
 
 def imagenet(root: Path, train: bool) -> Source:
@@ -378,12 +430,34 @@ def folder(root: Path, train: bool, val_fraction: float) -> Source:
             paths = list_images(root / "val")
             labels, classes = labelled(paths, root / "val", classes if classes != ["image"] else None)
     elif paths:
-        # A file's place does not change when others come or go.
-        place = [zlib.crc32(p.relative_to(base).as_posix().encode()) / 2**32 for p in paths]
-        limit = max(val_fraction, min(place) + 2**-32)  # at least one image for validation
-        keep = [i for i, x in enumerate(place) if (x >= limit) == train]
+        keep = held_out((p.relative_to(base).as_posix() for p in paths), val_fraction, train)
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
     return Files([str(p) for p in paths], labels, classes)
+
+
+def webdataset(root: Path, train: bool, val_fraction: float) -> Source:
+    return packed(*tar_shards(root), train, val_fraction)
+
+
+def huggingface(root: Path, train: bool, val_fraction: float, image_column: str | None, label_column: str | None) -> Source:
+    return packed(*tables(root, image_column, label_column), train, val_fraction)
+
+
+def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bool, val_fraction: float) -> Source:
+    """A split of what is for training, and of what is for validation, if anything is. Classes are those of the former: its names, "0" to
+    its largest number, or its words."""
+    if not ours or not ours.found:
+        raise DataError("there are no images for training")
+    if isinstance(ours.found[0], str):
+        classes = sorted(set(ours.found))
+    elif max(ours.found) < 10**6:
+        classes = range(len(ours.classes or range(max(ours.found) + 1)))
+    else:
+        raise DataError(f"classes must be numbered from 0 to below 1,000,000; one is {max(ours.found)}")
+    box = theirs if theirs and theirs.found and not train else ours
+    rows = range(len(box.found)) if theirs and theirs.found else held_out(box.keys, val_fraction, train)
+    labels = numbers([box.found[row] for row in rows], classes, lambda i: box.name(rows[i]))
+    return Packed(box, rows, labels, ours.classes or [str(c) for c in classes])
 
 
 SOURCES = {  # a function of (root, train), and what root must be
@@ -393,4 +467,7 @@ SOURCES = {  # a function of (root, train), and what root must be
     "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
                          "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
     "folder": (folder, "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not"),
+    "webdataset": (webdataset, "a folder of .tar shards, or a pattern of them (PATH/train-{000..123}.tar), with images (x.jpg) and, if you "
+                               "have classes, x.cls or a folder for each"),
+    "huggingface": (huggingface, "a folder that save_to_disk of the library datasets has written, or one of .parquet files"),
 }

@@ -129,7 +129,7 @@ def test_folder_holds_out_a_stable_share(tmp_path):
     assert [len(make_dataset("folder", str(tmp_path), s, val_fraction=0.01)) for s in ("train", "val")] == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["imagenet", "ffhq", "celeba", "cifar10", "folder"])
+@pytest.mark.parametrize("name", ["imagenet", "ffhq", "celeba", "cifar10", "folder", "webdataset", "huggingface"])
 def test_wrong_roots_are_one_sentence(name, tmp_path):
     for root in (None, str(tmp_path / "nowhere"), str(tmp_path)):
         with pytest.raises(DataError) as error:
