@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         found = real_side(args, state, dataset, data, networks, known, {})
         if state.is_main_process:
             save_statistics(saved, found)
+            print(f"statistics of {len(found['features'])} images: {saved}")
     for folder in args.run:
         found = {}
         for rate in rates:

@@ -85,6 +85,7 @@ def frechet_by_hand(a, b):
         here = values > 1e-9 * values.max()
         return sigma @ some @ vectors[:, here] / np.sqrt(values[here])
 
+    assert {x.dtype for x in (*a.values(), *b.values())} == {np.dtype(np.float64)}  # or torch-fidelity's would refuse
     common = np.linalg.svd(root(a["sigma"]).T @ root(b["sigma"]), compute_uv=False).sum()
     return float(((a["mu"] - b["mu"])**2).sum() + np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * common)
 
@@ -336,6 +337,7 @@ def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):
     rows, images = features(network, images)[0].double().numpy(), images.permute(0, 2, 3, 1).numpy()
     plain, count = told(stage1, "--save_statistics", tmp_path / "saved.npz")
     saved = dict(np.load(tmp_path / "saved.npz"))
+    assert f"statistics of 5 images: {tmp_path}/saved.npz" in capsys.readouterr().out
     assert count == 10 and "reference" not in plain and set(saved) == {"mu", "sigma", "mu_s", "sigma_s"}
     for name, part in (("", rows[:, :2048]), ("_s", rows[:, 2048:])):
         assert saved[f"mu{name}"].dtype == saved[f"sigma{name}"].dtype == np.float64
