@@ -2,11 +2,11 @@
 
     python evaluate.py --run runs/vqgan [--run runs/mqvae ...] [--split val] [--images N] [--markdown] [data.root=PATH ...]
     python evaluate.py --run runs/mqvae_any --rates 0.1,0.5,0.9
-    python evaluate.py --run runs/dq_transformer -n 5000 [--samples FOLDER | FILE.npz] [sample.top_k=100 ...]
+    python evaluate.py --run runs/dq_transformer -n 5000 [--samples FOLDER | FILE.npz] [--reference FILE.npz] [sample.top_k=100 ...]
     accelerate launch --num_processes 8 evaluate.py --run ...
 
 stage 1     psnr (dB), ssim, lpips (VGG)    of each image in 8 bits, by torchmetrics and lpips
-            rfid                            FID between images and reconstructions
+            rfid, rsfid                     FID and sFID between images and reconstructions
             usage, perplexity               share of the codes that occur in the set, and exp(entropy) of their frequencies
             usage_65536                     expected usage among 65,536 of the set's codes, comparable between sets of different sizes
             codes, bits, bits_per_pixel     per image
@@ -17,11 +17,19 @@ stage 1     psnr (dB), ssim, lpips (VGG)    of each image in 8 bits, by torchmet
                                             too, mean over pairs. 1: a fixed pattern; chance: the share that is kept
 stage 2     fid, is, precision, recall      of the samples against the split, by torch-fidelity; precision and recall with 3 nearest
                                             neighbours in Inception's features (Kynkaanniemi et al., NeurIPS 2019), as in the ADM suite
+            sfid                            FID with features that know places: in place of the 2,048 of pool_3 the first 7 channels of
+                                            mixed_6/conv, 17 x 17 x 7 (Nash et al., ICML 2021), as in the ADM suite
             bits                            negative log-likelihood of a validation image's codes; of a MaskTransformer an upper bound
             images_per_second               of sampling, on all processes together
 
+--reference FILE.npz takes the place of the split: FID is against its `mu`, `sigma`, sFID against its `mu_s`, `sigma_s`, precision and
+recall against its images `arr_0`. Statistics that it lacks are those of its images; without images, precision and recall stay against the
+split. --save_statistics FILE.npz writes the split's statistics under these names.
+
 _std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do
-not depend on the batch size or the number of processes. They are kept in each run's metrics.json.
+not depend on the batch size or the number of processes. Images are not augmented, in --split train either. All is kept in each run's
+metrics.json, with the `images` of `images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
+`real_images` of precision and recall from `real_images_from`, a split or the reference.
 """
 
 import argparse
@@ -29,8 +37,6 @@ import json
 import math
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -48,11 +54,15 @@ from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
 from experiment import STAGE2, load_run, run_config, run_dataset, run_folder, set_rate
 from gpt import sides
+from inception import (
+    FEATURES, LOGITS, check_images, distances, inception_features, load_inception, load_reference, read_npz, sample_quality,
+    save_statistics, statistics,
+)
 from launch import run_main
 from losses import load_lpips
 from sample import SampleSettings, chosen_labels, draw, load_models, sampling_arguments
 
-QUEUE, FEATURES = 65536, 2048
+QUEUE = 65536
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, help="at most so many of them, spread over the split (default: all)")
     parser.add_argument("-n", type=int, help="(stage 2) samples to draw (default: as many as images)")
     parser.add_argument("--samples", help="(stage 2) measure these instead: a folder of images, or an .npz of uint8 images")
+    parser.add_argument("--reference", help="an .npz of statistics or images (ADM suite) for FID, in place of the split")
+    parser.add_argument("--save_statistics", metavar="FILE.npz", help="write the split's statistics there, for --reference")
     parser.add_argument("--seed", type=int, default=0, help="(stage 2) of the samples")
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
     parser.add_argument("--without", nargs="+", choices=("lpips", "inception"), default=[], help="leave out what needs these networks")
@@ -84,24 +96,46 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--rates must be numbers with commas between them; they are {args.rates!r}") from None
     if args.samples and not all(stage2.values()):
         raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
+    if (args.reference or args.save_statistics) and "inception" in args.without:
+        raise UserError("--reference and --save_statistics need Inception; leave out --without inception")
+    saved = args.save_statistics and Path(args.save_statistics).expanduser()
+    if saved and (saved.suffix != ".npz" or not saved.parent.is_dir()):
+        raise UserError(f"--save_statistics must be FILE.npz in a folder that exists; it is {saved}")
+    reference = load_reference(args.reference) if args.reference else {}
+    meant = set()
+    for folder in args.run if args.rates or reference or saved else ():  # before anything is measured in vain
+        model, config = load_models(folder, args.which)[1:3] if stage2[folder] else load_run(folder, args.which)
+        dataset, data = run_images(args, config, args.split, model)
+        if "images" in reference:
+            check_images(reference["images"], args.reference, *sides(dataset.image_size))
+        for rate in rates if args.rates else ():
+            set_rate(model, rate)
+        meant.add(data_key(data))
+    if saved and len(meant) > 1:
+        raise UserError("--save_statistics are of one data set, and these runs have several; give --run one of them")
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
                         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
-    for folder in args.run if args.rates else ():  # before anything is measured in vain
-        model, config = load_run(folder, args.which)
-        run_dataset(config, args.overrides, args.split, model)
-        for rate in rates:
-            set_rate(model, rate)
     known, results, rows = {}, {}, {}
+    if saved:
+        if "inception" not in networks:
+            raise UserError(why["inception"])
+        found = real_side(args, state, dataset, data, networks, known, {})
+        if state.is_main_process:
+            save_statistics(saved, found)
+            print(f"statistics of {len(found['features'])} images: {saved}")
     for folder in args.run:
         found = {}
         for rate in rates:
-            metrics = (evaluate_stage2(args, state, folder, networks, known) if stage2[folder]
-                       else evaluate_stage1(args, state, folder, networks, known, rate))
+            metrics = (evaluate_stage2(args, state, folder, networks, known, reference) if stage2[folder]
+                       else evaluate_stage1(args, state, folder, networks, known, reference, rate))
             if not state.is_main_process:
                 continue
-            wanted = ("fid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid")
-            metrics |= {"missing": {k: why["lpips" if k == "lpips" else "inception"] for k in wanted if k not in metrics}}
+            if reference and "inception" in networks:
+                metrics["reference"] = Path(args.reference).name
+            wanted = ("fid", "sfid", "is", "precision", "recall") if stage2[folder] else ("lpips", "rfid", "rsfid")
+            why_sfid = f"{args.reference} has neither `mu_s` and `sigma_s` nor images"  # where both networks are there
+            metrics["missing"] = {k: why.get("lpips" if k == "lpips" else "inception", why_sfid) for k in wanted if k not in metrics}
             found[rate], row = metrics, folder if rate is None else f"{Path(folder)} at {rate:g}"
             results[row], rows[row] = metrics, names[folder]
         if state.is_main_process:
@@ -113,19 +147,18 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{folder}/metrics.json could not be written ({error.strerror})")
     if state.is_main_process:
         print(table(results, rows, args.markdown))
-        for sentence in why.values():
+        for sentence in dict.fromkeys(s for r in results.values() for s in r["missing"].values()):
             lost = dict.fromkeys(LABELS[k][0] for r in results.values() for k, s in r["missing"].items() if s == sentence)
-            if lost:
-                print(f"without {', '.join(lost)}: {sentence}")
+            print(f"without {', '.join(lost)}: {sentence}")
     state.wait_for_everyone()
 
 
 @torch.no_grad()
-def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict,
+def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict, reference: dict,
                     rate: float | None = None) -> dict:
     """The metrics of a stage-1 run, at its own rate or another; on the first process."""
     model, config = load_run(folder, args.which)
-    dataset = run_dataset(config, args.overrides, args.split, model)
+    dataset, data = run_images(args, config, args.split, model)
     if min(sides(dataset.image_size)) < 11:
         raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
     if rate is not None:
@@ -147,13 +180,13 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         offsets = model.quantizer.codebook_size * torch.arange(books, device=state.device) if books > 1 else 0
         uses += torch.bincount((codes["indices"] + offsets)[spent(model, codes)], minlength=len(uses))
         if "inception" in networks:
-            features.append(networks["inception"](reconstructions)[0].cpu())
+            features.append(inception_features(networks["inception"], reconstructions)[0])
     uses = state.reduce(uses, "sum").cpu()
-    real = originals(args, state, dataset, networks, known, config) if features else None
+    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     each, features, places = collect(state, each), collect(state, features), collect(state, places)
     if not state.is_main_process:
         return {}
-    metrics = {"images": len(each)}
+    metrics = measured_images(data, args.split, len(each), dataset)
     for name, column in zip(values, each.T):
         if name == "detail":
             column = column[~column.isnan()]  # an image whose regions are all equal has none
@@ -161,7 +194,7 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
             continue
         metrics |= {name: column.mean().item(), f"{name}_std": column.std(correction=0).item()}
     if features is not None:
-        metrics["rfid"] = frechet_distance(features, real[:, :FEATURES])
+        metrics |= {f"r{name}": value for name, value in distances(features, real).items()}
     if places is not None and len(each) > 1 and places.sum() > 0:  # each of the p images that keep a place shares it with p - 1 others
         places = places.sum(0)
         metrics["shared"] = ((places * (places - 1)).sum() / (places.sum() * (len(each) - 1))).item()
@@ -239,14 +272,13 @@ def perplexity(uses: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict) -> dict:
+def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict, reference: dict) -> dict:
     """The metrics of a stage-2 run; on the first process."""
     model, stage1, config, classes = load_models(folder, args.which)
-    of_data = [o for o in args.overrides if not o.startswith("sample.")]
-    dataset = run_dataset(config, of_data, args.split, stage1)
+    dataset, data = run_images(args, config, args.split, stage1)
     if sides(dataset.image_size) != sides(config["data"]["image_size"]):
         raise UserError(f"the model of {folder} draws images of {config['data']['image_size']} pixels, not {dataset.image_size}")
-    validation = dataset if args.split == "val" else run_dataset(config, of_data, "val", stage1)
+    validation = dataset if args.split == "val" else run_images(args, config, "val", stage1)[0]
     if model.num_classes and len(dataset.classes) > model.num_classes:
         raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
     model, stage1 = model.to(state.device), stage1.to(state.device)
@@ -267,17 +299,19 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     for images, took in source:
         seconds += took
         if "inception" in networks:
-            features.append(torch.cat(networks["inception"](images.to(state.device)), 1).cpu())
-    real = originals(args, state, dataset, networks, known, config) if "inception" in networks else None
+            features.append(torch.cat(inception_features(networks["inception"], images.to(state.device)), 1))
+    real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True) if "inception" in networks else None
     features, seconds = collect(state, features), max(gather_object([seconds]))
     if not state.is_main_process:
         return {}
-    metrics = {"images": len(bits), "bits": bits.mean().item(), "bits_std": bits.std(correction=0).item()}
+    metrics = measured_images(data, "val", len(bits), validation) | {"bits": bits.mean().item(), "bits_std": bits.std(correction=0).item()}
     if not args.samples:
         metrics |= {"images_per_second": count / seconds}
-    if real is not None:
-        metrics |= {"real_images": len(real)}
-    return metrics | (sample_quality(*features.tensor_split([FEATURES], 1), real[:, :FEATURES]) if real is not None else {})
+    if real is None:
+        return metrics
+    features, logits = features.tensor_split([-LOGITS], 1)
+    metrics |= sample_quality(features[:, :FEATURES], logits, real["features"]) | distances(features, real)
+    return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
 
 
 def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.Module, stage1: torch.nn.Module, config: dict,
@@ -298,26 +332,27 @@ def given_samples(args: argparse.Namespace, state: Accelerator, height: int, wid
     """This process's share of the images in --samples, as draw_samples gives them."""
     path = Path(args.samples).expanduser()
     if path.suffix == ".npz":
-        try:
-            images = np.load(path, allow_pickle=False)["arr_0"]
-        except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile, zlib.error):
-            raise UserError(f"{path} is not an .npz of images: uint8 (N, {height}, {width}, 3), as `arr_0`") from None
-        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise UserError(f"{path} holds {images.dtype} {images.shape} instead of images, uint8 (N, {height}, {width}, 3)")
+        images = read_npz(path, "arr_0").get("arr_0")
+        check_images(images, path, height, width)
     else:
         images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
         if not images:
             raise UserError(f"there are no images in {path}")
-    count = min(args.n or len(images), len(images))
-    mine = list(range(count))[state.process_index::state.num_processes]
-    for i in progress(state, range(0, len(mine), args.batch_size), "samples"):
-        batch = [images[j] if path.suffix == ".npz" else pixels_of(images[j]) for j in mine[i:i + args.batch_size]]
+    for batch in shares(args, state, images[:args.n], "samples", height, width):
+        yield batch, 0.0
+
+
+def shares(args: argparse.Namespace, state: Accelerator, images: np.ndarray | list[Path], what: str, height: int,
+           width: int) -> Iterator[Tensor]:
+    """This process's share of images, uint8 (N, H, W, 3) or files, in batches uint8 (B, 3, H, W)."""
+    mine = range(state.process_index, len(images), state.num_processes)
+    for i in progress(state, range(0, len(mine), args.batch_size), what):
+        batch = [images[j] if isinstance(images, np.ndarray) else pixels_of(images[j]) for j in mine[i:i + args.batch_size]]
         for j, image in zip(mine[i:], batch):
             if image.shape != (height, width, 3):
-                name = f"image {j} of {path}" if path.suffix == ".npz" else images[j]
-                raise UserError(f"{name} has {image.shape[1]} x {image.shape[0]} pixels, but the data that it is compared with "
+                raise UserError(f"{images[j]} has {image.shape[1]} x {image.shape[0]} pixels, but the data that it is compared with "
                                 f"{width} x {height}")
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), 0.0
+        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -325,22 +360,6 @@ def pixels_of(path: Path) -> np.ndarray:
         return np.asarray(read_image(path))
     except Exception as error:  # PIL raises almost anything on a broken file
         raise UserError(f"cannot read {path} ({type(error).__name__}); remove it from the samples") from error
-
-
-def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, float]:
-    """FID, Inception Score, precision and recall, from Inception's features (N, D) and logits (N, C) of samples, and its features
-    (M, D) of real images."""
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
-    logits = logits[np.lexsort(logits[:, :4].T.numpy())]  # the splits of the score then do not depend on the samples' order
-    score = isc_features_to_metric(logits, splits=min(10, len(logits)))
-    if min(len(features), len(real)) < 4:
-        raise UserError(f"precision and recall look at 3 nearest neighbours and need 4 samples and 4 images; there are {len(features)} and "
-                        f"{len(real)} (--without inception leaves them out)")
-    found = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
-    return {"fid": frechet_distance(features, real), "is": score["inception_score_mean"], "is_std": score["inception_score_std"],
-            "precision": found["precision"], "recall": found["recall"], "samples": len(features)}
 
 
 def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> tuple[dict[str, torch.nn.Module], dict[str, str]]:
@@ -361,27 +380,46 @@ def load_networks(state: Accelerator, without: list[str], with_lpips: bool) -> t
     return networks, why
 
 
-def load_inception() -> torch.nn.Module:
-    """The network of FID and the Inception Score, with the weights of the TensorFlow release: uint8 images (B, 3, H, W) to
-    features (B, FEATURES) and logits without bias (B, 1008). FileNotFoundError if they are neither on disk nor to be downloaded."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-    folder, _, name = URL_INCEPTION_V3.rpartition("/")
-    try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
-    except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
-        raise FileNotFoundError(f"Inception's weights could not be downloaded ({error}); put the file {name} ({folder}) into "
-                                f"{torch.hub.get_dir()}/checkpoints, or do without by --without inception") from error
+def run_images(args: argparse.Namespace, config: dict, split: str, model: torch.nn.Module) -> tuple[ImageDataset, dict]:
+    """A split of a run's data, or of other data by overrides, without augmentation; and the settings of that data."""
+    overrides = [o for o in args.overrides if config["model"]["name"] not in STAGE2 or not o.startswith("sample.")]
+    overrides += ["data.random_crop=false", "data.random_flip=false"]
+    given = {"data": dict(config["data"])}
+    override(given, overrides)
+    return run_dataset(config, overrides, split, model), given["data"]
 
 
-def originals(args: argparse.Namespace, state: Accelerator, dataset: ImageDataset, networks: dict, known: dict,
-              config: dict) -> Tensor | None:
-    """Inception features and logits of the dataset's images (N, FEATURES + 1008), computed once for several runs; on the first process."""
-    key = json.dumps(config["data"])
+def data_key(data: dict) -> str:
+    """Equal for equal images (min_scale is of an augmentation that is off)."""
+    return json.dumps({name: value for name, value in data.items() if name != "min_scale"}, sort_keys=True)
+
+
+def measured_images(data: dict, split: str, count: int, dataset: ImageDataset) -> dict:
+    """Which images a row is about; the dataset `folder` is called by its folder's name."""
+    name = Path(data["root"]).expanduser().resolve().name if data["name"] == "folder" else data["name"]
+    return {"dataset": name, "split": split, "images": count, "images_in_split": len(dataset)}
+
+
+def real_side(args: argparse.Namespace, state: Accelerator, dataset: ImageDataset, data: dict, networks: dict, known: dict,
+              reference: dict, neighbours: bool = False) -> dict:
+    """What Inception's features are compared with, on the first process: statistics "pool" and "spatial" of the reference, or without one
+    of the dataset's images; for neighbours also "features" (M, FEATURES) and where they are "from". Computed once for several runs."""
+    stored = {name: reference[name] for name in ("pool", "spatial") if name in reference}
+    if reference and not neighbours and ("images" not in reference or len(stored) == 2):
+        return stored
+    if "images" in reference:
+        key, source = Path(args.reference).name, shares(args, state, reference["images"], "reference", *sides(dataset.image_size))
+    else:
+        key, source = data_key(data), (to_uint8(images) for images, _ in batches(args, state, dataset, "originals"))
     if key not in known:
-        found = [torch.cat(networks["inception"](to_uint8(images)), 1).cpu() for images, _ in batches(args, state, dataset, "originals")]
-        known[key] = collect(state, found)
-    return known[key]
+        rows, known[key] = collect(state, [inception_features(networks["inception"], images)[0] for images in source]), {}
+        if rows is not None:
+            known[key] = {"pool": statistics(rows[:, :FEATURES]), "spatial": statistics(rows[:, FEATURES:]),
+                          "features": rows[:, :FEATURES].clone(), "from": key if "images" in reference else args.split}
+    found = known[key]
+    if reference and "images" not in reference:  # the split's images are neighbours, and not the reference
+        found = {name: found[name] for name in ("features", "from") if name in found}
+    return found | stored
 
 
 def batches(args: argparse.Namespace, state: Accelerator, dataset: ImageDataset, what: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -413,24 +451,15 @@ def collect(state: Accelerator, batches: list[Tensor]) -> Tensor | None:
     return together
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Of Gaussians with the means and covariances of features (N, D) and (M, D): FID, if the features are Inception's."""
-    if min(len(a), len(b)) < 2:
-        raise UserError("a Frechet distance needs at least two images on each side")
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    a, b = (fid_features_to_statistics(x.double()) for x in (a, b))
-    return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
-
-
 LABELS = {  # and the format; those with "+" come with their spread
-    "images": ("images", "d"), "psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "rfid": ("rFID", ".2f"),
+    "dataset": ("data", "s"), "images": ("images", "s"), "reference": ("reference of FID", "s"), "psnr": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "rfid": ("rFID", ".2f"), "rsfid": ("rsFID", ".2f"),
     "usage": ("codes in use", ".1%"), f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
     "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
     "detail": ("codes on detail", ".1%"), "shared": ("places shared", ".1%"),
-    "samples": ("samples", "d"), "real_images": ("real images", "d"),
-    "fid": ("FID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
+    "samples": ("samples", "d"), "real_images": ("real images", "s"),
+    "fid": ("FID", ".2f"), "sfid": ("sFID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),
 }
 
@@ -444,6 +473,10 @@ def table(results: dict[str, dict], names: dict[str, str], markdown: bool = Fals
         spread = f" ± {metrics[f'{key}_std']:{form[1:]}}" if form.startswith("+") and metrics[f"{key}_std"] else ""
         return f"{metrics[key]:{form.removeprefix('+')}}{spread}"
 
+    for run, r in results.items():
+        more = {"real_images": f"{r['real_images']} from {r['real_images_from']}"} if "real_images" in r else {}
+        more |= {"dataset": f"{r['dataset']} {r['split']}", "images": f"{r['images']} of {r['images_in_split']}"}
+        results = results | {run: r | more}
     keys = [k for k in LABELS if any(k in r for r in results.values())]
     rows = [["run", "model", *(LABELS[k][0] for k in keys)]]
     rows += [[Path(run).name, names[run], *(cell(r, k) for k in keys)] for run, r in results.items()]

@@ -1,5 +1,6 @@
 """Each number that evaluate.py gives equals one that was computed in another way, however the work is shared out."""
 
+import argparse
 import json
 import math
 import sys
@@ -12,9 +13,10 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY_MODELS, TRANSFORMERS, command, save_stage1, write_tiny2
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch_fidelity import feature_extractor_inceptionv3 as inception
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 import evaluate
+import inception
 import sample
 from dataset import make_dataset, to_uint8
 from config import UserError
@@ -28,13 +30,13 @@ def random_inception(tmp_path_factory):
     (home / "hub/checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: None)
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = inception.FeatureExtractorInceptionV3("", ["2048"])
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = fidelity.FeatureExtractorInceptionV3("", ["2048"])
     for parameter in network.parameters():
         if parameter.ndim == 4:
             torch.nn.init.kaiming_normal_(parameter)
-    torch.save(network.state_dict(), home / "hub/checkpoints" / inception.URL_INCEPTION_V3.rpartition("/")[2])
+    torch.save(network.state_dict(), home / "hub/checkpoints" / fidelity.URL_INCEPTION_V3.rpartition("/")[2])
     return home
 
 
@@ -48,9 +50,10 @@ def networks(random_inception, monkeypatch):
         return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
     monkeypatch.setenv("TORCH_HOME", str(random_inception))
-    monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)  # the least that the network takes: fast
+    monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)  # the least that the network takes: fast
     monkeypatch.setattr(evaluate, "load_lpips", random_lpips)
-    monkeypatch.setattr(evaluate, "frechet_distance", frechet_by_hand)  # fast; evaluate.py's own runs in the tests' other processes
+    monkeypatch.setattr(inception, "SPATIAL", 7 * 3 * 3)  # of such images
+    monkeypatch.setattr(inception, "frechet_distance", frechet_by_hand)  # fast; evaluate.py's own runs in the tests' other processes
 
 
 @pytest.fixture
@@ -68,18 +71,23 @@ def in_two_processes(tmp_path, home, *words):
     """evaluate.py as `accelerate launch` runs it, with images as small as in `networks`."""
     (tmp_path / "driver.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import evaluate, launch, torch_fidelity.feature_extractor_inceptionv3 as inception\n"
-        "inception.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nlaunch.run_main(evaluate.main)\n")
+        "import evaluate, inception, launch, torch_fidelity.feature_extractor_inceptionv3 as fidelity\n"
+        "fidelity.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE, inception.SPATIAL = 75, 7 * 3 * 3\nlaunch.run_main(evaluate.main)\n")
     command(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", tmp_path / "driver.py", *words,
             env={"OMP_NUM_THREADS": "1", "TORCH_HOME": str(home)})
 
 
 def frechet_by_hand(a, b):
-    """tr (A^T A B^T B)^(1/2) is the sum of the singular values of A B^T."""
-    a, b = a.double(), b.double()
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = (x.sub(x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
-    return (mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()).item()
+    """tr (S T)^(1/2) is the sum of the singular values of A^T B, where S = A A^T and T = B B^T; of few images, A and B are narrow."""
+    def root(sigma):
+        some = np.random.default_rng(0).standard_normal((len(sigma), 15))  # more than the rank
+        values, vectors = np.linalg.eigh(some.T @ sigma @ some)
+        here = values > 1e-9 * values.max()
+        return sigma @ some @ vectors[:, here] / np.sqrt(values[here])
+
+    assert {x.dtype for x in (*a.values(), *b.values())} == {np.dtype(np.float64)}  # or torch-fidelity's would refuse
+    common = np.linalg.svd(root(a["sigma"]).T @ root(b["sigma"]), compute_uv=False).sum()
+    return float(((a["mu"] - b["mu"])**2).sum() + np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * common)
 
 
 def numbers(metrics):
@@ -132,30 +140,49 @@ def test_frechet_distance_is_that_of_gaussians():
 
     mean_a, mean_b, a, b = torch.randn(6).double(), torch.randn(6).double(), torch.rand(6).double() + 0.5, torch.rand(6).double() + 0.5
     expected = (mean_a - mean_b).square().sum() + (a - b).square().sum()  # the covariances have the same axes
-    found = evaluate.frechet_distance(gaussian(mean_a, a, 50), gaussian(mean_b, b, 80))
-    assert found == pytest.approx(expected.item(), abs=1e-4)
-    same = gaussian(mean_a, a, 50)
-    assert evaluate.frechet_distance(same, same) == pytest.approx(0, abs=1e-6)
+    one, other = inception.statistics(gaussian(mean_a, a, 50)), inception.statistics(gaussian(mean_b, b, 80))
+    assert inception.frechet_distance(one, other) == pytest.approx(expected.item(), abs=1e-4)
+    assert frechet_by_hand(one, other) == pytest.approx(expected.item(), abs=1e-6)
+    assert inception.frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="at least two images"):
-        evaluate.frechet_distance(same[:1], same)
+        inception.statistics(torch.zeros(1, 6))
 
 
 def test_quality_of_samples():
     torch.manual_seed(0)
     features, logits = torch.randn(40, 8), torch.randn(40, 10)
-    own = evaluate.sample_quality(features, logits, features)
-    assert own["fid"] == pytest.approx(0, abs=1e-6) and own["precision"] == own["recall"] == 1
-    assert_same(own, evaluate.sample_quality(features.flip(0), logits.flip(0), features))  # the order of the samples says nothing
-    far = evaluate.sample_quality(features[:20] + 100, logits[:20], features)
-    assert far["precision"] == far["recall"] == 0 and far["fid"] == pytest.approx(frechet_by_hand(features[:20] + 100, features), rel=1e-6)
+    own = inception.sample_quality(features, logits, features)
+    assert own["precision"] == own["recall"] == 1 and own["samples"] == 40
+    assert_same(own, inception.sample_quality(features.flip(0), logits.flip(0), features))  # the order of the samples says nothing
+    far = inception.sample_quality(features[:20] + 100, logits[:20], features)
+    assert far["precision"] == far["recall"] == 0
     # By hand: a point is covered if it lies in the ball around another that reaches that one's third neighbour
     some = features[:20] + 0.5
     balls = {name: torch.cdist(x, x).sort(1).values[:, 3] for name, x in (("some", some), ("all", features))}
-    mixed = evaluate.sample_quality(some, logits[:20], features)
+    mixed = inception.sample_quality(some, logits[:20], features)
     assert mixed["precision"] == pytest.approx((torch.cdist(some, features) <= balls["all"]).any(1).float().mean().item())
     assert mixed["recall"] == pytest.approx((torch.cdist(features, some) <= balls["some"]).any(1).float().mean().item())
-    assert evaluate.sample_quality(features, 100 * torch.eye(40), features)["is"] == pytest.approx(4)  # four in each of ten splits
-    assert evaluate.sample_quality(features, torch.zeros(40, 10), features)["is"] == pytest.approx(1)
+    assert inception.sample_quality(features, 100 * torch.eye(40), features)["is"] == pytest.approx(4)  # four in each of ten splits
+    assert inception.sample_quality(features, torch.zeros(40, 10), features)["is"] == pytest.approx(1)
+
+
+def test_spatial_features(random_inception, monkeypatch):
+    """Of the layer itself, in TensorFlow's order (h, w, channel), beside the network's own features; 2,023 of them."""
+    monkeypatch.setenv("TORCH_HOME", str(random_inception))
+    network = inception.load_inception()
+    images = torch.randint(256, (2, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found, logits = inception.inception_features(network, images)
+    pool, expected = network(images)
+    assert found[:, :2048].equal(pool) and logits.equal(expected) and found.shape == (2, 2048 + inception.SPATIAL)
+    x = fidelity.interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False) / 128 - 1
+    layers = dict(network.named_children())
+    for name in list(layers)[:list(layers).index("Mixed_6d")]:
+        x = layers[name](x)
+    layer = network.Mixed_6d.branch1x1
+    x = layer.bn(layer.conv(x)).relu()
+    assert (x[:, :7] > 0).float().mean() > 0.1
+    for c, h, w in ((0, 0, 0), (3, 5, 11), (6, 16, 2), (2, 9, 16)):
+        assert torch.allclose(found[:, 2048 + (17 * h + w) * 7 + c], x[:, c, h, w], atol=1e-4), (c, h, w)
 
 
 @pytest.mark.parametrize("name", list(TINY_MODELS))
@@ -180,7 +207,7 @@ def test_stage1_against_computing_it_by_hand(tmp_path, measured, name):
         for y, x in np.ndindex(*codes["grain"].shape[1:]):
             step = region >> codes["grain"][i, y, x].item()
             used[-1] += codes["indices"][i, y * region:(y + 1) * region:step, x * region:(x + 1) * region:step].flatten().tolist()
-    assert found["codes"] == pytest.approx(np.mean([len(u) for u in used])) and found["images"] == 11
+    assert found["codes"] == pytest.approx(np.mean([len(u) for u in used])) and found["images"] == found["images_in_split"] == 11
     assert found["codes_std"] == pytest.approx(np.std([len(u) for u in used]))
     counts = np.bincount(sum(used, []), minlength=32)
     p = counts[counts > 0] / counts.sum()
@@ -213,14 +240,16 @@ def test_stage1_against_computing_it_by_hand(tmp_path, measured, name):
 def test_stage1_whoever_does_what(tmp_path, measured, networks, random_inception, capsys):
     """Batches, processes and bf16; several runs in one table."""
     run = save_stage1(tmp_path, "dqvae_entropy", val_size=5)
-    whole = measured(run, "--batch_size", 5)
-    assert whole["rfid"] > 0 and whole["lpips"] > 0 and whole["missing"] == {}
+    whole = measured(run, "--batch_size", 5, "--save_statistics", tmp_path / "one.npz")
+    assert whole["rfid"] > 0 and whole["rsfid"] > 0 and whole["lpips"] > 0 and whole["missing"] == {}
     assert_same(whole, measured(run, "--batch_size", 3))
-    words = ["--run", run, "--batch_size", "2", "--num_workers", "1", "--without", "lpips"]
+    words = ["--run", run, "--batch_size", "2", "--num_workers", "1", "--without", "lpips", "--save_statistics", tmp_path / "two.npz"]
     in_two_processes(tmp_path, random_inception, *words)
     two = json.loads((run / "metrics.json").read_text())
     assert "left out" in two["missing"]["lpips"]
     assert_same({k: v for k, v in whole.items() if not k.startswith("lpips")}, two)
+    for name, array in np.load(tmp_path / "one.npz").items():
+        assert np.allclose(array, np.load(tmp_path / "two.npz")[name], atol=1e-4), name
     assert measured(run, "--bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
 
     AcceleratorState._reset_state(True)
@@ -235,7 +264,16 @@ def test_stage1_whoever_does_what(tmp_path, measured, networks, random_inception
     assert "without LPIPS: left out by --without lpips" in lines
     evaluate.main(["--run", str(run), "--run", str(other), "--without", "lpips", "inception", "--markdown", "--num_workers", "0"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| run | model | images | PSNR (dB) |") and lines[3].startswith("| stage1_vqgan | vqgan | 5 |")
+    assert lines[0].startswith("| run | model | data | images | PSNR (dB) |")
+    assert lines[3].startswith("| stage1_vqgan | vqgan | shapes val | 5 of 5 |")
+    (tmp_path / "photos/val").mkdir(parents=True)
+    (tmp_path / "photos/train").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"photos/{('train', 'val')[i % 2]}/{i}.png")
+    photos = ["data.name=folder", f"data.root={tmp_path}/photos", "--images", "1", "--without", "lpips", "inception"]
+    found = measured(run, *photos, "--markdown", "--split", "train")
+    assert (found["dataset"], found["split"], found["images"], found["images_in_split"]) == ("photos", "train", 1, 2)
+    assert "| dqvae | photos train | 1 of 2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMERS))
@@ -244,10 +282,12 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     run = tmp_path / "run2"
     if name != "gpt":
         found = measured(run, "-n", 3, "--without", "inception", "--images", 5)
-        assert found["bits"] > 0 and found["images_per_second"] > 0 and set(found["missing"]) == {"fid", "is", "precision", "recall"}
+        assert found["bits"] > 0 and found["images_per_second"] > 0
+        assert set(found["missing"]) == {"fid", "sfid", "is", "precision", "recall"}
         return
     drawn = measured(run, "--seed", 3)
-    assert drawn["samples"] == drawn["images"] == 4 and drawn["fid"] > 0 and drawn["is"] >= 1 and drawn["missing"] == {}
+    assert drawn["samples"] == drawn["images"] == drawn["images_in_split"] == 4 and drawn["real_images_from"] == drawn["split"] == "val"
+    assert drawn["fid"] > 0 and drawn["sfid"] > 0 and drawn["is"] >= 1 and drawn["missing"] == {}
     model, config = load_run(run)
     stage1, _ = load_run(run / "stage1")
     pairs = [make_dataset(**config["data"], split="val")[i] for i in range(4)]
@@ -261,13 +301,90 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     assert_same(drawn, measured(run, "--samples", tmp_path / "files", "--batch_size", 3))
     np.savez(tmp_path / "flipped.npz", np.load(tmp_path / "files.npz")["arr_0"][::-1])
     assert_same(drawn, measured(run, "--samples", tmp_path / "flipped.npz"))
-    words = ["--run", run, "--seed", "3", "--batch_size", "2", "--num_workers", "0"]
+    np.savez(tmp_path / "val.npz", arr_0=torch.stack([to_uint8(image) for image, _ in pairs]).permute(0, 2, 3, 1))
+    words = ["--run", run, "--seed", "3", "--batch_size", "2", "--num_workers", "0", "--reference", tmp_path / "val.npz"]
     in_two_processes(tmp_path, random_inception, *words)
     assert_same(drawn, json.loads((run / "metrics.json").read_text()))
     greedy = measured(run, "-n", 5, "sample.temperature=0")
     assert greedy["samples"] == 5 and greedy["images"] == greedy["real_images"] == 4 and greedy["fid"] != drawn["fid"]
     with pytest.raises(UserError, match="need 4 samples and 4 images; there are 3 and 4"):
         measured(run, "-n", 3)
+
+
+def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):
+    """Every kind of file gives what the split itself gives, and no more is computed than is needed."""
+    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1", "data.val_size=5")
+    run, stage1, seen = tmp_path / "run2", tmp_path / "stage1_vqgan", []
+    features = inception.inception_features
+
+    def counted(network, images):
+        seen.append(len(images))
+        return features(network, images)
+
+    def told(folder, *args):
+        """What is measured, and how many images Inception has seen."""
+        seen.clear()
+        return measured(folder, "data.val_size=5", "--without", "lpips", *args), sum(seen)
+
+    def npz(name, **arrays):
+        np.savez(tmp_path / name, **arrays)
+        return "--reference", tmp_path / name
+
+    monkeypatch.setattr(evaluate, "inception_features", counted)
+    images = torch.stack([to_uint8(image) for image, _ in make_dataset(**load_run(run)[1]["data"] | {"val_size": 5}, split="val")])
+    network = inception.load_inception()
+    monkeypatch.setattr(evaluate, "load_inception", lambda: network)  # once
+    rows, images = features(network, images)[0].double().numpy(), images.permute(0, 2, 3, 1).numpy()
+    plain, count = told(stage1, "--save_statistics", tmp_path / "saved.npz")
+    saved = dict(np.load(tmp_path / "saved.npz"))
+    assert f"statistics of 5 images: {tmp_path}/saved.npz" in capsys.readouterr().out
+    assert count == 10 and "reference" not in plain and set(saved) == {"mu", "sigma", "mu_s", "sigma_s"}
+    for name, part in (("", rows[:, :2048]), ("_s", rows[:, 2048:])):
+        assert saved[f"mu{name}"].dtype == saved[f"sigma{name}"].dtype == np.float64
+        assert np.allclose(saved[f"mu{name}"], part.mean(0), atol=1e-4) and np.allclose(saved[f"sigma{name}"], np.cov(part.T), atol=1e-4)
+    others = np.random.default_rng(0).integers(256, size=(6, 16, 16, 3), dtype=np.uint8)
+    pool, spatial = ({k: saved[k] for k in keys} for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
+    for arrays, needed in ((saved, 5), ({"arr_0": images}, 10), (pool | {"arr_0": images}, 10), (saved | {"arr_0": others}, 5)):
+        found, count = told(stage1, *npz("reference.npz", **arrays))
+        assert count == needed and found["reference"] == "reference.npz" and set(found["missing"]) == {"lpips"}
+        assert_same(plain, found)
+    assert "reference of FID     reference.npz" in capsys.readouterr().out
+    far, _ = told(stage1, *npz("others.npz", **spatial, arr_0=others))
+    assert far["rfid"] > 2 * plain["rfid"] and far["rsfid"] == pytest.approx(plain["rsfid"], rel=1e-4)
+    found, count = told(stage1, *npz("pool.npz", mu=saved["mu"].astype(np.float32), sigma=saved["sigma"]))
+    assert count == 5 and found["rfid"] == pytest.approx(plain["rfid"], rel=1e-4) and "rsfid" not in found
+    assert f"without rsFID: {tmp_path}/pool.npz has neither `mu_s` and `sigma_s` nor images" in capsys.readouterr().out
+
+    plain, count = told(run, "-n", 4)
+    assert count == 9 and plain["real_images"] == 5
+    for arrays in (saved, {"arr_0": images}, saved | {"arr_0": images}):
+        found, count = told(run, "-n", 4, *npz("reference.npz", **arrays))
+        assert count == 9 and found["real_images_from"] == ("reference.npz" if "arr_0" in arrays else "val")
+        assert_same(plain, found)
+    found, count = told(run, "-n", 4, *npz("reference.npz", **saved, arr_0=others))
+    assert count == 10 and found["real_images"] == 6 and [found[k] for k in ("fid", "sfid")] == pytest.approx([plain["fid"], plain["sfid"]])
+    assert "6 from reference.npz" in capsys.readouterr().out
+    found, _ = told(run, "-n", 4, *npz("pool.npz", **pool))
+    assert set(found["missing"]) == {"sfid"} and [found["fid"], found["recall"]] == pytest.approx([plain["fid"], plain["recall"]])
+    itself, _ = told(run, *npz("itself.npz", arr_0=others), "--samples", tmp_path / "itself.npz")
+    assert [itself["fid"], itself["sfid"]] == pytest.approx([0, 0], abs=1e-5 * min(plain["fid"], plain["sfid"]))
+    assert itself["precision"] == itself["recall"] == 1
+    # Of several runs, on one data set
+    two = ["--run", stage1, "--without", "lpips", "--save_statistics", tmp_path / "two.npz"]
+    with pytest.raises(UserError, match="of one data set, and these runs have several"):
+        measured(run, *two)
+    measured(run, "data.val_size=5", *two)
+    assert np.allclose(np.load(tmp_path / "two.npz")["mu"], saved["mu"])
+
+
+def test_the_training_split_is_not_augmented(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.png")
+    model, config = load_run(save_stage1(tmp_path, "vqgan"))
+    args = argparse.Namespace(overrides=["data.name=folder", f"data.root={tmp_path}", "data.image_size=20"])
+    dataset, data = evaluate.run_images(args, config, "train", model)
+    expected = np.asarray(Image.open(tmp_path / "a.png").crop((5, 0, 25, 20)))
+    assert data["name"] == "folder" and (to_uint8(dataset[(1, 0)][0]).permute(1, 2, 0).numpy() == expected).all()
 
 
 def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkeypatch, capsys):
@@ -282,6 +399,9 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "nothing.npz").write_bytes(b"")
     np.savez(tmp_path / "none.npz", np.zeros((0, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "b.npz", b=np.zeros(2))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
+    np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/000000.png").write_bytes(b"")
     for words, sentence in (
@@ -294,24 +414,39 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", stage1, "--samples", tmp_path / "small"], "stage-2 run"),
             (["--run", stage1, "--images", "0"], "must be at least 1"),
             (["--run", run, "--samples", tmp_path / "small"], "a.png has 8 x 16 pixels, but the data that it is compared with 16 x 16"),
-            (["--run", run, "--samples", tmp_path / "large.npz"], "image 0 of .*large.npz has 32 x 32 pixels"),
-            (["--run", run, "--samples", tmp_path / "float.npz"], "holds float64"),
+            (["--run", run, "--samples", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
+            (["--run", run, "--samples", tmp_path / "float.npz"], "is float64"),
             (["--run", run, "--samples", tmp_path / "text.npz"], "is not an .npz of images"),
             (["--run", run, "--samples", tmp_path / "nothing.npz"], "is not an .npz of images"),
-            (["--run", run, "--samples", tmp_path / "none.npz"], "holds uint8 .0, 16, 16, 3. instead of images"),
+            (["--run", run, "--samples", tmp_path / "none.npz"], "is uint8 .0, 16, 16, 3.; it must be images"),
+            (["--run", run, "--samples", tmp_path / "b.npz"], "`arr_0` of .*b.npz is not there"),
+            (["--run", stage1, "--reference", tmp_path / "text.npz"], "is not an .npz of images .* or statistics"),
+            (["--run", stage1, "--reference", tmp_path / "array.npy"], "is not an .npz of images .* or statistics"),
+            (["--run", stage1, "--reference", tmp_path / "nowhere.npz"], "is not an .npz of images .* or statistics"),
+            (["--run", stage1, "--reference", tmp_path / "b.npz"], "holds neither statistics .* nor images"),
+            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are \(2048,\) and \(2048,\) instead of \(2048,\) and \(2048, 2048\)"),
+            (["--run", stage1, "--reference", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
+            (["--run", run, "--reference", tmp_path / "large.npz"], r"uint8 \(N, 16, 16, 3\)"),
+            (["--run", stage1, "--reference", tmp_path / "b.npz", "--without", "inception"], "leave out --without inception"),
+            (["--run", stage1, "--save_statistics", tmp_path / "nowhere/a.npz"], "in a folder that exists"),
+            (["--run", stage1, "--save_statistics", tmp_path / "a.pt"], "must be FILE.npz"),
             (["--run", run, "--samples", tmp_path / "broken"], "cannot read .*000000.png .*remove it from the samples"),
             (["--run", run, "--samples", tmp_path / "empty"], "there are no images in"),
             (["--run", run, "--samples", tmp_path / "nowhere"], "there are no images in"),
             (["--run", run, "sample.top_k=0"], "top_k must be between 1")):
         with pytest.raises((UserError, Exception), match=sentence) as raised:
-            evaluate.main([str(w) for w in [*words, "--without", "lpips", "--num_workers", "0"]])
+            evaluate.main([str(w) for w in ["--without", "lpips", "--num_workers", "0", *words]])
         assert type(raised.value).__name__ in ("UserError", "DataError")
+    assert not list(tmp_path.glob("*a.npz*"))
     # Without weights: the other metrics are there, and the missing ones say why
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
-    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     capsys.readouterr()
     evaluate.main(["--run", str(stage1), "--without", "lpips", "--num_workers", "0"])
     out = capsys.readouterr().out
-    assert "PSNR" in out and "without rFID: Inception's weights could not be downloaded (no network); put the file weights-inception" in out
+    assert "PSNR" in out
+    assert "without rFID, rsFID: Inception's weights could not be downloaded (no network); put the file weights-inception" in out
     assert f"into {tmp_path}/nothing/hub/checkpoints, or do without by --without inception" in out
     assert "put the file" in json.loads((stage1 / "metrics.json").read_text())["missing"]["rfid"]
+    with pytest.raises(UserError, match="could not be downloaded"):
+        evaluate.main(["--run", str(stage1), "--without", "lpips", "--num_workers", "0", "--save_statistics", str(tmp_path / "a.npz")])
