@@ -28,8 +28,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import write_file
-
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 SPLIT = re.compile(r"(?<![a-z])(train|val)", re.IGNORECASE)  # the first in a path tells
 MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset's key, up to the first dot of the file's name, and the rest
@@ -118,7 +116,7 @@ def index_all(shards: list[Path]) -> list[list]:
             mine = paths[i].with_suffix(f".{uuid.uuid4().hex}")  # another process may write the same
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                write_file(mine, json.dumps(found[i]))
+                mine.write_text(json.dumps(found[i]))
                 os.replace(mine, paths[i])
             except OSError as error:
                 warnings.warn(f"the index of the shards cannot be kept in {cache} ({error.strerror}) and is made again at every start; set "

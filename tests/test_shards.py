@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -151,15 +152,15 @@ def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_processes_that_start_together_do_not_disturb_each_other(tmp_path, cache, monkeypatch, recwarn):
-    shard, write_file, paths, others = write(tmp_path / "a.tar", {"a.png": b"", "b.png": b""}), shards.write_file, [], []
+    shard, replace, paths, others = write(tmp_path / "a.tar", {"a.png": b"", "b.png": b""}), os.replace, [], []
 
-    def meanwhile(path, text):
+    def meanwhile(path, final):
         paths.append(path)
         if len(paths) == 1:
             others.append(shards.index_all([shard]))  # what another process does now
-        write_file(path, text)
+        replace(path, final)
 
-    monkeypatch.setattr(shards, "write_file", meanwhile)
+    monkeypatch.setattr(os, "replace", meanwhile)
     assert [shards.index_all([shard])] == others and others[0][0][0] == ["a.png", "b.png"]
     assert len(set(paths)) == 2 and not recwarn.list
     left, = cache.iterdir()
