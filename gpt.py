@@ -372,8 +372,11 @@ class Cache:
 class Graph:
     """A function of tensors of these shapes, captured in a CUDA graph, whose kernels then start together. Calls return the same tensor."""
 
+    stream: torch.cuda.Stream | None = None  # one for all, since libraries keep a workspace for each
+
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
-        self.inputs, self.graph, stream = [v.clone() for v in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream = Graph.stream = Graph.stream or torch.cuda.Stream()
+        self.inputs, self.graph = [v.clone() for v in inputs], torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function(*self.inputs)  # libraries allocate their workspaces, and autocast its copies of the weights
