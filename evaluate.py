@@ -395,8 +395,9 @@ def data_key(data: dict) -> str:
 
 
 def measured_images(data: dict, split: str, count: int, dataset: ImageDataset) -> dict:
-    """Which images a row is about; the dataset `folder` is called by its folder's name."""
-    name = Path(data["root"]).expanduser().resolve().name if data["name"] == "folder" else data["name"]
+    """Which images a row is about; a user's own are called by the last part of their path."""
+    own = data["name"] in ("folder", "webdataset", "huggingface")
+    name = Path(data["root"]).expanduser().resolve().name if own else data["name"]
     return {"dataset": name, "split": split, "images": count, "images_in_split": len(dataset)}
 
 
