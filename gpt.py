@@ -13,8 +13,7 @@
     loss = model({"indices": indices}, labels)["loss"]            # indices: int64 (B, 16, 16), labels: int64 (B,)
     codes = model.sample(8, labels=labels, top_k=100, cfg_scale=3.0)    # {"indices": (8, 16, 16)}, for vqgan.decode(codes)
 
-Unconditional with num_classes=0. Differences from the release: start tokens have their own table and no logits; label dropout allows
-guidance. Needs torch only.
+Unconditional with num_classes=0. Unlike the release's, start tokens have their own table and no logits, and labels may be dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Annotated
 
 import torch
@@ -200,8 +200,7 @@ class Blocks(nn.Module):
         return x
 
     def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-        """One decoding step, (B, C) to (B, C), as `Cache.step` calls it. Shapes change only every `Cache.window` steps, so this can be
-        compiled or captured in a CUDA graph."""
+        """One decoding step, (B, C) to (B, C), as `Cache.step` calls it. Shapes change every `Cache.window` steps: it can be compiled."""
         x = x.unsqueeze(1)
         for layer, layer_kv in zip(self.layers, kv):
             x = layer(x, layer_kv, t, mask)
@@ -224,12 +223,11 @@ class Block(nn.Module):
                 rope: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and t (1,) is the token's number."""
         B, T, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, head_dim)
-        q, k, v = qkv
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, head_dim)
         if rope is not None:
             q, k = rotated(q, *rope), rotated(k, *rope)
         if kv is not None:
-            k, v = kv.index_copy_(3, t, qkv[1:])
+            k, v = kv.index_copy_(3, t, torch.stack([k, v]))
         a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=self.causal and kv is None)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
@@ -347,7 +345,7 @@ class Cache:
         self.kv = torch.zeros(len(blocks.layers), 2, rows, blocks.n_head, length, blocks.head_dim, dtype=dtype, device=weight.device)
         self.blocks, self.steps = blocks, torch.arange(length, device=weight.device)
         self.window = 64 if weight.is_cuda else 16  # attention covers multiples of this, the future masked: few shapes, little waste
-        self.graph, self.captured, self.graphs = None, None, self.graphs and weight.is_cuda
+        self.captured: dict[tuple, Graph] | None = {} if weight.is_cuda else None
 
     def step(self, x: Tensor, t: int) -> Tensor:
         """Token t through the blocks, (rows, C) to (rows, C). The next step may overwrite the result."""
@@ -356,13 +354,17 @@ class Cache:
         def step(x: Tensor, now: Tensor) -> Tensor:
             return self.blocks.step(x, self.kv[..., :window, :], now, (self.steps[:window] <= now).unsqueeze(0))
 
-        if self.graphs and self.captured != (window, x.shape):
+        if self.captured is None or not Cache.graphs:
+            return step(x, now)
+        key = window, len(x), self.kv.data_ptr()  # earlier ones are kept: a graph that is freed takes workspaces of the others with it
+        if key not in self.captured:
             try:
-                self.graph, self.captured = Graph(step, x, now), (window, x.shape)
+                self.captured[key] = Graph(step, x, now)
             except RuntimeError as error:  # something in the step cannot be captured
-                warnings.warn(f"sampling without CUDA graphs, which is slower: {error}", stacklevel=2)
-                self.graphs = False
-        return self.graph(x, now) if self.graphs else step(x, now)
+                warnings.warn(f"sampling without CUDA graphs from here on, which is slower: {error}", stacklevel=2)
+                Cache.graphs = False
+                return step(x, now)
+        return self.captured[key](x, now)
 
     def keep(self, rows: Tensor) -> None:
         """Keeps these rows (R,) only."""
@@ -370,26 +372,29 @@ class Cache:
 
 
 class Graph:
-    """A function of tensors of these shapes, captured in a CUDA graph, whose kernels then start together. Calls return the same tensor."""
+    """A function of tensors of these shapes, captured in a CUDA graph: one launch for all its kernels. Calls return the same tensor."""
 
-    stream: torch.cuda.Stream | None = None  # one for all, since libraries keep a workspace for each
+    streams: dict[torch.device, torch.cuda.Stream] = {}  # one for all captures, since libraries keep a workspace for each
+    first: dict[torch.device, Graph] = {}  # which stays, so that all others can use its memory
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
-        stream = Graph.stream = Graph.stream or torch.cuda.Stream()
-        self.inputs, self.graph = [v.clone() for v in inputs], torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.inputs, self.graph, device = [v.clone() for v in inputs], torch.cuda.CUDAGraph(), inputs[0].device
+        with torch.cuda.device(device), ExitStack() as at_the_end:
+            if device not in Graph.streams:
+                Graph.streams[device] = torch.cuda.Stream()
+                Graph.first[device] = Graph(torch.neg, torch.zeros(1, device=device))
+            pool = Graph.first[device].graph.pool() if device in Graph.first else None
+            main, side = torch.cuda.current_stream(), Graph.streams[device]
+            side.wait_stream(main)
+            at_the_end.callback(main.wait_stream, side)  # the last, also after an error
+            at_the_end.enter_context(torch.cuda.stream(side))
             function(*self.inputs)  # libraries allocate their workspaces, and autocast its copies of the weights
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.output = function(*self.inputs)
-            finally:
-                self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+            self.graph.capture_begin(pool, capture_error_mode="thread_local")
+            at_the_end.callback(self.graph.capture_end)
+            self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self.inputs, inputs):
-            own.copy_(given)
+        torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return self.output
 

@@ -1,5 +1,6 @@
 """GPT, Stackformer and DQ-Transformer: identities on tiny networks."""
 
+import gc
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -472,15 +473,26 @@ def test_step_compiles_to_the_same():
 class RecordedGraph(TorchDispatchMode):
     """torch.cuda.CUDAGraph without a GPU: keeps the operations between begin and end, and replays them on the same tensors."""
 
-    captured = 0
+    log, alive = [], 0
 
-    def capture_begin(self, **_):
-        self.operations = []
-        RecordedGraph.captured += 1
+    def __init__(self):
+        super().__init__()
+        RecordedGraph.alive += 1
+
+    def __del__(self):
+        RecordedGraph.alive -= 1
+
+    def pool(self):
+        return self
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        self.operations, self.of = [], pool
+        self.log.append("begin")
         self.__enter__()
 
     def capture_end(self):
         self.__exit__(None, None, None)
+        self.log.append("end")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -498,16 +510,19 @@ class RecordedGraph(TorchDispatchMode):
 def graphs(monkeypatch):
     """graphs(): from here on, sampling as on a GPU: CUDA graphs, recorded and replayed on the CPU."""
     made, on = gpt.Cache.__init__, []
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(gpt.Graph, "stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(RecordedGraph, "captured", 0)
+    main = SimpleNamespace(wait_stream=lambda _: RecordedGraph.log.append("main waits"))
+    side = SimpleNamespace(wait_stream=lambda _: RecordedGraph.log.append("side waits"))
+    for name, value in {"CUDAGraph": RecordedGraph, "Stream": lambda: side, "current_stream": lambda: main,
+                        "stream": lambda _: nullcontext(), "device": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("streams", "first"):
+        monkeypatch.setattr(gpt.Graph, name, {})
+    monkeypatch.setattr(gpt.Cache, "graphs", True)
+    monkeypatch.setattr(RecordedGraph, "log", [])
 
     def init(self, *args):
         made(self, *args)
-        self.graphs, self.window = bool(on), 4
+        self.window, self.captured = 4, {} if on else None
 
     monkeypatch.setattr(gpt.Cache, "__init__", init)
     return lambda: on.append(True)
@@ -523,17 +538,54 @@ def test_steps_are_replayed_from_a_graph_for_each_window(graphs, name, autocast)
         graphs()
     assert all(torch.equal(draws[0][key], draws[1][key]) for key in draws[0])
     stacks = sum(isinstance(m, gpt.Blocks) for m in model.modules())
-    assert RecordedGraph.captured >= stacks * 2 and RecordedGraph.captured <= stacks * math.ceil(model.length / 4)
+    captured = RecordedGraph.log.count("begin") - 1  # the first one is for its memory
+    assert stacks * 2 <= captured <= stacks * math.ceil(model.length / 4)
+    assert RecordedGraph.log == ["side waits", "begin", "end", "main waits"] * (captured + 1)
+    gc.collect()
+    assert RecordedGraph.alive == 1
+
+
+def test_graphs_share_memory_and_warm_up_outside(graphs):
+    calls = []
+
+    def double(x):
+        calls.append(RecordedGraph.log[-1])
+        return 2 * x
+
+    graph = gpt.Graph(double, torch.ones(2))
+    first = gpt.Graph.first[torch.device("cpu")]
+    assert calls == ["side waits", "begin"] and graph.graph.of is first.graph and first.graph.of is None
+    assert graph(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
+
+
+def test_a_cache_that_keeps_rows_captures_anew(graphs):
+    model = make("gpt")
+    x = torch.randn(2, 16)
+    wanted = []
+    for _ in range(2):
+        cache = gpt.Cache(model.blocks, 2, 8)
+        with torch.no_grad():
+            cache.step(x, 0)
+            cache.keep(torch.tensor([1, 0]))
+            wanted.append(cache.step(x, 1).clone())
+        graphs()
+    assert torch.equal(*wanted)
 
 
 def test_a_step_that_cannot_be_captured_runs_without_a_graph(graphs, monkeypatch):
-    model = make("gpt")
+    def refuse(self, pool, **_):
+        if pool is not None:
+            raise RuntimeError("not permitted")
+        begin(self, pool)
+
+    model, begin = make("gpt"), RecordedGraph.capture_begin
     want = model.sample(2, generator=torch.Generator().manual_seed(0))
     graphs()
-    monkeypatch.setattr(RecordedGraph, "capture_begin", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("not permitted")))
-    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: not permitted"):
+    monkeypatch.setattr(RecordedGraph, "capture_begin", refuse)
+    with pytest.warns(UserWarning, match="without CUDA graphs from here on, which is slower: not permitted"):
         got = model.sample(2, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(got["indices"], want["indices"])
+    assert torch.equal(got["indices"], want["indices"]) and not gpt.Cache.graphs
+    assert RecordedGraph.log == ["side waits", "begin", "end", "main waits", "side waits", "main waits"]
 
 
 @pytest.mark.parametrize("files, code", [
