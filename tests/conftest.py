@@ -1,8 +1,11 @@
 """What the tests share. They run on small networks, on the CPU, and need neither a network nor downloaded weights."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
+FORKS = multiprocessing.get_context("forkserver")  # its server imports these once, which is most of the time of a short script
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "accelerate"])
 
 TINY = {  # a stage-1 run of about a second
     "model": "name: vqgan\n  ch: 32\n  ch_mult: [1, 1]\n  num_res_blocks: 1\n  attn_resolutions: []\n  z_channels: 32\n"
@@ -44,6 +49,12 @@ def write_tiny(folder, **sections):
     path = folder / "tiny.yaml"
     path.write_text("".join(f"{name}:\n  {lines}\n" for name, lines in (TINY | sections).items()) + f"  output_dir: {folder / 'run'}\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -140,6 +151,48 @@ def command(*words, check=True, env=None, **kwargs):
                           env=os.environ | (env or {}), **kwargs)
     assert done.returncode == 0 or not check, done.stdout
     return done.stdout
+
+
+def start(output, *words, **env):
+    """A process that runs `python WORDS`, a script and its arguments, but is a fork, and leads a group; its output is added to a file."""
+    process = FORKS.Process(target=_script, args=(str(output), [str(w) for w in words], dict(os.environ | env)))
+    process.start()
+    return process
+
+
+def _script(output, words, env):
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # its own processes are those of any script
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def start_two(output, *words, **env):
+    """Two such processes that train together, as torch's launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [start(output, *words, ACCELERATE_USE_CPU="true", WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="localhost",
+                  MASTER_PORT=port, **env) for rank in "01"]
+
+
+def forked(folder, *words, processes=1, status=0, **env):
+    """Runs a script as such a process, or as two that train together, and checks how they end; their output."""
+    output = folder / "forked.log"
+    output.unlink(missing_ok=True)
+    begun = start_two(output, *words, **env) if processes == 2 else [start(output, *words, **env)]
+    for process in begun:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in begun] == [status] * processes, output.read_text()
+    return output.read_text()
 
 
 def copy_test(folder, files, imports, *models):

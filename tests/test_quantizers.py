@@ -376,9 +376,7 @@ def test_large_codebooks_in_stage2(train, train2, tmp_path, name, stage1, quanti
 @pytest.mark.parametrize("name", ["lfq", "ibq", "simvq", "residual"])
 def test_two_processes_equal_one(tmp_path, name):
     """Gradients of a batch are the mean of its halves', each in a process of its own."""
-    from torch.multiprocessing.spawn import spawn
-
-    spawn(_half, (str(tmp_path), name), nprocs=2)
+    torch.multiprocessing.start_processes(_half, (str(tmp_path), name), nprocs=2, start_method="forkserver")
     torch.manual_seed(0)
     quantizer, z = ALL[name](), vectors(ALL[name]().dim, 40).requires_grad_()
     quantizer.load_state_dict(torch.load(tmp_path / "weights.pt"))

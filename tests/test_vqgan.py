@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command, copy_test
+from conftest import ROOT, command, copy_test, forked
 
 from quantizers import gradient_norms
 from vqgan import VQGAN, VQVAE, VectorQuantizer
@@ -161,8 +161,7 @@ for part in z[rank]:
 torch.save([quantizer.codebook.data, quantizer.ema_count], f"{tmp_path}/{{rank}}.pt")
 torch.distributed.destroy_process_group()
 """)
-    command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "ema.py",
-            env={"OMP_NUM_THREADS": "1"})
+    forked(tmp_path, tmp_path / "ema.py", processes=2)
     torch.manual_seed(0)
     quantizer, z = VectorQuantizer(16, 4, ema_decay=0.6, restart=restart), torch.randn(2, 3, 10, 4).flatten(0, 2)
     quantizer(z)
