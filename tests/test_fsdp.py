@@ -106,8 +106,8 @@ def folder(tmp_path_factory):
                           folders[name] / "plain/checkpoints/step_00000003"])]
     noisy = ["--config", config, *NOISY, "train.mixed_precision=bf16"]
     parts = [*noisy, f"train.output_dir={folders[name]}/parts"]
-    runs += [(fused, ["--config", config, *SAME, "train.train_batch_size=2", "train.checkpointing_steps=1",
-                      "train.max_train_steps=3", "train.checkpoints_total_limit=3", f"train.output_dir={folders[name]}/spoiled_{fused}"]) for fused in (True, False)]
+    three = ["train.max_train_steps=3", "train.checkpointing_steps=1", "train.checkpoints_total_limit=3"]
+    runs += [(fused, [*half, *three, f"train.output_dir={folders[name]}/spoiled_{fused}"]) for fused in (True, False)]
     runs += [(False, [*noisy, f"train.output_dir={folders[name]}/whole"]), (False, [*parts, "train.max_minutes=0"]),
              (False, [*parts, "--resume", "auto"])]
     # Masks are drawn in each process, so a MaskTransformer is compared with the same two processes without FSDP
