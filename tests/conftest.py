@@ -21,6 +21,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 FORKS = multiprocessing.get_context("forkserver")  # its server imports these once, which is most of the time of a short script
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "accelerate"])
 
+def pytest_xdist_make_scheduler(config, log):
+    """A test goes to the process that is free, but tests that share runs go to one. (xdist_group, for this, does nothing in pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(("test_fsdp.py", "test_evaluate.py")) else nodeid
+
+    return Scheduling(config, log)
+
+
 TINY = {  # a stage-1 run of about a second
     "model": "name: vqgan\n  ch: 32\n  ch_mult: [1, 1]\n  num_res_blocks: 1\n  attn_resolutions: []\n  z_channels: 32\n"
              "  quantizer: {codebook_size: 32, dim: 8, ema_decay: 0.9}",
