@@ -219,11 +219,12 @@ def same_run(a, b, step):
     assert (a / f"samples/reconstructions_{step:08d}.png").read_bytes() == (b / f"samples/reconstructions_{step:08d}.png").read_bytes()
 
 
-def test_killed_run_continues_bit_identically(train, tiny, tmp_path):
-    settings = [*EVERYTHING, "train.max_train_steps=40", "train.checkpointing_steps=4", "train.validation_steps=40"]
-    train(*settings, f"train.output_dir={tmp_path}/whole")
+def test_killed_run_continues_bit_identically(tiny, tmp_path):
+    words = ["train_stage1.py", "--config", tiny, *EVERYTHING, "train.max_train_steps=40", "train.checkpointing_steps=4",
+             "train.validation_steps=40"]
+    forked(tmp_path, *words, f"train.output_dir={tmp_path}/whole")
     killed = tmp_path / "killed"
-    process = start(tmp_path / "log", "train_stage1.py", "--config", tiny, *settings, f"train.output_dir={killed}")
+    process = start(tmp_path / "log", *words, f"train.output_dir={killed}")
     deadline = time.monotonic() + 120
     while not list(killed.glob("checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -231,7 +232,7 @@ def test_killed_run_continues_bit_identically(train, tiny, tmp_path):
     process.join()
     done = max(p.name for p in killed.glob("checkpoints/step_*"))
     assert done < "step_00000040", "it finished before it could be killed"
-    train(*settings, f"train.output_dir={killed}", resume="auto")
+    forked(tmp_path, *words, f"train.output_dir={killed}", "--resume", "auto")
     same_run(tmp_path / "whole", killed, 40)
 
 
