@@ -1,8 +1,11 @@
 """What the tests share. They run on small networks, on the CPU, and need neither a network nor downloaded weights."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
+FORKS = multiprocessing.get_context("forkserver")  # its server imports these once, which is most of the time of a short script
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "accelerate"])
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A test goes to the process that is free, but tests that share runs go to one. (xdist_group, for this, does nothing in pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(("test_fsdp.py", "test_evaluate.py")) else nodeid
+
+    return Scheduling(config, log)
+
 
 TINY = {  # a stage-1 run of about a second
     "model": "name: vqgan\n  ch: 32\n  ch_mult: [1, 1]\n  num_res_blocks: 1\n  attn_resolutions: []\n  z_channels: 32\n"
@@ -44,6 +62,12 @@ def write_tiny(folder, **sections):
     path = folder / "tiny.yaml"
     path.write_text("".join(f"{name}:\n  {lines}\n" for name, lines in (TINY | sections).items()) + f"  output_dir: {folder / 'run'}\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -142,6 +166,48 @@ def command(*words, check=True, env=None, **kwargs):
     return done.stdout
 
 
+def start(output, *words, **env):
+    """A process that runs `python WORDS`, a script and its arguments, but is a fork, and leads a group; its output is added to a file."""
+    process = FORKS.Process(target=_script, args=(str(output), [str(w) for w in words], dict(os.environ | env)))
+    process.start()
+    return process
+
+
+def _script(output, words, env):
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # its own processes are those of any script
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def start_two(output, *words, **env):
+    """Two such processes that train together, as torch's launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [start(output, *words, ACCELERATE_USE_CPU="true", WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="localhost",
+                  MASTER_PORT=port, **env) for rank in "01"]
+
+
+def forked(folder, *words, processes=1, status=0, **env):
+    """Runs a script as such a process, or as two that train together, and checks how they end; their output."""
+    output = folder / "forked.log"
+    output.unlink(missing_ok=True)
+    begun = start_two(output, *words, **env) if processes == 2 else [start(output, *words, **env)]
+    for process in begun:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in begun] == [status] * processes, output.read_text()
+    return output.read_text()
+
+
 def copy_test(folder, files, imports, *models):
     """The files alone, with nothing importable but torch: each stage-1 model trains a step and reconstructs."""
     command_in_copy(folder, files, f"""
@@ -161,17 +227,24 @@ def command_in_copy(folder, files, code):
     """Runs the code in an empty folder with these files, and nothing importable but torch."""
     for file in files:
         shutil.copy(ROOT / file, folder)
-    (folder / "use.py").write_text("""
+    places = ["", *(str(ROOT / place) for place in (".", "tests", "tests/fixtures"))]
+    (folder / "use.py").write_text(f"""
 import sys
 class OnlyTorch:
+    missing = {{"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
+               "dataset", "experiment", "losses", "scipy", "PIL"}}
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
-                                  "dataset", "experiment", "losses", "scipy", "PIL"}:
+        if name.split(".")[0] in self.missing:
             raise ImportError(name)
 import torch
 sys.meta_path.insert(0, OnlyTorch())
-""" + code + "\nprint('done')\n")
-    assert "done" in command(sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import use")
+for name in [name for name in sys.modules if name.split(".")[0] in OnlyTorch.missing]:
+    del sys.modules[name]
+sys.path[:] = [{str(folder)!r}, *(path for path in sys.path if path not in {places!r})]
+{code}
+print("done")
+""")
+    assert "done" in forked(folder, folder / "use.py")
 
 
 def metrics(folder):

@@ -6,13 +6,12 @@ The names of the releases' tensors are generated here. The first test compares t
 import json
 import math
 import pickle
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, forked
 from fill import fill
 from safetensors.torch import load_file, save_file
 
@@ -211,8 +210,8 @@ def test_the_pattern_makes_the_names_of_the_fixtures(name, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # Other sizes
 
-NET = dict(ch=64, ch_mult=[1, 2, 1, 2], num_res_blocks=3, attn_resolutions=[16, 8], z_channels=96, resolution=64)
-DQ = {"encoder": NET, "decoder": {**NET, "ch_mult": [2, 1, 1], "attn_resolutions": [], "num_res_blocks": 3, "latent_size": 16},
+NET = dict(ch=64, ch_mult=[1, 2, 1, 2], num_res_blocks=2, attn_resolutions=[12, 6], z_channels=96, resolution=48)
+DQ = {"encoder": NET, "decoder": {**NET, "ch_mult": [2, 1, 1], "attn_resolutions": [], "latent_size": 12},
       "codebook_size": 50, "codebook_dim": 40, "beta": 0.5, "budget": {"target_ratio": 0.4, "gamma": 3.0}, "kind": "dual_feature"}
 TOKENS = {"n_head": 3, "n_embd": 24, "embd_pdrop": 0.0, "resid_pdrop": 0.1, "attn_pdrop": 0.0}
 SPECIAL = {"content_eos": 51, "content_sos_or_first_class": 52, "coarse_position_eos": 10, "coarse_position_sos_or_first_class": 11,
@@ -223,7 +222,7 @@ DQT = {**TOKENS, "coarse_hw": 3, "fine_hw": 6, "codebook_size": 50, "special": S
        "content_layer": 3, "fine_position_order": "region-first"}
 OTHERS = [
     ("vqgan_taming", {"ddconfig": NET, "n_embed": 50, "embed_dim": 24}),
-    ("vqgan_taming", {"ddconfig": {**NET, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": []}, "n_embed": 9, "embed_dim": 4}),
+    ("vqgan_taming", {"ddconfig": {**NET, "ch": 32, "ch_mult": [1, 1, 2, 2, 4], "attn_resolutions": []}, "n_embed": 9, "embed_dim": 4}),
     ("vqgan_llamagen", {"ch": 32, "ch_mult": [1, 2, 2, 4], "num_res_blocks": 1, "z_channels": 48, "codebook_size": 50,
                         "codebook_embed_dim": 4, "l2_norm": True, "beta": 0.25}),
     ("vqvae_simplecnn", {"hidden_dim": 64, "n_resblocks": 3, "codebook_num": 50, "codebook_dim": 12, "l2_norm": True}),
@@ -232,7 +231,7 @@ OTHERS = [
                              "restart_unused_codes": False}}),
     ("dqvae", DQ),
     ("dqvae", DQ | {"kind": "dual_entropy", "router": {"threshold": 1.5, "patch_size": 8}}),
-    ("dqvae", DQ | {"kind": "triple", "decoder": DQ["decoder"] | {"ch_mult": [2, 1], "latent_size": 32},
+    ("dqvae", DQ | {"kind": "triple", "decoder": DQ["decoder"] | {"ch_mult": [2, 1], "latent_size": 24},
                     "budget": {"target_median_ratio": 0.3, "target_fine_ratio": 0.2, "gamma": 2.0}}),
     ("gpt_taming", {**TOKENS, "codebook_size": 50, "grid": 3, "block_size": 30, "n_layer": 3}),
     ("gpt_taming", {**TOKENS, "codebook_size": 50, "grid": 3, "block_size": 30, "n_layer": 1, "vocab_size": 50, "sos_token": 2}),
@@ -252,10 +251,12 @@ def test_other_sizes(kind, config):
     theirs = torch.cat([v.flatten() for v in state.values()])
     unknown = {"num_batches_tracked": 1, "thresholds": len(getattr(model, "thresholds", []))}
     extra = sum(n for name, n in unknown.items() if any(name in k for k in model.state_dict()))
-    assert (~torch.isin(ours, theirs)).sum() <= extra  # every weight is one of theirs
+    ours, theirs = np.sort(ours.numpy()), np.sort(theirs.numpy())
+    nearest = theirs[np.searchsorted(theirs, ours).clip(max=len(theirs) - 1)]
+    assert (ours != nearest).sum() <= extra  # every weight is one of theirs
     with torch.no_grad():
         if hasattr(model, "encode"):
-            images = torch.rand(2, 3, 64, 64) * 2 - 1
+            images = torch.rand(2, 3, 48, 48) * 2 - 1
             torch.testing.assert_close(model.decode(model.encode(images)), model(images).images)
         else:
             labels = torch.tensor([0, config["n_classes"] - 1]) if config.get("n_classes") else None
@@ -276,7 +277,7 @@ def test_a_codebook_keeps_its_moving_averages(kind, config):
     with torch.no_grad():
         quantizer.codebook.copy_(before)
         quantizer.ema_decay = 0.99
-        model.train()(torch.rand(2, 3, 64, 64) * 2 - 1)
+        model.train()(torch.rand(2, 3, 48, 48) * 2 - 1)
     moved = (quantizer.codebook - before).norm(dim=1) / before.norm(dim=1)
     assert moved.max() > 0 and (moved > 0.2).float().mean() < 0.1
     with pytest.raises(ValueError, match="cluster_size_ema .3,. cannot become quantizer.ema_count"):
@@ -513,8 +514,7 @@ def test_trust_loads_what_was_refused(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path):
     path = write(tmp_path / "last.ckpt", taming_state(), TAMING)
-    words = [sys.executable, "convert.py", "vqgan_taming", path, "--config", path.with_suffix(".yaml"), "--out", tmp_path / "out"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "vqgan" in done.stdout
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    words = ["convert.py", "vqgan_taming", path, "--config", path.with_suffix(".yaml"), "--out", tmp_path / "out"]
+    assert "vqgan" in forked(tmp_path, *words)
+    said = forked(tmp_path, *words, status=1)
+    assert said.startswith("error: ") and said.count("\n") == 1

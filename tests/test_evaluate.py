@@ -3,14 +3,13 @@
 import argparse
 import json
 import math
-import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_MODELS, TRANSFORMERS, command, save_stage1, write_tiny2
+from conftest import ROOT, TINY_MODELS, TRANSFORMERS, forked, save_stage1, write_tiny2
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
@@ -68,13 +67,12 @@ def measured(capsys):
 
 
 def in_two_processes(tmp_path, home, *words):
-    """evaluate.py as `accelerate launch` runs it, with images as small as in `networks`."""
+    """evaluate.py with images as small as in `networks`."""
     (tmp_path / "driver.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import evaluate, inception, launch, torch_fidelity.feature_extractor_inceptionv3 as fidelity\n"
         "fidelity.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE, inception.SPATIAL = 75, 7 * 3 * 3\nlaunch.run_main(evaluate.main)\n")
-    command(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", tmp_path / "driver.py", *words,
-            env={"OMP_NUM_THREADS": "1", "TORCH_HOME": str(home)})
+    forked(tmp_path, tmp_path / "driver.py", *words, processes=2, TORCH_HOME=str(home))
 
 
 def frechet_by_hand(a, b):

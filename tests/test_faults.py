@@ -8,9 +8,7 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny, write_tiny2
+from conftest import ROOT, TINY_MODELS, forked, metrics, start, start_two, weights, write_tiny, write_tiny2
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -40,8 +38,8 @@ from dataset import DataError, ImageDataset, make_dataset
 from guard import Guard
 from losses import PatchGAN
 
-def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence():
-    out = command(sys.executable, "-c", """
+def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence(tmp_path):
+    (tmp_path / "thread.py").write_text("""
 import errno, threading
 import launch
 def log():
@@ -53,22 +51,23 @@ def main():
     print("went on")
 launch.run_main(main)
 """)
-    assert out.splitlines() == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
+    told = forked(tmp_path, tmp_path / "thread.py").splitlines()
+    assert told == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_output_that_goes_to_a_full_disk_ends_no_training(tmp_path):
-    with open("/dev/full", "w") as disk:
-        ended = subprocess.run([sys.executable, "train_stage1.py", "--config", write_tiny(tmp_path)], cwd=ROOT, stdout=disk, stderr=disk,
-                               timeout=100)
-    assert ended.returncode in (0, 120)  # Python's, if it cannot flush
+    training = start("/dev/full", "train_stage1.py", "--config", write_tiny(tmp_path))
+    training.join(100)
+    training.kill()
+    assert training.exitcode == 0
     assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000006") and metrics(tmp_path / "run")[-1]["val_psnr"] > 0
 
 
 def test_an_error_that_nobody_thought_of_ends_the_loaders_workers(tmp_path):
     """Python asks them by the one SIGTERM that they leave to the trainer, and waits."""
     words = broken_script(tmp_path, "def backward(self, loss):\n    raise RuntimeError('boom')\nGuard.backward = backward")
-    output = command(sys.executable, *words, "train.dataloader_num_workers=2", check=False, timeout=60)
+    output = forked(tmp_path, *words, "train.dataloader_num_workers=2", status=1)
     assert "Traceback" in output and "RuntimeError: boom" in output
 
 
@@ -304,10 +303,9 @@ def test_fp16_resumes_exactly(train, tmp_path, fp16):
 # Kills and signals (train_stage1's are in test_train_stage1.py)
 
 
-def test_killed_runs_lose_nothing():
+def test_killed_runs_lose_nothing(tmp_path):
     """SIGKILL amid checkpoints, caches and renames, of both stages, and code that looks at the result; see there."""
-    assert "losses: 0" in command(sys.executable, "benchmarks/faults.py", "kills", "--minutes", "0", "--seed", "1",
-                                  env={"OMP_NUM_THREADS": "1"})
+    assert "losses: 0" in forked(tmp_path, "benchmarks/faults.py", "kills", "--minutes", "0", "--seed", "1")
 
 
 def test_what_a_kill_left_unfinished_is_removed(train, tmp_path):
@@ -721,16 +719,10 @@ launch.run_main(train_stage1.main)
     return [tmp_path / "broken.py", "--config", write_tiny(tmp_path)]
 
 
-def two(tmp_path, code):
-    """Two processes of torch's launcher that run it; their output."""
-    return command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *broken_script(tmp_path, code),
-                   env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=False, timeout=100)
-
-
 def test_processes_agree_on_bad_steps_and_disagreement_is_not_saved(tmp_path):
     """A loss that is bad on one process alone is skipped by both (the checkpoint of step 3 says that they agree); a codebook that
     differs is told."""
-    output = two(tmp_path, """
+    output = forked(tmp_path, *broken_script(tmp_path, """
 backward, end, steps = Guard.backward, Guard.end, [0]
 Guard.backward = lambda self, loss: backward(self, loss * (torch.nan if rank and steps[0] == 1 else 1.0))
 def end_step(self, step):
@@ -739,7 +731,7 @@ def end_step(self, step):
     if rank and step == 5:
         self.modules["model"].quantizer.ema_sum[0, 0] += 1e-3
 Guard.end = end_step
-""")
+"""), processes=2, status=1)
     assert "the processes no longer hold the same model: model.quantizer.codebook" in output
     assert "became different between step 3 and step 6, which was not saved" in output
     assert os.listdir(tmp_path / "run/checkpoints") in (["step_00000003", "best.safetensors"], ["best.safetensors", "step_00000003"])
@@ -747,7 +739,7 @@ Guard.end = end_step
 
 
 def test_a_full_disk_of_one_process_ends_both(tmp_path):
-    output = two(tmp_path, """
+    output = forked(tmp_path, *broken_script(tmp_path, """
 save, calls = checkpoint.save_file, []
 def full(*args):
     calls.append(0)
@@ -755,43 +747,35 @@ def full(*args):
         raise OSError(28, "No space left on device")
     save(*args)
 checkpoint.save_file = full
-""")
+"""), processes=2, status=1)
     assert output.count("error: the checkpoint of step 6 could not be written ([Errno 28] No space left on device): it needs about") == 2
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["best.safetensors", "step_00000003"]
     assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000003")
 
 
-def test_when_one_process_dies_the_others_end(train, tmp_path):
-    output = two(tmp_path, """
+def test_when_one_process_dies_the_other_ends_by_itself(train, tmp_path):
+    """As on another machine, where no launcher ends it."""
+    both = start_two(tmp_path / "log", *broken_script(tmp_path, """
+import torch.utils.data._utils.worker as worker
+worker.MP_STATUS_CHECK_INTERVAL = 0.1  # it looks every 5 seconds whether its process is there, and holds the connection until then
 end = Guard.end
-Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if rank and step == 5 else end(self, step)
-""")
-    assert "Signal 9 (SIGKILL)" in output and not checkpoint.damage(tmp_path / "run/checkpoints/step_00000003")
+Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if not rank and step == 5 else end(self, step)
+"""), "train.dataloader_num_workers=1")
+    try:
+        [process.join(60) for process in both]
+        assert [process.exitcode for process in both] == [-signal.SIGKILL, 1]
+        error, end = (tmp_path / "log").read_text(), time.monotonic() + 30
+        assert "error: another process has ended" in error and "Traceback" not in error
+        for process in both:
+            with pytest.raises(ProcessLookupError):  # not even workers of their loaders are left
+                while time.monotonic() < end:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.01)
+    finally:
+        [process.kill() for process in both]
+    assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000003")
     train("train.train_batch_size=8", resume="auto")
     assert metrics(tmp_path / "run")[-1]["step"] == 6
-
-
-def test_a_process_ends_by_itself_when_another_dies(tmp_path):
-    """As on another machine, where no launcher ends it."""
-    words = broken_script(tmp_path, """
-end = Guard.end
-Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if not rank else end(self, step)
-""")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": str(port)}
-    both = [subprocess.Popen([sys.executable, *words, "train.dataloader_num_workers=1"], cwd=ROOT, env=env | {"RANK": r, "LOCAL_RANK": r},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in "01"]
-    try:
-        assert both[0].wait(60) == -signal.SIGKILL
-        error = both[1].communicate(timeout=60)[1]
-        assert both[1].returncode == 1 and "error: another process has ended" in error and "Traceback" not in error
-        left = [p for p in psutil.process_iter(["cmdline"]) if str(words[0]) in (p.info["cmdline"] or [])]
-        assert not psutil.wait_procs(left, timeout=30)[1]  # not even workers of their loaders
-    finally:
-        [p.kill() for p in both]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

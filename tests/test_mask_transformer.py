@@ -201,7 +201,14 @@ def test_the_bound_is_above_the_likelihood(name):
     torch.testing.assert_close(model.bits(codes), torch.tensor([guess]))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.8)
-    content, starts = content.gather(1, packed.place), torch.zeros(1, dtype=torch.int64)
+    forward, known = model._nats, {}
+
+    def once(*args):  # for each mask, of which there are few
+        mask = str([m.tolist() for m in args[3]])
+        known[mask] = known[mask] if mask in known else forward(*args)
+        return known[mask]
+
+    model._nats, content, starts = once, content.gather(1, packed.place), torch.zeros(1, dtype=torch.int64)
 
     def nats(part, hidden):
         masks = [torch.zeros_like(layout, dtype=torch.bool), torch.zeros_like(content, dtype=torch.bool)]
@@ -265,7 +272,7 @@ def test_masks_follow_the_cosine_schedule():
 def test_it_memorises(name):
     """16 labelled images; a label then gives its image's codes, and a part of an image the rest of it."""
     torch.manual_seed(0)
-    model = MODELS[name][0](num_classes=16, n_embd=64, dropout=0.0, label_dropout=0.5)
+    model = MODELS[name][0](num_classes=16, n_embd=64, dropout=0.0, label_dropout=0.3)
     codes, labels = codes_for(name, 16), torch.arange(16)
     assert memorise(model, codes, labels, 1e-3, 1000, choice_temperature=0)
     many = {k: v.repeat_interleave(8, 0) for k, v in codes.items()}  # now the known part must say which image it is

@@ -121,7 +121,8 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
     config = write_tiny2(tmp_path, name)
     words = [*photos, "data.image_size=[16,24]", "train.max_train_steps=2"]
     if stage1 != "vqgan":
-        words += [f"codes.stage1={any_rate(stage1)}", "codes.ratio=0.3" if name != "dq_transformer_triple" else "codes.ratios=[0.3,0.2]"]
+        words += [f"codes.stage1={any_rate(stage1, 'train.max_train_steps=2')}"]
+        words += ["codes.ratio=0.3" if name != "dq_transformer_triple" else "codes.ratios=[0.3,0.2]"]
     train2(config, *words)
     run = tmp_path / "run2"
     model, first, about, _ = sample.load_models(run)

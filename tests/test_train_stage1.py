@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODELS, command, metrics, weights, write_tiny
+from conftest import ROOT, TINY_MODELS, command, forked, metrics, start, weights, write_tiny
 from PIL import Image
 
 import experiment
@@ -157,8 +156,7 @@ experiment.Run.close = agree
 launch.run_main(train_stage1.main)
 """)
     config = write_tiny(tmp_path, model=TINY_MODELS[name], discriminator="ch: 8\n  num_layers: 1")
-    output = command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "agree.py",
-                     "--config", config, "train.mixed_precision=bf16", setting, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    output = forked(tmp_path, tmp_path / "agree.py", "--config", config, "train.mixed_precision=bf16", setting, processes=2)
     assert output.count("agreed") == 2 and "2 process(es)" in output
     assert LOGS[name] <= set(metrics(tmp_path / "run")[0])
     load_run(tmp_path / "run")
@@ -221,35 +219,36 @@ def same_run(a, b, step):
     assert (a / f"samples/reconstructions_{step:08d}.png").read_bytes() == (b / f"samples/reconstructions_{step:08d}.png").read_bytes()
 
 
-def test_killed_run_continues_bit_identically(train, tiny, tmp_path):
-    settings = [*EVERYTHING, "train.max_train_steps=60", "train.checkpointing_steps=4", "train.validation_steps=60"]
-    train(*settings, f"train.output_dir={tmp_path}/whole")
+def test_killed_run_continues_bit_identically(tiny, tmp_path):
+    words = ["train_stage1.py", "--config", tiny, *EVERYTHING, "train.max_train_steps=40", "train.checkpointing_steps=4",
+             "train.validation_steps=40"]
+    forked(tmp_path, *words, f"train.output_dir={tmp_path}/whole")
     killed = tmp_path / "killed"
-    words = [sys.executable, "train_stage1.py", "--config", str(tiny), *settings, f"train.output_dir={killed}"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(tmp_path / "log", *words, f"train.output_dir={killed}")
     deadline = time.monotonic() + 120
     while not list(killed.glob("checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     done = max(p.name for p in killed.glob("checkpoints/step_*"))
-    assert done < "step_00000060", "it finished before it could be killed"
-    train(*settings, f"train.output_dir={killed}", resume="auto")
-    same_run(tmp_path / "whole", killed, 60)
+    assert done < "step_00000040", "it finished before it could be killed"
+    forked(tmp_path, *words, f"train.output_dir={killed}", "--resume", "auto")
+    same_run(tmp_path / "whole", killed, 40)
 
 
 def test_signal_to_all_processes_saves_and_ends_cleanly(tiny, tmp_path):
     """To the loader's workers too, as schedulers do."""
-    words = [sys.executable, "train_stage1.py", "--config", str(tiny), "train.max_train_steps=100000", "train.validation_steps=100000",
-             "train.dataloader_num_workers=2"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = start(tmp_path / "log", "train_stage1.py", "--config", tiny, "train.max_train_steps=100000",
+                    "train.validation_steps=100000", "train.dataloader_num_workers=2")
     log = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "stopped by SIGTERM" in output and "--resume auto" in output
+    process.join(60)
+    process.kill()
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 0 and "stopped by SIGTERM" in output and "--resume auto" in output
     last = json.loads(log.read_text().splitlines()[-1])["step"]
     assert (tmp_path / f"run/checkpoints/step_{last:08d}/checkpoint.json").is_file()
 
@@ -365,7 +364,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train, tiny, tmp_path):
 def test_mistakes_end_with_one_sentence(tiny, tmp_path):
     """As the user sees them: the script prints one line and no traceback."""
     (tmp_path / "empty").mkdir()
-    code = f"""
+    (tmp_path / "say.py").write_text(f"""
 import sys, warnings, launch, train_stage1
 def say(*words):
     sys.argv[1:] = ["--config", {str(tiny)!r}, *words]
@@ -386,11 +385,10 @@ say("train.train_batch_size=0")
 say("data.image_size=17")
 say("discriminator.num_layers=5")
 say("train.adam_beta2=1")
-"""
+""")
     # No network: the proxy does not exist.
-    env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9",
-           "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    output = command(sys.executable, "-c", code, env=env).splitlines()
+    env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    output = forked(tmp_path, tmp_path / "say.py", **env).splitlines()
     lines = [line for line in output if line.startswith("error: ") or "Traceback" in line]
     for line, words in zip(lines, [
             "unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",

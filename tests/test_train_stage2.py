@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRANSFORMERS, command, metrics, save_stage1, weights, write_tiny2
+from conftest import TRANSFORMERS, forked, metrics, save_stage1, weights, write_tiny2
 from PIL import Image
 
 import sample
@@ -105,10 +103,9 @@ def test_two_processes_equal_one(tmp_path, name):
     """Batches of 2 in two processes give the weights of batches of 4 in one, also where rows have different lengths."""
     config = write_tiny2(tmp_path, name)
     same = ["model.label_dropout=0", "train.learning_rate=1e-2", "train.adam_epsilon=1e-3"]  # a rounding error stays one
-    for batch, launch in ((4, [sys.executable]),
-                          (2, [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"])):
-        command(*launch, "train_stage2.py", "--config", config, *same, f"train.train_batch_size={batch}",
-                f"codes.cache_dir={tmp_path}/c{batch}", f"train.output_dir={tmp_path}/{batch}", env={"OMP_NUM_THREADS": "1"})
+    for processes, batch in ((1, 4), (2, 2)):
+        forked(tmp_path, "train_stage2.py", "--config", config, *same, f"train.train_batch_size={batch}",
+               f"codes.cache_dir={tmp_path}/c{batch}", f"train.output_dir={tmp_path}/{batch}", processes=processes)
     one, two = (weights(tmp_path / str(b), 6) for b in (4, 2))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=0, msg=key)
@@ -118,10 +115,10 @@ def test_two_processes_equal_one(tmp_path, name):
     bits = [metrics(tmp_path / str(b))[-1]["val_bits"] for b in (4, 2)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-4)
     if name == "gpt":
-        out = command(*launch, "sample.py", "--run", tmp_path / "2", "-n", "5", "--out", tmp_path / "two.npz", env={"OMP_NUM_THREADS": "1"})
-        assert "5 images" in out
-        sample.main(["--run", str(tmp_path / "2"), "-n", "5", "--out", str(tmp_path / "one.npz")])
-        assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+        for number in (1, 2):
+            words = ["sample.py", "--run", tmp_path / "2", "-n", "5", "--out", tmp_path / f"{number}.npz"]
+            assert "5 images" in forked(tmp_path, *words, processes=number)
+        assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,8 +289,8 @@ def test_bad_questions_to_sample(train2, tmp_path):
         sample.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="holds a stage-1 model"):
         sample.main(["--run", str(tmp_path / "run2/stage1")])
-    done = subprocess.run([sys.executable, "sample.py", "--run", run, "--classes", "cat"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: there is no class 'cat'")
+    said = forked(tmp_path, "sample.py", "--run", run, "--classes", "cat", status=1)
+    assert said.count("\n") == 1 and said.startswith("error: there is no class 'cat'")
 
 
 def test_a_signal_while_encoding(train2, tmp_path, monkeypatch):

@@ -287,7 +287,7 @@ def test_bits_are_the_loss(name):
 
 def memorise(model, codes, labels, lr, steps, **settings):
     """Trains until labels give their codes, at most so many steps; whether they do."""
-    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.01), lr=lr, fused=True)
     for step in range(steps):
         loss = model(codes, labels)["loss"]
         optimizer.zero_grad()
