@@ -31,6 +31,7 @@ from checkpoint import make_file
 from config import UserError
 from dataset import DataError, Files, ImageDataset, on_device, to_float, worker_settings
 from experiment import Run, asked_rate, own_folder
+from hub import run_folder
 
 
 def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int | None = None, views: int = 1) -> CodeCache:
@@ -42,7 +43,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
     if settings["cache_dir"]:
         folder = Path(settings["cache_dir"]).expanduser()
     else:
-        folder = own_folder(Path(settings["stage1"] or run.folder).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
+        folder = own_folder(Path(run_folder(settings["stage1"] or run.folder)).expanduser(), "codes", "codes/*", "codes/*/*") / "codes"
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     K = stage1.quantizer.codebook_size
@@ -83,7 +84,10 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     names = [dataset.source.name(i) for i in indices]
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
-    names = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    names = "\n".join(names).encode()
+    if data.get("name") == "webdataset":  # many have shards and keys of the same names
+        names += dataset.source.box.places[dataset.source.rows].tobytes()
+    names = hashlib.sha256(names).hexdigest()
     left_out = {"root"} if isinstance(dataset.source, Files) or data.get("name") == "webdataset" else set()
     left_out |= {k for k in ("image_column", "label_column") if data.get(k) is None}  # which older caches did not know
     data = {k: v for k, v in data.items() if k not in left_out}

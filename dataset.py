@@ -11,6 +11,7 @@ what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import atexit
+import copy
 import io
 import math
 import multiprocessing
@@ -75,7 +76,7 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
     else:
         make, layout = SOURCES[name]
         try:
-            if root is None:
+            if not root:
                 raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
             root = Path(root).expanduser()
             if not root.is_dir() and name != "webdataset":
@@ -186,7 +187,8 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
 
     limit: at most so many images in all, evenly spread over the dataset.
     """
-    dataset.uint8 = True
+    dataset = copy.copy(dataset)
+    dataset.uint8, dataset.least = True, 0  # whole JPEGs, also of the training split
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(count)][rank::world]
     loader = DataLoader(dataset, batch_sampler=[indices[i:i + batch_size] for i in range(0, len(indices), batch_size)],
@@ -450,10 +452,10 @@ def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bo
         raise DataError("there are no images for training")
     if isinstance(ours.found[0], str):
         classes = sorted(set(ours.found))
-    elif max(ours.found) < 10**6:
+    elif min(ours.found) >= 0 and max(ours.found) < 10**6:
         classes = range(len(ours.classes or range(max(ours.found) + 1)))
     else:
-        raise DataError(f"classes must be numbered from 0 to below 1,000,000; one is {max(ours.found)}")
+        raise DataError(f"classes must be numbered from 0 to below 1,000,000; they are from {min(ours.found)} to {max(ours.found)}")
     box = theirs if theirs and theirs.found and not train else ours
     rows = range(len(box.found)) if theirs and theirs.found else held_out(box.keys, val_fraction, train)
     labels = numbers([box.found[row] for row in rows], classes, lambda i: box.name(rows[i]))

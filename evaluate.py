@@ -52,8 +52,9 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset, run_folder, set_rate
+from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
 from gpt import sides
+from hub import run_folder
 from inception import (
     FEATURES, LOGITS, check_images, distances, inception_features, load_inception, load_reference, read_npz, sample_quality,
     save_statistics, statistics,

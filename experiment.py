@@ -2,7 +2,7 @@
 
     STAGE1, STAGE2          the models by name
     Run                     a run folder and the training in it
-    load_run, save_run      a model from a run folder, and the other way round; run_folder: one from the Hugging Face Hub
+    load_run, save_run      a model from a run folder, and the other way round
     learning_rate_at, compile_parts, update_ema     what both training scripts need
 
 A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl, tensorboard/, samples/*.png and checkpoints/.
@@ -27,6 +27,7 @@ import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT
 from guard import Guard
+from hub import run_folder
 from log import Log
 from mask_transformer import MaskTransformer
 from mqvae import MQVAE
@@ -296,6 +298,9 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
             if (folder / name).exists():
                 raise UserError(f"{folder} is not a run folder, but holds {name}, which a run would write over; choose another "
                                 "train.output_dir") from None
+    if (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} holds an exported run, which cannot be trained on; choose another train.output_dir, and set "
+                        f"train.init_from={folder}")
     if resume is None and list_checkpoints(folder / "checkpoints"):
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
     source = folder if resume == "auto" else Path(resume or "").parent.parent
@@ -336,8 +341,10 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     """
     folder, config = Path(run_folder(folder)), run_config(folder)
     path = folder / "checkpoints/best.safetensors"
-    if (folder / "model.safetensors").is_file():  # as hub.py exports it
-        path = folder / "model.safetensors"
+    if (exported := folder / "model.safetensors").is_file():  # by push_to_hub.py
+        if which == "best":
+            raise UserError(f"{folder} is an exported run, which has one set of weights; leave --which best out")
+        path = exported
     elif which == "latest":
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
@@ -348,27 +355,11 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     model = make_model(config)
     try:
         model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
     except RuntimeError as error:
         raise UserError(f"{path} does not hold the weights of the model in {folder}/config.yaml") from error
     return model.eval(), config
-
-
-def run_folder(name: str | Path) -> str | Path:
-    """The folder of a run. "hf:user/name" is downloaded from the Hugging Face Hub to runs/user/name, unless it is there."""
-    if not str(name).startswith("hf:"):
-        return name
-    repository = str(name).removeprefix("hf:")
-    folder = f"runs/{repository}"
-    if not Path(folder, "config.yaml").is_file():
-        from huggingface_hub import snapshot_download  # takes a second
-
-        try:
-            snapshot_download(repository, local_dir=folder, ignore_patterns=["config.yaml"])
-            snapshot_download(repository, local_dir=folder, allow_patterns=["config.yaml"])  # last: with it, the folder is a run
-        except Exception as error:  # of the network, of httpx, of the Hub: they have no common base
-            raise UserError(f"{name} could not be downloaded from the Hugging Face Hub "
-                            f"({str(error).strip().splitlines()[0]}); check the name, user/name, and the network") from error
-    return folder
 
 
 def run_config(folder: str | Path) -> dict:

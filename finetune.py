@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from checkpoint import list_checkpoints, newest_whole
 from config import UserError
-from experiment import Run, run_config, run_folder
+from experiment import Run, run_config
+from hub import run_folder
 
 SHOWN = 8  # how many names a sentence lists
 

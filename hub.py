@@ -1,101 +1,53 @@
-"""Puts a run on the Hugging Face Hub. Every script takes "hf:user/name" in the place of a run folder.
+"""Runs on the Hugging Face Hub; to put one there, push_to_hub.py.
 
-    python hub.py --run runs/dq_transformer --to user/name [--private]          # after `hf auth login`
-    python sample.py --run hf:user/name -n 16                                   # anywhere else
-    model, config = load_run("hf:user/name")                                    # from experiment
+    run_folder      "hf:user/name" to a run folder, downloaded if it is not here
+    upload          a folder to a repository
 
-The repository holds model.safetensors and config.yaml (without the paths of this machine), for stage 2 also stage1/ and classes.json, the
-results of evaluate.py, the newest picture, and a model card that shows them.
+Any error of the network or the Hub is one sentence (UserError).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import tempfile
+import re
 from pathlib import Path
-from typing import Literal
-
-import openmp  # noqa: F401, before torch
-import yaml
-from safetensors.torch import save_file
 
 from config import UserError
-from evaluate import table
-from experiment import STAGE2, load_run, run_folder
-from launch import run_main
 
-PATHS = {"data": ["root"], "codes": ["stage1", "cache_dir"], "train": ["output_dir", "init_from", "calibration_file"]}
+FILES = ["*.safetensors", "*.yaml", "*.json", "*.png", "README.md"]  # that push_to_hub.py writes
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, type=run_folder, help="the run folder")
-    parser.add_argument("--to", required=True, metavar="USER/NAME", help="the repository; it is made if it does not exist")
-    parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
-    parser.add_argument("--private", action="store_true", help="if the repository is made: only you can see it")
-    args = parser.parse_args(argv)
-    print(push_to_hub(args.run, args.to, args.which, args.private))
+def run_folder(name: str | Path) -> str | Path:
+    """The folder of a run. "hf:user/name" is downloaded from the Hugging Face Hub to runs/user/name, unless it is there."""
+    if not str(name).startswith("hf:"):
+        return name
+    repository = str(name).removeprefix("hf:")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        raise UserError(f"a run on the Hugging Face Hub is hf:user/name; this is {name}")
+    folder = f"runs/{repository}"
+    if not Path(folder, "config.yaml").is_file():
+        from huggingface_hub import snapshot_download  # takes a second
 
-
-def push_to_hub(run: str | Path, to: str, which: Literal["latest", "best"] = "latest", private: bool = False) -> str:
-    """Uploads a run's weights, config, results, picture and model card to the repository `to`, "user/name"; returns its address."""
-    from huggingface_hub import HfApi  # takes a second
-
-    with tempfile.TemporaryDirectory() as folder:
-        export(Path(run), Path(folder), which)
-        (Path(folder) / "README.md").write_text(model_card(Path(run), Path(folder), to))
         try:
-            address = HfApi().create_repo(to, private=private, exist_ok=True)
-            HfApi().upload_folder(repo_id=to, folder_path=folder, commit_message="minVQ run")
+            snapshot_download(repository, local_dir=folder, allow_patterns=FILES, ignore_patterns=["config.yaml"])
+            snapshot_download(repository, local_dir=folder, allow_patterns=["config.yaml"])  # last: with it, the folder is a run
         except Exception as error:  # of the network, of httpx, of the Hub: they have no common base
-            raise UserError(f"{to} could not be written on the Hugging Face Hub ({str(error).strip().splitlines()[0]}); `hf auth login` "
-                            "first, and check the name") from error
+            raise UserError(f"{name} could not be downloaded from the Hugging Face Hub ({_first_line(error)}); check the name, user/name, "
+                            "and the network") from error
+    return folder
+
+
+def upload(folder: str | Path, to: str, private: bool) -> str:
+    """Puts the files of a folder into the repository `to`, "user/name", which is made if it does not exist; returns its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(to, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=to, folder_path=folder, commit_message="minVQ run")
+    except Exception as error:
+        raise UserError(f"{to} could not be written on the Hugging Face Hub ({_first_line(error)}); `hf auth login` first, and check the "
+                        "name") from error
     return str(address)
 
 
-def export(run: Path, folder: Path, which: Literal["latest", "best"] = "latest") -> None:
-    """Writes the run as a folder of few files, which load_run reads like a run folder."""
-    model, config = load_run(run, which)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    for section, keys in PATHS.items():
-        config[section] = {k: None if k in keys else v for k, v in config[section].items()} if section in config else None
-    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False))
-    if (run / "stage1").is_dir():
-        export(run / "stage1", folder / "stage1")
-    if (run / "classes.json").is_file():
-        shutil.copy(run / "classes.json", folder)
-    if (run / "metrics.json").is_file():
-        found = json.loads((run / "metrics.json").read_text())
-        (folder / "metrics.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("run", "data")}, indent=1) + "\n")
-    if pictures := sorted((run / "samples").glob("*_????????.png")):
-        shutil.copy(pictures[-1], folder / "picture.png")
-
-
-def model_card(run: Path, folder: Path, name: str) -> str:
-    """README.md of the repository: what it is, how to use it, its results and its picture."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    kind, size, stage2 = config["model"]["name"], config["data"]["image_size"], config["model"]["name"] in STAGE2
-    use = f"python sample.py --run hf:{name} -n 16" if stage2 else f"python evaluate.py --run hf:{name} data.root=YOUR_IMAGES"
-    task = "unconditional-image-generation" if stage2 else "image-to-image"
-    text = (f"---\nlibrary_name: minvq\ntags: [{kind}, vector-quantization]\npipeline_tag: {task}\n---\n\n"
-            f"# {name.rpartition('/')[2]}\n\nA {kind} for images of {size} pixels, trained with minVQ on `{config['data']['name']}`.\n\n"
-            f"```bash\n{use}\n```\n")
-    if (folder / "metrics.json").is_file():
-        found = json.loads((folder / "metrics.json").read_text())
-        results = {f"{kind} at {rate}": m for rate, m in found["rates"].items()} if "rates" in found else {kind: found}
-        text += f"\n{table(results, dict.fromkeys(results, kind), markdown=True)}\n"
-    elif (run / "metrics.jsonl").is_file():
-        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found = {k: v for line in logged for k, v in line.items() if k == "step" or k.startswith("val_")}
-        text += "\nIn training, on validation images: " + ", ".join(f"{k} {v:.5g}" for k, v in found.items()) + "\n"
-    if (folder / "picture.png").is_file():
-        rows = "originals, reconstructions, samples" if stage2 else "originals, reconstructions"
-        text += f"\n![From the top: {rows}](picture.png)\n"
-    return text
-
-
-if __name__ == "__main__":
-    run_main(main)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -24,8 +24,11 @@ FEATURES, SPATIAL, LOGITS = 2048, 7 * 17 * 17, 1008  # how many numbers for an i
 def load_inception() -> torch.nn.Module:
     """The network of FID and the Inception Score, with the weights of the TensorFlow release. FileNotFoundError if they are neither on
     disk nor to be downloaded."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise FileNotFoundError(f"the package torch-fidelity is missing ({error}); install it, or do without by --without "
+                                "inception") from error
     folder, _, name = URL_INCEPTION_V3.rpartition("/")
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
@@ -91,7 +94,7 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
     """Those of the arrays that the file has."""
     try:
         with np.load(path, allow_pickle=False) as file:  # an .npy gives an array, which `with` refuses
-            return {name: file[name] for name in names if name in file}
+            return {name: file[name].view() for name in names if name in file}  # a member of the archive may be no array
     except (OSError, EOFError, AttributeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path} is not an .npz of images (`arr_0`) or statistics (`mu`, `sigma`) that can be read") from None
 
@@ -110,9 +113,10 @@ def load_reference(path: str) -> dict:
     arrays, found = read_npz(Path(path).expanduser(), "mu", "sigma", "mu_s", "sigma_s", "arr_0"), {}
     for name, (mu, sigma), size in (("pool", ("mu", "sigma"), FEATURES), ("spatial", ("mu_s", "sigma_s"), SPATIAL)):
         if mu in arrays and sigma in arrays:
-            if arrays[mu].shape != (size,) or arrays[sigma].shape != (size, size):
-                raise UserError(f"`{mu}` and `{sigma}` of {path} are {arrays[mu].shape} and {arrays[sigma].shape} instead of ({size},) and "
-                                f"({size}, {size}), so they are not of these features of Inception")
+            want, have = [(size,), (size, size)], [arrays[mu], arrays[sigma]]
+            if [x.shape for x in have] != want or any(x.dtype.kind != "f" for x in have):
+                raise UserError(f"`{mu}` and `{sigma}` of {path} are {', '.join(f'{x.dtype} {x.shape}' for x in have)} instead of floats "
+                                f"{want[0]} and {want[1]}, so they are not of these features of Inception")
             found[name] = {"mu": arrays[mu].astype(np.float64), "sigma": arrays[sigma].astype(np.float64)}
     if "arr_0" in arrays:
         found["images"] = arrays["arr_0"]

@@ -38,8 +38,9 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build, check_config
 from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
-from experiment import STAGE2, asked_rate, load_run, own_folder, run_folder, set_image_size, set_rate
+from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, check_sampling, sides
+from hub import run_folder
 from launch import run_main
 
 SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "temperature_pos": float, "top_k_pos": int, "top_p_pos": float,

@@ -104,7 +104,7 @@ def index_all(shards: list[Path]) -> list[list]:
     and kept there if it is missing or damaged, or if the shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     states = [(shard.absolute(), shard.stat()) for shard in shards]
-    paths = [cache / (hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
+    paths = [cache / (hashlib.sha256(f"1 {path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
              for path, state in states]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]
@@ -132,13 +132,15 @@ def _load(path: Path) -> list | None:
 
 def index_of(shard: Path) -> list[list]:
     """The names of a shard's images, their offsets and sizes, and the numbers in their .cls (or None), from the headers in the shard."""
-    images, numbers = {}, {}
+    images, numbers, passed_over = {}, {}, []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(shard, "r:", errors="replace") as tar:
             for member in tar:
                 key, kind = found.groups() if (found := MEMBER.fullmatch(member.name)) and member.isfile() else (None, "")
-                if f".{kind.lower()}" in EXTENSIONS:
+                if f".{kind.lower()}" in EXTENSIONS and key not in images:
                     images[key] = [f"{key}.{kind}", member.offset_data, member.size]
+                elif os.path.splitext(kind)[1].lower() in EXTENSIONS or f".{kind.lower()}" in EXTENSIONS:
+                    passed_over.append(member.name)
                 elif kind == "cls":
                     numbers[key] = tar.extractfile(member).read(20).strip()
             tar.fileobj.seek(tar.offset)
@@ -152,6 +154,9 @@ def index_of(shard: Path) -> list[list]:
             raise ValueError(f"{shard} has {key}.cls but no image of that name; add the image, or remove the .cls")
         if not text.isdigit():
             raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}")
+    if passed_over:
+        warnings.warn(f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: a key ends at a name's first dot, "
+                      "and its first image is read", stacklevel=2)
     return [*map(list, zip(*images.values()) if images else [()] * 3), [int(numbers[key]) if key in numbers else None for key in images]]
 
 
@@ -190,7 +195,7 @@ def tables(root: Path, image_column: str | None, label_column: str | None) -> li
                   else datasets.concatenate_datasets([saved[name] for name in part]) for part in by_split(files or [*saved])]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root} holds no dataset") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{root} cannot be read ({str(error).partition(chr(10))[0]}); make or download it again") from error
     return [data and _table(data.with_format(None), part, image_column, label_column, datasets)  # None, or without rows
             for data, part in zip(loaded, ("train", "val"))]

@@ -24,10 +24,10 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import (
-    STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, run_folder, save_run, set_image_size, set_rate)
+from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
 from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
+from hub import run_folder
 from launch import run_main
 from mqvae import MQVAE
 from sample import SampleSettings, sampling_arguments

@@ -40,9 +40,10 @@ from tqdm import tqdm
 from config import UserError
 from dataset import ImageDataset, to_float, to_uint8
 from evaluate import code_counts, compare, spent
-from experiment import own_folder, rate_range, run_folder, set_rate
+from experiment import own_folder, rate_range, set_rate
 from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, tiles
 from gpt import sides
+from hub import run_folder
 from launch import run_main
 from losses import load_lpips
 from mask_transformer import MaskTransformer

@@ -22,6 +22,7 @@ FORKS = multiprocessing.get_context("forkserver")  # its server imports these on
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "torchvision", "accelerate"])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A test goes to the process that is free, but tests that share runs go to one. (xdist_group, for this, does nothing in pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling

@@ -2,14 +2,19 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+import warnings
+
+import torch
 
 from conftest import ROOT, command
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
+import guard
 
 
 def test_every_part_runs_at_toy_size(tmp_path):
@@ -41,3 +46,38 @@ def test_a_part_reports_errors_and_what_it_has_no_time_for(monkeypatch):
     assert [(row["what"], row["result"]) for row in rows] == [
         ("fails", "ValueError: out of memory"), ("works", 1), ("the rest", "ended with exit code 3"), ("works", 2),
         ("the rest", "no time left")]
+
+
+def test_what_differs_is_told(tmp_path):
+    same = torch.tensor([1.0, -2.0, 0.5])
+    assert gpu.verdict("no", 1.0, {"loss": (same, same + 1e-3)})["result"] == "agrees"
+    for precision, equal, other in (("no", 1.0, same + 3e-3), ("no", 0.9, same), ("bf16", 0.9, same + 0.2), ("no", 1.0, same * torch.nan)):
+        assert gpu.verdict(precision, equal, {"loss": (same, other)})["result"] == "DIFFERS"
+    runs = {"a": [3.0, 2.0, 1.0], "b": [9.0, 2.0, 1.0005], "c": [3.0, 2.0, 1.01], "d": [3.0, 2.0, math.nan], "e": [1.0]}
+    for name, losses in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    told = [gpu.difference(tmp_path / "a", tmp_path / other)["result"] for other in "abcde"]
+    assert told == ["agrees", "agrees", "DIFFERS", "DIFFERS", "DIFFERS"]
+
+
+def test_waiting_is_told(monkeypatch):
+    """From the third step on, and not torch's word about what the mode can do."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(guard.Guard, "begin", lambda self: None)
+    monkeypatch.setattr(guard.Guard, "end", lambda self, step: None)
+
+    def train(text):
+        for step in range(4):
+            guard.Guard.begin(None)
+            if modes[-1] == "warn":
+                warnings.warn(text, stacklevel=1)
+            guard.Guard.end(None, step)
+
+    for text, told in (("called a synchronizing CUDA operation", "waits at test_benchmarks.py:"),
+                       ("does not yet detect all synchronizing operations", "does not wait")):
+        modes.clear()
+        found = gpu.without_waiting(lambda text=text: train(text), torch.device("cuda"))
+        assert modes == ["default"] * 4 + ["warn", "default"] * 2 + ["default"]
+        assert found["watched steps"] == 2 and found["result"].startswith(told)

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import sys
+import zipfile
 from itertools import combinations
 
 import numpy as np
@@ -400,6 +402,9 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     np.savez(tmp_path / "b.npz", b=np.zeros(2))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
     np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "words.npz", mu=np.full(2048, "words"), sigma=np.zeros((2048, 2048)))
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as file:
+        file.writestr("mu", "no array")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/000000.png").write_bytes(b"")
     for words, sentence in (
@@ -422,7 +427,9 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", stage1, "--reference", tmp_path / "array.npy"], "is not an .npz of images .* or statistics"),
             (["--run", stage1, "--reference", tmp_path / "nowhere.npz"], "is not an .npz of images .* or statistics"),
             (["--run", stage1, "--reference", tmp_path / "b.npz"], "holds neither statistics .* nor images"),
-            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are \(2048,\) and \(2048,\) instead of \(2048,\) and \(2048, 2048\)"),
+            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are float64 \(2048,\), float64 \(2048,\) instead of floats"),
+            (["--run", stage1, "--reference", tmp_path / "words.npz"], r"are <U5 \(2048,\), float64 \(2048, 2048\) instead of floats"),
+            (["--run", stage1, "--reference", tmp_path / "member.npz"], "is not an .npz of images .* or statistics"),
             (["--run", stage1, "--reference", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
             (["--run", run, "--reference", tmp_path / "large.npz"], r"uint8 \(N, 16, 16, 3\)"),
             (["--run", stage1, "--reference", tmp_path / "b.npz", "--without", "inception"], "leave out --without inception"),
@@ -448,3 +455,6 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     assert "put the file" in json.loads((stage1 / "metrics.json").read_text())["missing"]["rfid"]
     with pytest.raises(UserError, match="could not be downloaded"):
         evaluate.main(["--run", str(stage1), "--without", "lpips", "--num_workers", "0", "--save_statistics", str(tmp_path / "a.npz")])
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(FileNotFoundError, match="the package torch-fidelity is missing"):
+        inception.load_inception()

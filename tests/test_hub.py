@@ -1,7 +1,8 @@
-"""hub.py and "hf:user/name", with a local folder as the Hub."""
+"""push_to_hub.py and "hf:user/name", with a local folder as the Hub."""
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +11,7 @@ import torch
 from conftest import metrics, save_stage1, write_tiny2
 
 import evaluate
-import hub
+import push_to_hub
 import sample
 import visualize
 from config import UserError
@@ -23,13 +24,14 @@ def on_hub(tmp_path, monkeypatch):
     def upload(_, repo_id, folder_path, commit_message):
         shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
 
-    def download(repo_id, local_dir, allow_patterns=("*",), ignore_patterns=()):
+    def download(repo_id, local_dir, allow_patterns, ignore_patterns=()):
         source = tmp_path / "hub" / repo_id
         if not source.is_dir():
             raise ConnectionError("404: no such repository")
         for path in source.rglob("*"):
             name = path.relative_to(source)
-            if path.is_file() and str(name) not in ignore_patterns and (allow_patterns == ("*",) or str(name) in allow_patterns):
+            wanted, unwanted = (any(fnmatch(str(name), p) for p in patterns) for patterns in (allow_patterns, ignore_patterns))
+            if path.is_file() and wanted and not unwanted:
                 Path(local_dir, name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, Path(local_dir, name))
 
@@ -43,15 +45,19 @@ def on_hub(tmp_path, monkeypatch):
 
 def test_a_stage1_run_goes_up_and_comes_down(train, tiny, tmp_path, on_hub, capsys):
     train("train.use_ema=true", "train.init_from=null")
-    hub.main(["--run", str(tmp_path / "run"), "--to", "me/vqgan"])
+    push_to_hub.main(["--run", str(tmp_path / "run"), "--to", "me/vqgan"])
     assert "https://hub/me/vqgan" in capsys.readouterr().out
     assert {p.name for p in (on_hub / "me/vqgan").iterdir()} == {"model.safetensors", "config.yaml", "README.md", "picture.png"}
     text = (on_hub / "me/vqgan/README.md").read_text() + (on_hub / "me/vqgan/config.yaml").read_text()
     assert str(tmp_path) not in text and f"val_psnr {metrics(tmp_path / 'run')[-1]['val_psnr']:.5g}" in text
     evaluate.main(["--run", str(tmp_path / "run"), "--without", "lpips", "inception", "--num_workers", "0"])
-    hub.main(["--run", str(tmp_path / "run"), "--to", "me/vqgan"])
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert found["missing"] and found["run"]
+    push_to_hub.main(["--run", str(tmp_path / "run"), "--to", "me/best", "--which", "best"])
+    assert "PSNR (dB)" not in (on_hub / "me/best/README.md").read_text()  # which was measured for other weights
+    push_to_hub.main(["--run", str(tmp_path / "run"), "--to", "me/vqgan"])
     card = (on_hub / "me/vqgan/README.md").read_text()
-    assert "PSNR (dB)" in card and str(tmp_path) not in (on_hub / "me/vqgan/metrics.json").read_text()
+    assert "PSNR (dB)" in card and not {"missing", "run", "data"} & json.loads((on_hub / "me/vqgan/metrics.json").read_text()).keys()
 
     (model, config), (before, _) = load_run("hf:me/vqgan"), load_run(tmp_path / "run")
     assert all(torch.equal(v, before.state_dict()[k]) for k, v in model.state_dict().items())
@@ -70,9 +76,10 @@ def test_a_stage1_run_goes_up_and_comes_down(train, tiny, tmp_path, on_hub, caps
 
 def test_a_stage2_run_brings_its_stage1(train2, tmp_path, on_hub):
     config = write_tiny2(tmp_path, "dq_transformer")
-    hub.push_to_hub(tmp_path / "stage1_dqvae", "me/dqvae")
+    push_to_hub.push_to_hub(tmp_path / "stage1_dqvae", "me/dqvae")
     train2(config, "codes.stage1=hf:me/dqvae", "data.root=null", "train.max_train_steps=1")
-    hub.push_to_hub(tmp_path / "run2", "me/dq")
+    assert [p.name for p in Path().iterdir()] == ["runs"] and (Path("runs/me/dqvae/codes")).is_dir()
+    push_to_hub.push_to_hub(tmp_path / "run2", "me/dq")
     pictures = []
     for run in (str(tmp_path / "run2"), "hf:me/dq"):
         sample.main(["--run", run, "-n", "3", "--out", str(tmp_path / "out.npz")])
@@ -80,13 +87,45 @@ def test_a_stage2_run_brings_its_stage1(train2, tmp_path, on_hub):
     assert pictures[0] == pictures[1]
 
 
+def test_a_download_that_breaks_off_is_no_run(tmp_path, on_hub, monkeypatch):
+    push_to_hub.push_to_hub(save_stage1(tmp_path, "vqgan"), "me/vqgan")
+    download = huggingface_hub.snapshot_download
+
+    def once(*words, **more):
+        download(*words, **more)
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", once)
+    with pytest.raises(UserError, match="could not be downloaded .*TimeoutError"):
+        load_run("hf:me/vqgan")
+    assert (tmp_path / "elsewhere/runs/me/vqgan/model.safetensors").is_file()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_run("hf:me/vqgan")
+
+
+def test_an_exported_run_is_not_trained_on(train, tiny, tmp_path, on_hub):
+    train("train.max_train_steps=1")
+    push_to_hub.export(tmp_path / "run", tmp_path / "exported")
+    for resume in (None, "auto"):
+        with pytest.raises(UserError, match="holds an exported run.*train.init_from="):
+            train(f"train.output_dir={tmp_path}/exported", resume=resume)
+    with pytest.raises(UserError, match="one set of weights; leave --which best out"):
+        load_run(tmp_path / "exported", "best")
+    (tmp_path / "exported/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="model.safetensors is damaged .*; copy or download it again"):
+        load_run(tmp_path / "exported")
+
+
 def test_what_is_not_on_the_hub(tmp_path, on_hub, monkeypatch):
+    for name in ("hf:", "hf:vqgan", "hf:../vqgan", "hf:me/vqgan/latest"):
+        with pytest.raises(UserError, match=f"is hf:user/name; this is {name}"):
+            load_run(name)
     for call in (lambda: load_run("hf:me/none"), lambda: sample.main(["--run", "hf:me/none"])):
         with pytest.raises(UserError, match="hf:me/none could not be downloaded .*404"):
             call()
     run = save_stage1(tmp_path, "vqgan")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(UserError, match="could not be written .*no network.*hf auth login"):
-        hub.push_to_hub(run, "me/vqgan")
+        push_to_hub.push_to_hub(run, "me/vqgan")
     with pytest.raises(UserError, match="not a run folder"):
-        hub.push_to_hub(tmp_path, "me/vqgan")
+        push_to_hub.push_to_hub(tmp_path, "me/vqgan")

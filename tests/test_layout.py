@@ -58,7 +58,7 @@ def test_every_file_begins_with_its_map():
 
 
 def test_scripts_set_openmp_before_torch_is_loaded():
-    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "hub"):
+    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "push_to_hub"):
         lines = [node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
         imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
         heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 import dataset
 import shards
 from code_cache import cache_key
-from dataset import DataError, ImageDataset, make_dataset, train_loader
+from dataset import DataError, ImageDataset, eval_loader, make_dataset, train_loader
 from guard import Guard
 from vqgan import VQVAE, VectorQuantizer
 
@@ -115,7 +115,8 @@ def test_classes_are_the_numbers_in_cls(tmp_path):
     write(tmp_path / "train-0.tar", numbered("a 3", "b 0") | {"b.json": b"{}", "b.mask.png": b"", "._c.png": b""})
     write(tmp_path / "train-1.tar", numbered("x/a 1\n"))
     write(tmp_path / "val-0.tar", numbered("a 2"))
-    train, val = (make_dataset("webdataset", str(tmp_path), split, 8) for split in ("train", "val"))
+    with pytest.warns(UserWarning, match="train-0.tar: 1 images, such as b.mask.png, are passed over"):
+        train, val = (make_dataset("webdataset", str(tmp_path), split, 8) for split in ("train", "val"))
     assert train.classes == val.classes == ["0", "1", "2", "3"]
     assert [train[i][1] for i in range(3)] == [3, 0, 1] and val[0][1] == 2
     assert [train.source.name(i) for i in range(3)] == ["train-0.tar/a.png", "train-0.tar/b.png", "train-1.tar/x/a.png"]
@@ -131,7 +132,7 @@ def test_the_index_is_made_once(tmp_path, cache, monkeypatch):
     shard = write(tmp_path / "a.tar", {f"{i}.png": picture(i) for i in range(6)})
     first = make_dataset("webdataset", str(tmp_path), image_size=8, val_fraction=0)
     opened, open_ = [], tarfile.open
-    monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(args[0]) or open_(*args))
+    monkeypatch.setattr(tarfile, "open", lambda *args, **more: opened.append(args[0]) or open_(*args, **more))
     same(first, make_dataset("webdataset", str(tmp_path), image_size=8, val_fraction=0))
     make_dataset("webdataset", str(tmp_path), "val")
     assert opened == [] and len(list(cache.iterdir())) == 1
@@ -194,7 +195,7 @@ def test_damaged_shards(tmp_path, damage, told):
     (numbered("a 1") | {"b.cls": b"1"}, "a.tar has b.cls but no image of that name; add the image"),
     (numbered("a 1", "b one"), "b.cls in .*a.tar must hold a whole number, the class; it holds 'one'"),
     (numbered("a 1", "b -1"), "it holds '-1'"),
-    (numbered("a 1", "b 1000000"), "from 0 to below 1,000,000; one is 1000000"),
+    (numbered("a 1", "b 1000000"), "from 0 to below 1,000,000; they are from 1 to 1000000"),
     (numbered("a 1") | {"b.png": picture(1)}, "a.tar has no .cls for b.png, although other images have one"),
     ({"a.txt": b""}, "no images for training; data.root must be"),
 ])
@@ -254,9 +255,11 @@ def test_code_caches_keep_their_names(tmp_path):
     write(tmp_path / "a/0.tar", numbered("a 0", "b 0", "c 0"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write(tmp_path / "c/1.tar", numbered("a 0", "b 0", "c 0"))
+    write(tmp_path / "d/0.tar", {f"{key}.png": picture(5 + i) + b"x" for i, key in enumerate("abc")})
     keys = [cache_key(model, make_dataset("webdataset", root), {"name": "webdataset", "root": root}, [0, 1], 1, None)
-            for root in (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/b/{{0..0}}.tar", f"{tmp_path}/c")]
+            for root in (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/b/{{0..0}}.tar", f"{tmp_path}/c", f"{tmp_path}/d")]
     assert keys[0] == keys[1] == keys[2] != keys[3]
+    assert keys[4] not in keys[:4]  # other images under the same names
 
 
 # Hugging Face
@@ -301,7 +304,7 @@ def test_huggingface_equals_a_folder(datasets, tmp_path):
 
 def test_huggingface_columns_and_splits(datasets, tmp_path, monkeypatch):
     images = {"photo": [{"bytes": picture(i), "path": None} for i in range(40)]}
-    columns = {"word": ["x", "y"] * 20, "number": [0, 2] * 20, "hole": [None, 1] * 20}
+    columns = {"word": ["x", "y"] * 20, "number": [0, 2] * 20, "hole": [None, 1] * 20, "below": [-1, 3] * 20}
     table = datasets.Dataset.from_dict(images | columns).cast_column("photo", datasets.Image()).with_format("numpy")
     table.save_to_disk(str(tmp_path / "disk"))
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_: pytest.fail("decoded by another library"))
@@ -319,6 +322,7 @@ def test_huggingface_columns_and_splits(datasets, tmp_path, monkeypatch):
                           ({"label_column": "class"}, "no column 'class' in the train split; data.label_column must be one of photo, w"),
                           ({"image_column": "number"}, "the column 'number' holds no images"),
                           ({"label_column": "hole"}, "the column 'hole' must hold a number or a word for each image"),
+                          ({"label_column": "below"}, "classes must be numbered from 0 .* from -1 to 3"),
                           ({"label_column": "photo"}, "the column 'photo' must hold a number")):
         with pytest.raises(DataError, match=told) as error:
             make(**columns)
@@ -328,8 +332,13 @@ def test_huggingface_columns_and_splits(datasets, tmp_path, monkeypatch):
 def test_huggingface_without_the_library_and_broken_files(datasets, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/train.parquet").write_bytes(b"hello")
-    with pytest.raises(DataError, match=r"a cannot be read \(.*\); make or download it again"):
-        make_dataset("huggingface", str(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/state.json").write_text("{}")
+    (tmp_path / "b/dataset_info.json").write_text("{}")
+    datasets.Dataset.from_dict({"image": []}).save_to_disk(str(tmp_path / "c"))
+    for folder in "abc":
+        with pytest.raises(DataError, match=rf"{folder} cannot be read \(.*\); make or download it again"):
+            make_dataset("huggingface", str(tmp_path / folder))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"is missing \(pip install datasets\)$"):
         make_dataset("huggingface", str(tmp_path / "a"))
@@ -395,8 +404,10 @@ def test_training_alone_decodes_at_reduced_scale(tmp_path, monkeypatch, size, op
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or transpose(image))
     for name, root in (("folder", "folder"), ("webdataset", "tar")):
         for split in ("train", "val"):
-            make_dataset(name, str(tmp_path / root), split, size, **options)[0]
-    assert decoded == [(560 // scale, 400 // scale), (560, 400)] * 2
+            data = make_dataset(name, str(tmp_path / root), split, size, **options)
+            next(iter(eval_loader(data, 1, num_workers=0)))
+            data[0]
+    assert decoded == [(560, 400), (560 // scale, 400 // scale), (560, 400), (560, 400)] * 2
 
 
 def test_sources_may_return_images():
