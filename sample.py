@@ -39,7 +39,7 @@ from checkpoint import make_file
 from config import UserError, build, check_config
 from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
 from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
-from gpt import Blocks, check_sampling, sides
+from gpt import Blocks, Cache, check_sampling, sides
 from hub import run_folder
 from launch import run_main
 
@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--which", choices=("latest", "best"), default="latest", help="which of the run's weights")
     parser.add_argument("--out", help="a folder, FILE.png or FILE.npz")
     parser.add_argument("--bf16", action="store_true", help="in bfloat16")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step (for GPUs; slower on CPUs)")
+    parser.add_argument("--no_graphs", action="store_true", help="do not replay decoding steps from CUDA graphs")
     args = parser.parse_args(argv)
     if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = sampling_arguments(model, settings, labels)
     if edited:
         draw(model, stage1, [0], labels, args.seed, settings, state.autocast, edited)  # can this stay? before other images are removed
+    Cache.graphs = not args.no_graphs
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
             blocks.step = torch.compile(blocks.step)
