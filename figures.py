@@ -1,17 +1,18 @@
 """What the figures of visualize.py share.
 
     load, batches               the runs that are drawn, and images for them
+    pyplot                      of matplotlib, in our style
     tiles, row, pixels, save    a grid of pictures with labels, as PNG
 """
 
 import argparse
 import math
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,13 +21,21 @@ from dataset import ImageDataset, eval_loader, to_uint8
 from experiment import STAGE1, load_run, run_config, run_dataset
 from gpt import sides
 
-matplotlib.use("Agg")
-matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
-                        "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = {"vqgan": "VQGAN", "vqvae": "VQ-VAE", "mqvae": "MQ-VAE", "dqvae": "DQ-VAE",
          "gpt": "GPT", "stackformer": "Stackformer", "dq_transformer": "DQ-Transformer",
          "mask_transformer": "MaskTransformer"}
+
+
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot in our style, imported when something is drawn, since it takes a while."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
+                            "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    return pyplot
 
 
 def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:
@@ -58,10 +67,10 @@ def batches(dataset: ImageDataset, limit: int, what: str):
     yield from (images for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)))
 
 
-def tiles(rows: int, columns: int, images: Tensor | None = None, height: float = 1.25) -> tuple[plt.Figure, np.ndarray]:
+def tiles(rows: int, columns: int, images: Tensor | None = None, height: float = 1.25) -> tuple[Any, np.ndarray]:
     """Axes (rows, columns) for square pictures, or of the shape of these images."""
     height = height if images is None else height - 1.2 + 1.2 * images.shape[-2] / images.shape[-1]
-    return plt.subplots(rows, columns, figsize=(1.2 * columns + 2.0, height * rows + 0.5), squeeze=False)
+    return pyplot().subplots(rows, columns, figsize=(1.2 * columns + 2.0, height * rows + 0.5), squeeze=False)
 
 
 def row(axes: np.ndarray, images: np.ndarray, label: str, titles: list[str] | None = None, bar: dict | None = None, **options) -> None:
@@ -81,10 +90,10 @@ def pixels(images: Tensor) -> np.ndarray:
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
 
 
-def save(figure: plt.Figure, args: argparse.Namespace, title: str | None = None) -> None:
+def save(figure: Any, args: argparse.Namespace, title: str | None = None) -> None:
     if title:
         figure.suptitle(title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
-    plt.close(figure)
+    pyplot().close(figure)
     print(args.out)

@@ -26,13 +26,12 @@ import json
 import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -41,7 +40,7 @@ from config import UserError
 from dataset import ImageDataset, to_float, to_uint8
 from evaluate import code_counts, compare, spent
 from experiment import own_folder, rate_range, set_rate
-from figures import DEVICE, NAMES, batches, distinct, load, pixels, row, save, tiles
+from figures import DEVICE, NAMES, batches, distinct, load, pixels, pyplot, row, save, tiles
 from gpt import sides
 from hub import run_folder
 from launch import run_main
@@ -141,7 +140,7 @@ def rate(args: argparse.Namespace) -> None:
             curves[name].append(torch.cat(each, dim=1).mean(1).tolist())
             print(f"{name} ({kind}){'' if step is None else f' at {step:.2g}'}: {curves[name][-1][0]:.3g} bits per pixel, "
                   + ", ".join(f"{key} {value:.4g}" for key, value in zip(values, curves[name][-1][1:])))
-    figure, axes = plt.subplots(1, len(values), figsize=(2.8 * len(values), 2.9), squeeze=False)
+    figure, axes = pyplot().subplots(1, len(values), figsize=(2.8 * len(values), 2.9), squeeze=False)
     labels = {"psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better", "lpips": "LPIPS (VGG), lower is better"}
     for i, (ax, key) in enumerate(zip(axes[0], values)):
         for j, (name, points) in enumerate(curves.items()):
@@ -205,14 +204,14 @@ def codes(args: argparse.Namespace) -> None:
     return save(figure, args, f"What {name} ({kind}) keeps" if scored else f"The codes of {name} ({kind}), {number} per image")
 
 
-def draw_grains(args: argparse.Namespace, model: torch.nn.Module, dataset: ImageDataset, name: str) -> plt.Figure:
+def draw_grains(args: argparse.Namespace, model: torch.nn.Module, dataset: ImageDataset, name: str) -> Any:
     """The granularities that a DQ-VAE chooses, and a histogram of its code lengths."""
     counts = torch.cat([code_counts(model, model.encode(images))["codes"].cpu() for images in batches(dataset, args.images, "codes")])
     picked = examples(counts, args.n)
     images = torch.stack([dataset[i * len(dataset) // len(counts)][0] for i in picked])  # uint8, and spread, as `batches` had them
     images = to_float(images).to(DEVICE)
     out, entropy = model(images), model.entropy(images).cpu()
-    figure = plt.figure(figsize=(1.2 * len(images) + 2.2, 7.4))
+    figure = pyplot().figure(figsize=(1.2 * len(images) + 2.2, 7.4))
     above, below = figure.subfigures(2, 1, height_ratios=[5.4, 2])
     axes = above.subplots(4, len(images), squeeze=False)
     row(axes[0], pixels(images), "original", titles=[f"{counts[i]} codes" for i in picked])
@@ -268,7 +267,7 @@ def codebook(args: argparse.Namespace) -> None:
         found = model.encode(images)
         uses = uses + torch.bincount(found["indices"][spent(model, found)], minlength=quantizer.codebook_size).cpu()
 
-    figure, axes = plt.subplots(2 if history else 1, 3, figsize=(9.5, 5.6 if history else 2.9), squeeze=False)
+    figure, axes = pyplot().subplots(2 if history else 1, 3, figsize=(9.5, 5.6 if history else 2.9), squeeze=False)
     (ax, norm_ax, gradient_ax), K, used = axes[0], len(uses), int((uses > 0).sum())
     ranked = uses.sort(descending=True).values.tolist()
     ax.fill_between(range(used + 1), [*ranked[:used], ranked[used - 1]], step="post", color="C0", alpha=0.6)
@@ -287,7 +286,7 @@ def codebook(args: argparse.Namespace) -> None:
     save(figure, args, f"The codebook of {name} ({kind}): {K} codes of dimension {quantizer.dim}")
 
 
-def draw_gradients(ax: plt.Axes, gradients: Tensor) -> None:
+def draw_gradients(ax: Any, gradients: Tensor) -> None:
     """A pixel for each code's gradient norm (K,)."""
     K, positive = len(gradients), gradients[gradients > 0]
     side, (low, high) = math.ceil(math.sqrt(K)), log_range(positive.min().item(), positive.max().item())
@@ -422,7 +421,7 @@ def sequence(args: argparse.Namespace) -> None:
         row(lower, maps, "")
         for ax, number in zip(lower, done[between - 1::between]):
             ax.set_xlabel(f"step {number[i]}" if trace else f"{number[i]} codes")
-    figure.colorbar(matplotlib.cm.ScalarMappable(cmap="viridis"), ax=axes, pad=0.01, shrink=0.6, aspect=30,
+    figure.colorbar(pyplot().cm.ScalarMappable(cmap="viridis"), ax=axes, pad=0.01, shrink=0.6, aspect=30,
                     label="order of generation").set_ticks([0, 1], labels=["first", "last"])
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
     grey = "grey: no code yet" if "positions" not in drawn else "cells without a code are filled by the de-mask"
@@ -472,7 +471,7 @@ def partial_images(stage1: torch.nn.Module, codes: dict[str, Tensor], ranks: Ten
 def cell_map(ranks: Tensor, done: int, total: int, height: int) -> np.ndarray:
     """A picture of the cells (h, w) that have a code, coloured by rank and outlined; uint8 (height, width, 3)."""
     ranks = torch.where(ranks < done, ranks, -1).cpu().numpy().repeat(height // len(ranks), 0).repeat(height // len(ranks), 1)
-    colours = np.where(ranks[..., None] >= 0, matplotlib.colormaps["viridis"](ranks / max(1, total - 1))[..., :3], 0.85)
+    colours = np.where(ranks[..., None] >= 0, pyplot().get_cmap("viridis")(ranks / max(1, total - 1))[..., :3], 0.85)
     colours[:, 1:][np.diff(ranks, axis=1) != 0] = 1
     colours[1:][np.diff(ranks, axis=0) != 0] = 1
     return (colours * 255).astype(np.uint8)
