@@ -63,3 +63,12 @@ def test_scripts_set_openmp_before_torch_is_loaded():
         imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
         heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))
         assert imported.index("openmp") < imported.index(heavy), name
+
+
+def test_what_is_slow_is_imported_when_it_is_used():
+    """Or --help and a config's errors would take twice as long."""
+    slow = {"datasets", "huggingface_hub", "lpips", "matplotlib", "scipy", "tensorboard", "torch_fidelity", "torchmetrics", "torchvision"}
+    for name, tree in FILES.items():
+        at_once = {a.name if isinstance(node, ast.Import) else node.module for node in tree.body
+                   if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+        assert not {module.split(".")[0] for module in at_once} & slow, name
