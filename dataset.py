@@ -148,7 +148,8 @@ class ImageDataset(Dataset):
         return image.flip(2) if flip else image.contiguous()
 
     def _report(self, index: int, error: Exception) -> None:
-        sentence = f"cannot read {self.source.name(index)} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        why = str(error).partition(" <_io")[0].partition("\n")[0]
+        sentence = f"cannot read {self.source.name(index)} ({type(error).__name__}: {why})"
         if not self.train:
             raise DataError(f"{sentence}; every image of an evaluation must be readable, so replace or remove it") from error
         self.unreadable[index] = 1
@@ -449,7 +450,8 @@ def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bo
     """A split of what is for training, and of what is for validation, if anything is. Classes are those of the former: its names, "0" to
     its largest number, or its words."""
     if not ours or not ours.found:
-        raise DataError("there are no images for training")
+        only = f": by its names all is for validation, such as {theirs.name(0)}" if theirs and theirs.found else ""
+        raise DataError(f"there are no images for training{only}")
     if isinstance(ours.found[0], str):
         classes = sorted(set(ours.found))
     elif min(ours.found) >= 0 and max(ours.found) < 10**6:

@@ -36,6 +36,8 @@ import argparse
 import json
 import math
 import os
+import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -84,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, a row for each run")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="other data; in stage 2 also sample.key=value")
-    args = parser.parse_intermixed_args(argv)
+    overrides = [word for word in argv or sys.argv[1:] if re.match(r"\w+\.[\w.]+=", word)]  # also after --without, which takes words
+    args = parser.parse_intermixed_args([word for word in argv or sys.argv[1:] if word not in overrides])
+    args.overrides += overrides
     if any(x is not None and x < 1 for x in (args.batch_size, args.images, args.n)) or args.num_workers < 0 or not 0 <= args.seed < 2**32:
         raise UserError("--batch_size, --images and -n must be at least 1, --num_workers at least 0, and --seed between 0 and 2^32 - 1")
     names = {folder: run_config(folder)["model"]["name"] for folder in args.run}
@@ -95,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         rates = [float(rate) for rate in args.rates.split(",")] if args.rates else [None]
     except ValueError:
         raise UserError(f"--rates must be numbers with commas between them; they are {args.rates!r}") from None
+    if args.samples and not Path(args.samples).expanduser().exists():
+        raise UserError(f"there is no {args.samples}")
     if args.samples and not all(stage2.values()):
         raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
     if (args.reference or args.save_statistics) and "inception" in args.without:
@@ -282,6 +288,8 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     validation = dataset if args.split == "val" else run_images(args, config, "val", stage1)[0]
     if model.num_classes and len(dataset.classes) > model.num_classes:
         raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
+    if model.num_classes and len(validation.classes) == 1:
+        raise UserError(f"the model of {folder} is class-conditional, and this data has no classes")
     model, stage1 = model.to(state.device), stage1.to(state.device)
 
     bits = []

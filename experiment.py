@@ -316,10 +316,11 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
 
 
 def _networks(config: dict) -> dict[str, Any]:
-    """The settings that decide which weights a run has."""
+    """The settings that decide which weights a run has, and which of them have an optimizer's state."""
     flat = flatten(config)
     gan = flat.get("loss.disc_weight", 0) > 0
-    return {k: v for k, v in flat.items() if k.startswith("model.") or (gan and k.startswith("discriminator.")) or k == "train.use_ema"}
+    return {k: v for k, v in flat.items() if k.startswith("model.") or (gan and k.startswith("discriminator."))
+            or k in ("train.use_ema", "train.freeze")}
 
 
 def own_folder(run: Path, *parts: str) -> Path:

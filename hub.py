@@ -20,9 +20,7 @@ def run_folder(name: str | Path) -> str | Path:
     """The folder of a run. "hf:user/name" is downloaded from the Hugging Face Hub to runs/user/name, unless it is there."""
     if not str(name).startswith("hf:"):
         return name
-    repository = str(name).removeprefix("hf:")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
-        raise UserError(f"a run on the Hugging Face Hub is hf:user/name; this is {name}")
+    repository = _repository(str(name))
     folder = f"runs/{repository}"
     if not Path(folder, "config.yaml").is_file():
         from huggingface_hub import snapshot_download  # takes a second
@@ -40,6 +38,7 @@ def upload(folder: str | Path, to: str, private: bool) -> str:
     """Puts the files of a folder into the repository `to`, "user/name", which is made if it does not exist; returns its address."""
     from huggingface_hub import HfApi
 
+    to = _repository(to)
     try:
         address = HfApi().create_repo(to, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=to, folder_path=folder, commit_message="minVQ run")
@@ -47,6 +46,12 @@ def upload(folder: str | Path, to: str, private: bool) -> str:
         raise UserError(f"{to} could not be written on the Hugging Face Hub ({_first_line(error)}); `hf auth login` first, and check the "
                         "name") from error
     return str(address)
+
+
+def _repository(name: str) -> str:
+    if not re.fullmatch(r"(hf:)?[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"a run on the Hugging Face Hub is hf:user/name; this is {name}")
+    return name.removeprefix("hf:")
 
 
 def _first_line(error: Exception) -> str:

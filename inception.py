@@ -95,6 +95,8 @@ def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:  # an .npy gives an array, which `with` refuses
             return {name: file[name].view() for name in names if name in file}  # a member of the archive may be no array
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
     except (OSError, EOFError, AttributeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path} is not an .npz of images (`arr_0`) or statistics (`mu`, `sigma`) that can be read") from None
 
@@ -114,9 +116,9 @@ def load_reference(path: str) -> dict:
     for name, (mu, sigma), size in (("pool", ("mu", "sigma"), FEATURES), ("spatial", ("mu_s", "sigma_s"), SPATIAL)):
         if mu in arrays and sigma in arrays:
             want, have = [(size,), (size, size)], [arrays[mu], arrays[sigma]]
-            if [x.shape for x in have] != want or any(x.dtype.kind != "f" for x in have):
-                raise UserError(f"`{mu}` and `{sigma}` of {path} are {', '.join(f'{x.dtype} {x.shape}' for x in have)} instead of floats "
-                                f"{want[0]} and {want[1]}, so they are not of these features of Inception")
+            if [x.shape for x in have] != want or any(x.dtype.kind != "f" or not np.isfinite(x).all() for x in have):
+                raise UserError(f"`{mu}` and `{sigma}` of {path} are {', '.join(f'{x.dtype} {x.shape}' for x in have)} instead of finite "
+                                f"floats {want[0]} and {want[1]}, so they are not of these features of Inception")
             found[name] = {"mu": arrays[mu].astype(np.float64), "sigma": arrays[sigma].astype(np.float64)}
     if "arr_0" in arrays:
         found["images"] = arrays["arr_0"]

@@ -74,7 +74,8 @@ def model_card(run: Path, folder: Path, name: str) -> str:
     """README.md of the repository: what it is, how to use it, its results and its picture."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     kind, size, stage2 = config["model"]["name"], config["data"]["image_size"], config["model"]["name"] in STAGE2
-    use = f"python sample.py --run hf:{name} -n 16" if stage2 else f"python evaluate.py --run hf:{name} data.root=YOUR_IMAGES"
+    use = f"python sample.py --run hf:{name} -n 16" if stage2 else f"python evaluate.py --run hf:{name}"
+    use += "" if stage2 or config["data"]["name"] == "shapes" else " data.name=folder data.root=YOUR_IMAGES"
     task = "unconditional-image-generation" if stage2 else "image-to-image"
     text = (f"---\nlibrary_name: minvq\ntags: [{kind}, vector-quantization]\npipeline_tag: {task}\n---\n\n"
             f"# {name.rpartition('/')[2]}\n\nA {kind} for images of {size} pixels, trained with minVQ on `{config['data']['name']}`.\n\n"

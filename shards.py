@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-SPLIT = re.compile(r"(?<![a-z])(train|val)", re.IGNORECASE)  # the first in a path tells
+SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)  # the first in a path tells
 MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset's key, up to the first dot of the file's name, and the rest
 
 
@@ -71,6 +71,8 @@ def tar_shards(root: Path) -> tuple[Shards, Shards]:
         for name in files:
             if not (base / name).is_file():
                 raise FileNotFoundError(f"there is no shard {base / name}")
+    if not files:
+        raise FileNotFoundError(f"there is no .tar in {root}")
     parts = by_split(files)
     files = parts[0] + parts[1]
     indices = index_all([base / name for name in files])
@@ -144,19 +146,24 @@ def index_of(shard: Path) -> list[list]:
                 elif kind == "cls":
                     numbers[key] = tar.extractfile(member).read(20).strip()
             tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(512) == bytes(512)  # the block of zeros at the end, where tarfile is content with less
+            end = tar.fileobj.read(2**20)  # zeros, of which tarfile is content with less
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{shard} is cut short, damaged or no uncompressed .tar ({error}); make or download it again") from error
-    if not whole:
+    if end[:512] != bytes(512):
         raise ValueError(f"{shard} is cut short or damaged after {len(images)} images; make or download it again")
+    if end.strip(b"\0"):
+        raise ValueError(f"{shard} goes on after its end, as joined archives do; make or download it again, a file for each")
     for key, text in numbers.items():
         if key not in images:
             raise ValueError(f"{shard} has {key}.cls but no image of that name; add the image, or remove the .cls")
         if not text.isdigit():
             raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}")
     if passed_over:
-        warnings.warn(f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: a key ends at a name's first dot, "
-                      "and its first image is read", stacklevel=2)
+        told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: a key ends at a name's first dot, and its "
+                "first image is read")
+        if not images:
+            raise ValueError(f"{told}; make the shard with names of one dot")
+        warnings.warn(told, stacklevel=2)
     return [*map(list, zip(*images.values()) if images else [()] * 3), [int(numbers[key]) if key in numbers else None for key in images]]
 
 
@@ -175,6 +182,8 @@ class Table:
 
     def read(self, row: int) -> bytes | str:
         image, = self.images[row].values()
+        if image is None:
+            raise ValueError("the row is empty")
         return image["path"] if image["bytes"] is None else image["bytes"]
 
     def name(self, row: int) -> str:
@@ -205,7 +214,7 @@ def _table(data: Any, part: str, image_column: str | None, label_column: str | N
     columns = data.features
     pictures = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
     image_column = image_column or ("image" if "image" in columns or len(pictures) != 1 else pictures[0])
-    label_column = label_column or ("label" if "label" in columns else None)
+    asked, label_column = label_column, label_column or ("label" if "label" in columns else None)
     for setting, column in (("image_column", image_column), ("label_column", label_column)):
         if column is not None and column not in columns:
             raise ValueError(f"there is no column {column!r} in the {part} split; data.{setting} must be one of {', '.join(columns)}")
@@ -217,6 +226,9 @@ def _table(data: Any, part: str, image_column: str | None, label_column: str | N
         return Table(images, part, ["image"] * len(data), None)
     usable = re.match("u?int|(large_)?string", getattr(columns[label_column], "dtype", ""))
     found = data.select_columns([label_column])[:][label_column] if usable else [None]
+    if None in found and asked is None:
+        warnings.warn(f"the column {label_column!r} has no number or word for each image; the images have no labels", stacklevel=2)
+        found = ["image"] * len(data)
     if None in found:
         raise ValueError(f"the column {label_column!r} must hold a number or a word for each image; set data.label_column to another one")
     return Table(images, part, found, getattr(columns[label_column], "names", None))

@@ -177,7 +177,8 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
     name, size, conditional, sample = (config["model"]["name"], config["data"]["image_size"], config["train"]["class_conditional"],
                                        config["sample"])
     if conditional and len(classes) < 2:
-        raise UserError("train.class_conditional=true needs images with labels, but this data has none; sort them into a folder per class")
+        raise UserError("train.class_conditional=true needs images with labels, but this data has none; docs/data.md says how "
+                        "each kind of data names them")
     found = READS[name][1](stage1, size) | {"codebook_size": stage1.quantizer.codebook_size, "num_classes": len(classes) * conditional}
     if found.get("num_codes") == 0:
         raise UserError(f"{stage1.topk_ratio} of the cells of images of data.image_size={size} pixels is less than one")

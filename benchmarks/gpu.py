@@ -67,16 +67,19 @@ def main() -> None:
     parser.add_argument("--peak_gbs", type=float, default=4800.0, help="memory bandwidth in GB/s (default: H200)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    end, rows = time.monotonic() + 60 * args.minutes, []
+    end, rows, device = time.monotonic() + 60 * args.minutes, [], "no device yet"
     for name in args.parts:
         # Each part gets twice an equal share of the time that is left, so that none takes it all.
         left = end - time.monotonic()
         limit = min(left, 2 * left / (len(args.parts) - args.parts.index(name)))
         for row in in_process(name, args, limit):
+            if "device" in row:
+                device = row["device"]
+                continue
             rows.append({"part": name, **row})
             print(" | ".join(str(v) for v in rows[-1].values()), flush=True)
             (args.out / "gpu.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (args.out / "gpu.md").write_text(markdown(rows))
+            (args.out / "gpu.md").write_text(markdown(rows, device, args))
 
 
 def in_process(name: str, args: argparse.Namespace, seconds: float) -> Iterator[dict[str, Any]]:
@@ -105,6 +108,7 @@ def run_part(name: str, args: argparse.Namespace, results: Any) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         torch.compiler.set_stance("force_eager")  # a toy need not be compiled
+    results.send({"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"})
     losses.load_lpips = RandomLPIPS
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -118,15 +122,31 @@ def run_part(name: str, args: argparse.Namespace, results: Any) -> None:
             results.send({"what": what, **found, "seconds": round(time.monotonic() - start, 1)})
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], device: str, args: argparse.Namespace) -> str:
     """A table for each part."""
-    text = f"# benchmarks/gpu.py, torch {torch.__version__}\n"
+    text = f"# benchmarks/gpu.py\n\ntorch {torch.__version__}, {device}; peaks: {args.peak_tflops:g} TFLOP/s, {args.peak_gbs:g} GB/s. " \
+           "`seconds` are those of the whole check.\n"
+    if device == "cpu":
+        text += "\n**Toy sizes on the CPU, compared with itself: this tests the script, and its speeds mean nothing.**\n"
     for part in dict.fromkeys(row["part"] for row in rows):
         of_part = [row for row in rows if row["part"] == part]
         keys = dict.fromkeys(k for row in of_part for k in row if k != "part")
         lines = [keys, ["---"] * len(keys), *([str(row.get(k, "")) for k in keys] for row in of_part)]
-        text += f"\n## {part}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        text += f"\n## {part}\n\n{LEGEND[part]}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text
+
+
+LEGEND = {
+    "models": f"Device against CPU: differences are the largest, relative to the largest value on the CPU; above {TOLERANCE['no']:g} in "
+              f"float32 (`no`) and {TOLERANCE['bf16']:g} in bf16, they DIFFER. `equal codes`: of encoding, or of sampling with the same "
+              "random numbers.",
+    "fixtures": "Tests that passed, and the names of those that failed.",
+    "training": "`resumed`: against an uninterrupted run, `compiled`: against eager; `losses` are those of the last two steps, and "
+                "`differences` relative to them. `no wait`: where a step waits for the GPU between log lines, in the `watched steps`.",
+    "stage1": "Random images on the device; generator and discriminator step. `GiB`: peak memory. LPIPS has random weights.",
+    "stage2": "Random codes. `padding`: of this batch, `of random batches`, and `of similar lengths`, as training makes them.",
+    "sampling": "`graphs`: with CUDA graphs, the default. `x the whole prefix`: how many times as fast as without a cache.",
+    "data": "JPEG to training batch, on the device."}
 
 
 class RandomLPIPS(torch.nn.Module):
@@ -370,8 +390,8 @@ def stage1(device: torch.device, args: argparse.Namespace) -> Checks:
 
 def speeds(found: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
     return {"images/s": f"{found['images_per_second']:.1f}", "ms/step": f"{1e3 * found['seconds']:.1f}",
-            "GFLOP/image": f"{found['gflop_per_image']:.2f}", "MFU": f"{found['tflops'] / args.peak_tflops:.1%}",
-            "GiB": f"{found['gib']:.2f}"}
+            "GFLOP/image": f"{found['gflop_per_image']:.2f}", "GiB": f"{found['gib']:.2f}"} | (
+                {"MFU": f"{found['tflops'] / args.peak_tflops:.1%}"} if torch.cuda.is_available() else {})
 
 
 def transformer(name: str, device: torch.device, *words: str) -> dict:
@@ -419,7 +439,8 @@ def sampling(device: torch.device, args: argparse.Namespace) -> Checks:
         model.sample(batch)
         seconds = cached(model, batch)
         share = bandwidth(model, batch, seconds) / args.peak_gbs
-        found = {"images/s": f"{batch / seconds:.2f}", "ms/step": f"{1e3 * seconds / model.length:.2f}", "bandwidth": f"{share:.1%}"}
+        found = {"images/s": f"{batch / seconds:.2f}", "ms/step": f"{1e3 * seconds / model.length:.2f}"}
+        found |= {"bandwidth": f"{share:.1%}"} if device.type == "cuda" else {}
         if way == "graphs" and batch == batches[1]:
             found["x the whole prefix"] = f"{whole_prefix(model, batch, 8) / seconds:.1f}"
         return found

@@ -25,6 +25,7 @@ def test_every_part_runs_at_toy_size(tmp_path):
     for part in ("stage1", "stage2", "sampling", "data"):
         assert all(float(row["images/s"]) > 0 for row in rows if row["part"] == part)
     text = (tmp_path / "gpu.md").read_text()
+    assert "**Toy sizes on the CPU" in text and "MFU" not in text
     assert all(f"## {part}" in text for part in gpu.PARTS) and text.count("\n| ") == len(rows) + 2 * len(gpu.PARTS)
 
 
@@ -43,7 +44,8 @@ def test_a_part_reports_errors_and_what_it_has_no_time_for(monkeypatch):
 
     monkeypatch.setattr(gpu, "PARTS", {"part": part, "slow": slow})
     rows = [*gpu.in_process("part", argparse.Namespace(), 30.0), *gpu.in_process("slow", argparse.Namespace(), 3.0)]
-    assert [(row["what"], row["result"]) for row in rows] == [
+    assert [row for row in rows if "device" in row] == [{"device": "cpu"}] * 2
+    assert [(row["what"], row["result"]) for row in rows if "what" in row] == [
         ("fails", "ValueError: out of memory"), ("works", 1), ("the rest", "ended with exit code 3"), ("works", 2),
         ("the rest", "no time left")]
 

@@ -392,6 +392,10 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     run, stage1 = tmp_path / "run2", tmp_path / "stage1_vqgan"
     monkeypatch.setenv("TORCH_HOME", str(random_inception))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"flat/{i}.png")
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048)))
     (tmp_path / "small").mkdir()
     Image.new("RGB", (8, 16)).save(tmp_path / "small/a.png")
     np.savez(tmp_path / "float.npz", np.zeros((2, 16, 16, 3)))
@@ -425,10 +429,10 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", run, "--samples", tmp_path / "b.npz"], "`arr_0` of .*b.npz is not there"),
             (["--run", stage1, "--reference", tmp_path / "text.npz"], "is not an .npz of images .* or statistics"),
             (["--run", stage1, "--reference", tmp_path / "array.npy"], "is not an .npz of images .* or statistics"),
-            (["--run", stage1, "--reference", tmp_path / "nowhere.npz"], "is not an .npz of images .* or statistics"),
+            (["--run", stage1, "--reference", tmp_path / "nowhere.npz"], "there is no file .*nowhere.npz"),
             (["--run", stage1, "--reference", tmp_path / "b.npz"], "holds neither statistics .* nor images"),
-            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are float64 \(2048,\), float64 \(2048,\) instead of floats"),
-            (["--run", stage1, "--reference", tmp_path / "words.npz"], r"are <U5 \(2048,\), float64 \(2048, 2048\) instead of floats"),
+            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are float64 \(2048,\), float64 \(2048,\) instead"),
+            (["--run", stage1, "--reference", tmp_path / "words.npz"], r"are <U5 \(2048,\), float64 \(2048, 2048\) in"),
             (["--run", stage1, "--reference", tmp_path / "member.npz"], "is not an .npz of images .* or statistics"),
             (["--run", stage1, "--reference", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
             (["--run", run, "--reference", tmp_path / "large.npz"], r"uint8 \(N, 16, 16, 3\)"),
@@ -437,7 +441,10 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
             (["--run", stage1, "--save_statistics", tmp_path / "a.pt"], "must be FILE.npz"),
             (["--run", run, "--samples", tmp_path / "broken"], "cannot read .*000000.png .*remove it from the samples"),
             (["--run", run, "--samples", tmp_path / "empty"], "there are no images in"),
-            (["--run", run, "--samples", tmp_path / "nowhere"], "there are no images in"),
+            (["--run", run, "--samples", tmp_path / "nowhere"], "there is no .*nowhere"),
+            (["--run", run, "--samples", tmp_path / "nowhere", "--without", "inception"], "there is no .*nowhere"),
+            (["--run", run, "--without", "inception", "data.name=folder", f"data.root={tmp_path}/flat"], "and this data has no classes"),
+            (["--run", stage1, "--reference", tmp_path / "nan.npz"], "of finite floats"),
             (["--run", run, "sample.top_k=0"], "top_k must be between 1")):
         with pytest.raises((UserError, Exception), match=sentence) as raised:
             evaluate.main([str(w) for w in ["--without", "lpips", "--num_workers", "0", *words]])

@@ -12,6 +12,12 @@ from experiment import load_run
 DECODER_ALONE = ["train.freeze=[encoder,pre_quant,quantizer]", "train.use_ema=true", "train.max_train_steps=4"]
 
 
+def test_other_frozen_parts_need_another_run(train, tmp_path):
+    train("train.freeze=[encoder]", "train.max_train_steps=1")
+    with pytest.raises(UserError, match="holds a run with train.freeze=.*encoder.*, but the config asks for None"):
+        train("train.max_train_steps=2", resume="auto")
+
+
 def test_the_decoder_alone_learns(train, tiny, tmp_path, capfd):
     """From another run, also from its averaged weights; resumed exactly, when the other run is gone."""
     source = str(tmp_path / "source")

@@ -178,6 +178,7 @@ def test_processes_that_start_together_do_not_disturb_each_other(tmp_path, cache
     (lambda data, ends: data[:ends[2]], "a.tar is cut short or damaged after 3 images"),  # nothing missing but the end
     (lambda data, ends: data[:ends[1]] + b"x" * 512 + data[ends[1] + 512:], "after 2 images"),
     (lambda data, ends: b"hello" * 1000, "no uncompressed .tar"),
+    (lambda data, ends: data + data, "a.tar goes on after its end, as joined archives do"),
     (lambda data, ends: b"", "no uncompressed .tar"),
     (lambda data, ends: gzip.compress(data), "no uncompressed .tar"),
 ])
@@ -204,6 +205,17 @@ def test_wrong_members(tmp_path, members, told):
     with pytest.raises(DataError, match=told) as error:
         make_dataset("webdataset", str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_why_there_are_no_images(tmp_path):
+    for name, members, told in (("empty", None, "there is no .tar in .*empty"),
+                                ("val", numbered("a 0"), "all is for validation, such as val-0.tar/a"),
+                                ("dots", {"a.1.png": b"", "a.2.png": b""}, "2 images, such as a.1.png, are passed over.*names of one dot")):
+        (tmp_path / name).mkdir()
+        if members:
+            write(tmp_path / name / f"{name}-0.tar", members)
+        with pytest.raises(DataError, match=told):
+            make_dataset("webdataset", str(tmp_path / name))
 
 
 def test_an_unreadable_image_is_named(tmp_path):
