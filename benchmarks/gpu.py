@@ -141,8 +141,9 @@ LEGEND = {
               f"float32 (`no`) and {TOLERANCE['bf16']:g} in bf16, they DIFFER. `equal codes`: of encoding, or of sampling with the same "
               "random numbers.",
     "fixtures": "Tests that passed, and the names of those that failed.",
-    "training": "`resumed`: against an uninterrupted run, `compiled`: against eager; `losses` are those of the last two steps, and "
-                "`differences` relative to them. `no wait`: where a step waits for the GPU between log lines, in the `watched steps`.",
+    "training": "`loss`: of the first step. `resumed`: against an uninterrupted run, `compiled`: against eager; `losses` are those of the "
+                "last two steps, and `differences` relative to them. `no wait`: where a step waits for the GPU between log lines, in the "
+                "`watched steps`.",
     "stage1": "Random images on the device; generator and discriminator step. `GiB`: peak memory. LPIPS has random weights.",
     "stage2": "Random codes. `padding`: of this batch, `of random batches`, and `of similar lengths`, as training makes them.",
     "sampling": "`graphs`: with CUDA graphs, the default. `x the whole prefix`: how many times as fast as without a cache.",
