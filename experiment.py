@@ -340,8 +340,8 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be from before the GAN
     loss began). Averaged weights, if the run kept them. UserError if there is no such run.
     """
-    folder, config = Path(run_folder(folder)), run_config(folder)
-    path = folder / "checkpoints/best.safetensors"
+    folder = Path(run_folder(folder))
+    config, path = run_config(folder), folder / "checkpoints/best.safetensors"
     if (exported := folder / "model.safetensors").is_file():  # by push_to_hub.py
         if which == "best":
             raise UserError(f"{folder} is an exported run, which has one set of weights; leave --which best out")
@@ -365,7 +365,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
 
 def run_config(folder: str | Path) -> dict:
     """The config of a run folder."""
-    path = Path(run_folder(folder)) / "config.yaml"
+    path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = read_yaml(path)

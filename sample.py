@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
+    Cache.graphs = not args.no_graphs
     state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
     model, stage1, config, classes = load_models(args.run, args.which)
     given = {k: v for k in (*SETTINGS, "cfg_schedule") if (v := getattr(args, k)) is not None}
@@ -106,7 +107,6 @@ def main(argv: list[str] | None = None) -> None:
     settings = sampling_arguments(model, settings, labels)
     if edited:
         draw(model, stage1, [0], labels, args.seed, settings, state.autocast, edited)  # can this stay? before other images are removed
-    Cache.graphs = not args.no_graphs
     if args.compile:
         for blocks in (m for m in model.modules() if isinstance(m, Blocks)):
             blocks.step = torch.compile(blocks.step)

@@ -66,12 +66,12 @@ def main() -> None:
             for blocks in stacks(model):
                 blocks.step = torch.compile(blocks.step)
         model.sample(args.batch)
-        seconds, whole = cached(model, args.batch), whole_prefix(model, args.batch, args.points)
+        (seconds, steps), whole = cached(model, args.batch), whole_prefix(model, args.batch, model.length, args.points)
         line = (f"{name}, {model.length} codes, batch {args.batch}, {args.layers} layers of {args.width}: cached {seconds:.2f} s "
                 f"({args.batch / seconds:.2f} images/s), whole prefix {whole:.1f} s, {whole / seconds:.1f} x; codes of short samples agree "
                 f"{same:.1%}")
         if device.type == "cuda":
-            line += f"; bandwidth {bandwidth(model, args.batch, seconds) / args.peak_gbs:.1%}"
+            line += f"; bandwidth {bandwidth(model, args.batch, steps, seconds) / args.peak_gbs:.1%}"
         print(line)
     for name, grids, layers in (("256 codes", [16], (1, args.layers)), ("DQ-VAE's codes", [16, 32], (half, args.layers - half))):
         model = MaskTransformer(1024, grids, None, 0, *layers, heads, args.width).to(device, dtype).eval()
@@ -86,35 +86,35 @@ def main() -> None:
               f"({args.batch / seconds:.2f} images/s)")
 
 
-def cached(model: torch.nn.Module, batch: int) -> float:
-    """Seconds to draw so many images."""
+def cached(model: torch.nn.Module, batch: int) -> tuple[float, int]:
+    """Seconds to draw so many images, and the steps that it takes: those of the longest sequence."""
     start = clock()
-    model.sample(batch)
-    return clock() - start
+    codes = model.sample(batch)
+    return clock() - start, int(model.lengths(codes).max())
 
 
 @torch.no_grad()
-def whole_prefix(model: torch.nn.Module, batch: int, points: int) -> float:
-    """Seconds to draw so many images, if each step runs over all tokens so far: measured at some lengths, and multiplied out."""
+def whole_prefix(model: torch.nn.Module, batch: int, steps: int, points: int) -> float:
+    """Seconds to draw so many images, if each of the steps runs over all tokens so far: measured at some lengths, and multiplied out."""
     weight, seconds = next(model.parameters()), []
-    tokens = torch.randn(batch, model.length, weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    tokens = torch.randn(batch, steps, weight.shape[-1], device=weight.device, dtype=weight.dtype)
     for i in range(points):
-        prefix = tokens[:, :max(1, round((i + 0.5) * model.length / points))]
+        prefix = tokens[:, :max(1, round((i + 0.5) * steps / points))]
         for blocks in stacks(model):
             blocks(prefix)  # warm
         start = clock()
         for blocks in stacks(model):
             blocks(prefix)
         seconds.append(clock() - start)
-    return sum(seconds) / points * model.length
+    return sum(seconds) / points * steps
 
 
-def bandwidth(model: torch.nn.Module, batch: int, seconds: float) -> float:
+def bandwidth(model: torch.nn.Module, batch: int, steps: int, seconds: float) -> float:
     """GB/s, if each step reads the weights and the cache of keys and values (half full, on average) once."""
     weight = next(model.parameters())
     layers, width = sum(len(blocks.layers) for blocks in stacks(model)), weight.shape[-1]
-    read = sum(p.numel() for p in model.parameters()) + batch * model.length * width * layers
-    return read * weight.element_size() * model.length / seconds / 1e9
+    read = sum(p.numel() for p in model.parameters()) + batch * steps * width * layers
+    return read * weight.element_size() * steps / seconds / 1e9
 
 
 def stacks(model: torch.nn.Module) -> list[Blocks]:
