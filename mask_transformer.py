@@ -1,24 +1,26 @@
-"""MaskTransformer: generates the codes of any stage-1 model in parallel, and fills in parts of images.
+"""MaskTransformer: generates the codes of any stage-1 model in parallel, and edits images.
 
-    MaskTransformer     "MaskGIT: Masked Generative Image Transformer" (Chang et al., CVPR 2022), for VQGAN, MQ-VAE and DQ-VAE
+    MaskTransformer     "MaskGIT: Masked Generative Image Transformer" (Chang et al., CVPR 2022),
+                        for VQGAN, MQ-VAE and DQ-VAE
     Places, Packed      codes as layout and contents, and back
     Unmask              the schedule of sampling
 
-First the layout, then the contents. The layout says which cells of an MQ-VAE have a code, or the granularity of each region of a DQ-VAE (a
-VQGAN has none); the contents are the codes. Each has a bidirectional transformer that was trained to predict masked tokens from the others.
-Sampling starts from masks alone, and in each of a few steps keeps the tokens that the model is most confident of.
-Shapes: R regions (cells of the coarsest grid), N finest cells, P places where a code can be (the cells of all grids), L codes of the
-longest row, C channels.
+First the layout, then the contents. The layout says which cells of an MQ-VAE have a code, or the
+granularity of each region of a DQ-VAE (a VQGAN has none); the contents are the codes. Each has a
+bidirectional transformer that was trained to predict masked tokens from the others. Sampling starts
+from masks alone, and in each of a few steps keeps the tokens that the model is most confident of.
+Shapes: R regions (cells of the coarsest grid), N finest cells, P places where a code can be (the
+cells of all grids), L codes of the longest row, K codes in the codebook, C channels.
 
-    model = MaskTransformer(codebook_size=1024, grids=[16, 32], num_classes=1000)           # for a DQ-VAE
-    model = MaskTransformer(codebook_size=1024, grids=[32], num_codes=256)                  # for an MQ-VAE
-    model = MaskTransformer(codebook_size=1024, grids=[16])                                 # for a VQGAN
+    model = MaskTransformer(codebook_size=1024, grids=[16, 32])             # for a DQ-VAE
+    model = MaskTransformer(codebook_size=1024, grids=[32], num_codes=256)  # for an MQ-VAE
+    model = MaskTransformer(codebook_size=1024, grids=[16])                 # for a VQGAN
     loss = model(codes, labels)["loss"]
     codes = model.eval().sample(8, labels, steps=12)
-    codes = model.sample(8, labels, codes=codes, known=known)                               # known: bool (8, h, w), cells that stay
+    codes = model.sample(8, labels, codes=codes, known=known)   # known: bool (8, h, w), what stays
 
-Differences from the release: the layout; rotary position embeddings beside learned ones; gpt.py's pre-norm blocks and an untied head;
-classifier-free guidance; no label smoothing. Copy with gpt.py.
+Differences from the release: the layout; rotary position embeddings beside learned ones; gpt.py's
+pre-norm blocks and an untied head; classifier-free guidance; no label smoothing. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -33,31 +35,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, covered, draw, filter_logits, sides,
+    Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Guidance, Probability,
+    check_grids, check_known, check_sampling, covered, divided, draw, filter_logits, sides,
     uniforms)
 
 
 class MaskTransformer(CodeTransformer):
     """Layout transformer, then content transformer.
 
-    codebook_size, grids            K, and the side of each granularity's grid or its [height, width], coarsest first
+    codebook_size, grids            K, and the side of each granularity's grid or its
+                                    [height, width], coarsest first
     num_codes                       of an MQ-VAE: the number of cells with a code
     num_classes, label_dropout      see CodeTransformer
     layout_layers, content_layers   depth of each transformer
     n_head, n_embd, dropout         as in GPT
     """
 
-    def __init__(self, codebook_size: int, grids: list[int | list[int]], num_codes: int | None = None, num_classes: Count = 0,
-                 layout_layers: int = 6, content_layers: int = 18, n_head: int = 8, n_embd: int = 1024, dropout: Probability = 0.1,
-                 label_dropout: Probability = 0.1):
+    reads = ()  # any
+
+    def __init__(self, codebook_size: int, grids: list[int | list[int]],
+                 num_codes: int | None = None, num_classes: Count = 0, layout_layers: int = 6,
+                 content_layers: int = 18, n_head: int = 8, n_embd: int = 1024,
+                 dropout: Probability = 0.1, label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
-        self.codebook_size, self.num_codes = codebook_size, num_codes
+        self.codebook_size = codebook_size
         self.places = Places(grids, num_codes)
-        self.kinds, self.regions = self.places.kinds, self.places.regions
+        self.kinds = self.places.kinds
+        self.regions = self.places.regions
+        self.has_layout = self.kinds > 1
         self.mean_length: float | None = None  # of the contents, see survey
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.drop = nn.Dropout(dropout)
-        if self.kinds > 1:
+        if self.has_layout:
             self.kind_emb = nn.Embedding(self.kinds + 1, n_embd)  # the last is the mask
             self.region_emb = nn.Embedding(self.regions, n_embd)
             self.layout_blocks = Blocks(layout_layers, n_head, n_embd, dropout, causal=False)
@@ -71,167 +80,252 @@ class MaskTransformer(CodeTransformer):
         self.register_buffer("rope", self.places.angles(n_embd // n_head), persistent=False)
         self.init_weights()
 
-    def lengths(self, codes: dict[str, Tensor]) -> Tensor:
+    @classmethod
+    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+        grids = [divided(size, factor) for factor in stage1.factors]
+        num_codes = stage1.num_codes if "positions" in stage1.code_names else None
+        return super().settings_for(stage1, size) | {"grids": grids, "num_codes": num_codes}
+
+    def lengths(self, codes: Codes) -> Tensor:
         """Number of input tokens (B,) of each image's contents."""
-        return (self.places.read(codes)[0][:, self.places.region] == self.places.kind).sum(1) + 1
+        layout, _ = self.places.read(codes)
+        return self.places.present(layout).sum(1) + 1
 
     @torch.no_grad()
-    def survey(self, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-        """As CodeTransformer.survey. Also keeps the mean number of codes, which normalises the training loss (see DQTransformer.survey)."""
-        lengths = super().survey(batches)
+    def survey(self, batches: Iterable[Codes]) -> Tensor:
+        """As CodeTransformer.survey. Also keeps the mean number of codes, which normalises the
+        training loss (see DQTransformer.survey)."""
+        device = self.rope.device
+        batches = ({k: v.to(device) for k, v in codes.items()} for codes in batches)
+        lengths = super().survey(batches).cpu()
         self.mean_length = lengths.double().mean().item() - 1
         return lengths
 
     # Networks
 
     def _layout_logits(self, layout: Tensor, starts: Tensor) -> Tensor:
-        """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits (B, R, kinds)."""
-        x = torch.cat([self.start_emb(starts).unsqueeze(1), self.kind_emb(layout) + self.region_emb.weight], dim=1)
-        x = self.layout_blocks(self.drop(x), rope=self.rope[:self.regions + 1].unsqueeze(0))
+        """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits
+        (B, R, kinds)."""
+        x = self.kind_emb(layout) + self.region_emb.weight              # (B, R, C)
+        x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, 1 + R, C)
+        rope = self.rope[:self.regions + 1].unsqueeze(0)
+        x = self.layout_blocks(self.drop(x), rope=rope)
         return self.layout_head(self.layout_norm(x[:, 1:]))
 
     def _content_hidden(self, content: Tensor, packed: Packed, starts: Tensor) -> Tensor:
         """Contents (B, L), masked ones being K, to the input of content_head (B, L, C)."""
-        x = torch.cat([self.start_emb(starts).unsqueeze(1), self.code_emb(content) + self.place_emb(packed.place)], dim=1)
-        mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None] if len(self.places.grids) > 1 else None  # keys: the class and codes
-        return self.content_norm(self.content_blocks(self.drop(x), mask, self.rope[F.pad(packed.place + 1, (1, 0))])[:, 1:])
+        x = self.code_emb(content) + self.place_emb(packed.place)       # (B, L, C)
+        x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, 1 + L, C)
+        mask = None
+        if len(self.places.grids) > 1:  # rows differ in length
+            mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None]       # keys
+        rope = self.rope[F.pad(packed.place + 1, (1, 0))]               # (B, 1 + L, D / 2)
+        x = self.content_blocks(self.drop(x), mask, rope)
+        return self.content_norm(x[:, 1:])
 
-    def _nats(self, layout: Tensor, content: Tensor, packed: Packed, masked: tuple[Tensor, Tensor], starts: Tensor) -> list[Tensor]:
-        """Cross-entropies of masked regions (B, R), if there is a layout, and of masked contents (B, L); 0 elsewhere."""
-        regions, contents = masked
-        x = self._content_hidden(content.masked_fill(contents, self.codebook_size), packed, starts)
-        found = [self.content_head.nats(x, content.masked_fill(~contents, -100))]
-        if self.kinds > 1:
-            logits = self._layout_logits(layout.masked_fill(regions, self.kinds), starts)
-            found.insert(0, F.cross_entropy(logits.mT.float(), layout.masked_fill(~regions, -100), reduction="none"))
-        return found
+    # Training
 
-    def _mask(self, packed: Packed, numbers: Tensor, counts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Masks of `counts` (B,) regions (B, R) and contents (B, L), chosen by random numbers (B, R + P)."""
-        contents = numbers[:, self.regions:].gather(1, packed.place).masked_fill(~packed.valid, 2.0)
-        return lowest(numbers[:, :self.regions], counts[0]), lowest(contents, counts[1])
-
-    def _fixed_numbers(self, codes: dict[str, Tensor], rows: int) -> Tensor:
-        """Random numbers (rows, B, 2 + R + P) that follow from an image's codes alone: fixed ones, shifted by a hash of these, modulo 1."""
-        indices = codes["indices"].flatten(1)
-        hashed = (indices * (torch.arange(1, indices.shape[1] + 1, device=indices.device) * 2654435761 % 2**31)).sum(1) % 2**20 / 2**20
-        numbers = torch.rand(rows, 1, 2 + self.regions + self.places.count, generator=torch.Generator().manual_seed(0))
-        return (numbers.to(indices.device) + hashed.view(1, -1, 1)) % 1
-
-    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "layout", "content"} in nats: mean cross-entropies of masked regions and codes, and their sum.
-        A random share of both is masked, by the cosine schedule. After `survey`, the training loss divides by expected numbers,
-        not the batch's. In eval mode an image's masks are always the same."""
+    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes and labels (B,) to {"loss", "layout", "content"} in nats: mean cross-entropies of
+        masked regions and codes, and their sum. A random share of both is masked, by the cosine
+        schedule. After `survey`, the training loss divides by expected numbers, not the batch's. In
+        eval mode an image's masks are always the same."""
         layout, content = self.places.read(codes)
-        packed, B = self.places.pack(layout), len(layout)
-        starts = self.start_tokens(B, labels, layout.device)
+        packed = self.places.pack(layout)
+        B = len(layout)
+        device = layout.device
+        starts = self.start_tokens(B, labels, device)
         if self.training:
-            numbers = torch.rand(B, 2 + self.regions + self.places.count, device=layout.device)
-            shares = (numbers[:1, :2] + torch.arange(B, device=layout.device).unsqueeze(1) / B) % 1  # (B, 2), evenly spread over the batch
+            numbers = torch.rand(B, 2 + self.regions + self.places.count, device=device)
+            spread = torch.arange(B, device=device).unsqueeze(1) / B
+            shares = (numbers[:1, :2] + spread) % 1  # evenly spread over the batch
         else:
             numbers = self._fixed_numbers(codes, 1)[0]
-            shares = numbers[:, :2]
-        regions, contents = torch.cos(shares * math.pi / 2).unbind(1)
-        masked = self._mask(packed, numbers[:, 2:], ((regions * self.regions).ceil(), (contents * packed.counts).ceil()))
+            shares = numbers[:, :2]                                     # (B, 2)
+        of_regions, of_contents = torch.cos(shares * math.pi / 2).unbind(1)
+        masked = self._masks(packed, numbers[:, 2:], (of_regions * self.regions).ceil(),
+                             (of_contents * packed.counts).ceil())
         nats = self._nats(layout, content.gather(1, packed.place), packed, masked, starts)
-        lengths = self.regions, self.mean_length or packed.counts.float().mean()
-        names, masked, lengths = ("layout", "content")[-len(nats):], masked[-len(nats):], lengths[-len(nats):]
-        own = {name: (x.sum() / m.sum()).detach() for name, x, m in zip(names, nats, masked)}
-        expected = sum(x.sum() / (B * (2 / math.pi * length + 0.5)) for x, length in zip(nats, lengths))  # the mean of ceil(cos(..) length)
-        return {"loss": expected if self.training else sum(own.values())} | own
+        means = {name: x.sum() / masked[name].sum() for name, x in nats.items()}
+        loss = sum(means.values())
+        if self.training:
+            mean_length = self.mean_length or packed.counts.float().mean()
+            lengths = {"layout": self.regions, "content": mean_length}
+            # How many are masked: the mean of ceil(cos(u pi / 2) * length) is about this.
+            expected = {name: B * (2 / math.pi * lengths[name] + 0.5) for name in nats}
+            loss = sum(x.sum() / expected[name] for name, x in nats.items())
+        return {"loss": loss} | {name: mean.detach() for name, mean in means.items()}
 
-    def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None, masked: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits where cells `masked` (B, h, w) of the finest grid (default: all) are hidden: {"layout": (B, R, kinds), if there is one,
-        "content": (B, L, K)}, contents in order of granularity and cell, padded."""
+    def _nats(self, layout: Tensor, content: Tensor, packed: Packed, masked: dict[str, Tensor],
+              starts: Tensor) -> dict[str, Tensor]:
+        """Cross-entropies of masked regions (B, R), if there is a layout, and of masked contents
+        (B, L); 0 elsewhere."""
+        nats = {}
+        hidden_content = content.masked_fill(masked["content"], self.codebook_size)
+        x = self._content_hidden(hidden_content, packed, starts)
+        target = content.masked_fill(~masked["content"], -100)
+        content_nats = self.content_head.nats(x, target)
+        if self.has_layout:
+            logits = self._layout_logits(layout.masked_fill(masked["layout"], self.kinds), starts)
+            target = layout.masked_fill(~masked["layout"], -100)
+            nats["layout"] = F.cross_entropy(logits.mT.float(), target, reduction="none")
+        return nats | {"content": content_nats}
+
+    def _masks(self, packed: Packed, numbers: Tensor, regions: Tensor,
+               contents: Tensor) -> dict[str, Tensor]:
+        """Masks of so many (B,) regions and contents, (B, R) and (B, L), chosen by random numbers
+        (B, R + P)."""
+        of_regions, of_places = numbers.split([self.regions, self.places.count], dim=1)
+        of_contents = of_places.gather(1, packed.place).masked_fill(~packed.valid, 2.0)
+        return {"layout": lowest(of_regions, regions), "content": lowest(of_contents, contents)}
+
+    def _fixed_numbers(self, codes: Codes, rows: int) -> Tensor:
+        """Random numbers (rows, B, 2 + R + P) that follow from an image's codes alone: fixed ones,
+        shifted by a hash of these, modulo 1."""
+        indices = codes["indices"].flatten(1)
+        factors = torch.arange(1, indices.shape[1] + 1, device=indices.device) * 2654435761 % 2**31
+        shift = (indices * factors).sum(1) % 2**20 / 2**20              # (B,)
+        count = 2 + self.regions + self.places.count
+        numbers = torch.rand(rows, 1, count, generator=torch.Generator().manual_seed(0))
+        return (numbers.to(indices.device) + shift.view(1, -1, 1)) % 1
+
+    def logits(self, codes: Codes, labels: Tensor | None = None,
+               masked: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits where cells `masked` (B, h, w) of the finest grid (default: all) are hidden:
+        {"layout": (B, R, kinds), if there is one, "content": (B, L, K)}, contents in order of
+        granularity and cell, padded."""
         layout, content = self.places.read(codes)
-        masked = torch.ones(len(layout), *self.places.grids[-1], dtype=torch.bool, device=layout.device) if masked is None else masked
+        if masked is None:
+            masked = layout.new_ones(len(layout), *self.places.grids[-1], dtype=torch.bool)
         places, regions = self.places.kept(layout, ~masked)
-        packed, starts = self.places.pack(layout), self.start_tokens(len(layout), labels, layout.device)
+        packed = self.places.pack(layout)
+        starts = self.start_tokens(len(layout), labels, layout.device)
         content = content.masked_fill(~places, self.codebook_size).gather(1, packed.place)
-        found = {"content": self.content_head(self._content_hidden(content, packed, starts))}
-        return found | ({"layout": self._layout_logits(layout.masked_fill(~regions, self.kinds), starts)} if self.kinds > 1 else {})
+        logits = {"content": self.content_head(self._content_hidden(content, packed, starts))}
+        if self.has_layout:
+            layout = layout.masked_fill(~regions, self.kinds)
+            logits["layout"] = self._layout_logits(layout, starts)
+        return logits
 
     @torch.no_grad()
-    def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None, strata: int = 16) -> Tensor:
-        """An upper bound on the negative log-likelihood of each image's layout and contents, in bits (B,).
+    def bits(self, codes: Codes, labels: Tensor | None = None, strata: int = 16) -> Tensor:
+        """An upper bound on the negative log-likelihood of each image's layout and contents, in
+        bits (B,).
 
-        The bound of absorbing diffusion with a linear schedule, in its order-agnostic form ("Autoregressive Diffusion Models", Hoogeboom
-        et al., ICLR 2022): k of n tokens are masked, k uniform from 1 to n, and n / k times their cross-entropy counts. It is the
-        mean over all orders of generation, one token at a time. This is an unbiased estimate of it, at one k in each of `strata` equal
-        parts, with masks that follow from the image's codes."""
+        The bound of absorbing diffusion with a linear schedule, in its order-agnostic form
+        ("Autoregressive Diffusion Models", Hoogeboom et al., ICLR 2022): k of n tokens are masked,
+        k uniform from 1 to n, and n / k times their cross-entropy counts. It is the mean over all
+        orders of generation, one token at a time. This is an unbiased estimate of it, at one k in
+        each of `strata` equal parts, with masks that follow from the image's codes.
+        """
         layout, content = self.places.read(codes)
-        packed, starts = self.places.pack(layout), self.start_tokens(len(layout), labels, layout.device)
-        content, counts, total = content.gather(1, packed.place), (torch.full_like(packed.counts, self.regions), packed.counts), 0.0
+        packed = self.places.pack(layout)
+        content = content.gather(1, packed.place)                       # (B, L)
+        starts = self.start_tokens(len(layout), labels, layout.device)
+        n = {"layout": torch.full_like(packed.counts, self.regions), "content": packed.counts}
+        total = 0.0
         for s, numbers in enumerate(self._fixed_numbers(codes, strata)):
-            k = [((s + u) / strata * n).long() + 1 for u, n in zip(numbers[:, :2].unbind(1), counts)]  # (B,) each
-            nats = self._nats(layout, content, packed, self._mask(packed, numbers[:, 2:], k), starts)
-            total = total + sum(x.sum(1) * n / m for x, n, m in zip(nats[::-1], counts[::-1], k[::-1]))
+            k = {name: ((s + numbers[:, i]) / strata * n[name]).long() + 1
+                 for i, name in enumerate(n)}                           # (B,) each
+            masked = self._masks(packed, numbers[:, 2:], k["layout"], k["content"])
+            nats = self._nats(layout, content, packed, masked, starts)
+            total = total + sum(x.sum(1) * n[name] / k[name] for name, x in nats.items())
         return total / (strata * math.log(2))
 
     # Sampling
 
     @torch.no_grad()
-    def sample(self, n: int, labels: Tensor | None = None, steps: int = 12, layout_steps: int = 8, temperature: float = 1.0,
-               choice_temperature: float = 4.5, top_k: int | None = None, top_p: float | None = None, cfg_scale: float = 1.0,
+    def sample(self, n: int, labels: Tensor | None = None, steps: int = 12, layout_steps: int = 8,
+               temperature: float = 1.0, choice_temperature: float = 4.5, top_k: int | None = None,
+               top_p: float | None = None, cfg_scale: float = 1.0,
                cfg_schedule: Literal["constant", "linear"] = "constant",
-               generator: torch.Generator | list[torch.Generator] | None = None, temperature_pos: float | None = None,
-               codes: dict[str, Tensor] | None = None, known: Tensor | None = None, trace: list | None = None) -> dict[str, Tensor]:
+               generator: Generators = None, temperature_pos: float | None = None,
+               codes: Codes | None = None, known: Tensor | None = None,
+               trace: list | None = None) -> Codes:
         """Codes of n new images, in the form of the stage-1 model.
 
-        steps, layout_steps    of the contents and of the layout. After step s of S, cos(pi / 2 s / S) of the tokens are masked
+        steps, layout_steps    of the contents and of the layout. After step s of S,
+                               cos(pi / 2 s / S) of the tokens are masked
         choice_temperature     of the Gumbel noise on the confidences, falling to 0 linearly
-        temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's (default: temperature)
-        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows to this over the steps
-        codes, known           keep the cells `known`, bool (n, h, w) on the finest grid, of `codes`, and draw the rest. A code stays if all
-                               of its cells are known. An MQ-VAE's images keep their number of codes
-        trace                  a list, to which the step that decided each finest cell is appended, (n, h, w), from 1; 0: kept, -1: no code
+        temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's
+                               (default: temperature)
+        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows to
+                               this over the steps
+        codes, known           keep the cells `known`, bool (n, h, w) on the finest grid, of
+                               `codes`, and draw the rest. A code stays if all of its cells are
+                               known. An MQ-VAE's images keep their number of codes
+        trace                  a list, to which the step that decided each finest cell is appended,
+                               (n, h, w), from 1; 0: kept, -1: no code
         """
-        check_sampling(temperature, top_k, top_p)
         temperature_pos = temperature if temperature_pos is None else temperature_pos
+        check_sampling(temperature, top_k, top_p)
         check_sampling(temperature_pos, None, None)
         if min(steps, layout_steps) < 1 or not 0 <= choice_temperature < math.inf:
-            raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at least 0; they are "
-                             f"{steps}, {layout_steps} and {choice_temperature}")
+            raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at "
+                             f"least 0; they are {steps}, {layout_steps} and {choice_temperature}")
         check_known(n, self.places.grids[-1], codes, known)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        layout, content = torch.zeros(2, n, self.places.count, dtype=torch.int64, device=starts.device)
-        layout, kept, regions = layout[:, :self.regions], content.bool(), layout[:, :self.regions].bool()
-        if codes is not None:
-            layout, content = self.places.read({key: value.to(starts.device) for key, value in codes.items()})
-            kept, regions = self.places.kept(layout, known.to(starts.device))
-        layout_steps = layout_steps if self.kinds > 1 else 0
-        numbers = uniforms(n, 2 * (layout_steps * self.regions + steps * self.places.count), generator, starts.device)
-        for_layout, for_content = numbers.split([2 * layout_steps * self.regions, 2 * steps * self.places.count], dim=1)
+        device = starts.device
+        if codes is None:
+            layout = torch.zeros(n, self.regions, dtype=torch.int64, device=device)
+            content = torch.zeros(n, self.places.count, dtype=torch.int64, device=device)
+            kept = torch.zeros_like(content, dtype=torch.bool)
+            kept_regions = torch.zeros_like(layout, dtype=torch.bool)
+        else:
+            codes = {key: value.to(device) for key, value in codes.items()}
+            layout, content = self.places.read(codes)
+            kept, kept_regions = self.places.kept(layout, known.to(device))
+        if not self.has_layout:
+            layout_steps = 0
+        P = self.places.count
+        for_layout = 2 * layout_steps * self.regions
+        numbers = uniforms(n, for_layout + 2 * steps * P, generator, device)
+        layout_numbers = numbers[:, :for_layout].view(n, layout_steps, 2, self.regions)
+        content_numbers = numbers[:, for_layout:].view(n, steps, 2, P)
+        schedule = choice_temperature, guide, cfg_scale, cfg_schedule
 
-        unmask = Unmask(layout_steps, choice_temperature, guide, cfg_scale, cfg_schedule, ~regions)
-        for pick, choose in for_layout.view(n, layout_steps, 2, self.regions).permute(1, 2, 0, 3):  # (n, R) each
-            logits = unmask.guide(self._layout_logits(layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1), starts))
-            layout = torch.where(unmask.open, self._draw_layout(logits, layout, unmask.open, temperature_pos, pick), layout)
-            unmask.step(logits[unmask.open], layout, choose)
+        unmask = Unmask(layout_steps, *schedule, ~kept_regions)
+        for step in range(layout_steps):
+            kind_number, choice_number = layout_numbers[:, step].unbind(1)      # (n, R) each
+            masked = layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1)
+            logits = unmask.guide(self._layout_logits(masked, starts))  # (n, R, kinds)
+            drawn = self._draw_layout(logits, layout, unmask.open, temperature_pos, kind_number)
+            layout = torch.where(unmask.open, drawn, layout)
+            unmask.step(logits[unmask.open], layout, choice_number)
 
         packed = self.places.pack(layout)
-        places = Packed(*(x.repeat(guide.copies, *[1] * (x.dim() - 1)) for x in packed))
-        content, when = content.gather(1, packed.place), torch.zeros_like(packed.place)
-        unmask = Unmask(steps, choice_temperature, guide, cfg_scale, cfg_schedule, packed.valid & ~kept.gather(1, packed.place))
-        for pick, choose in for_content.view(n, steps, 2, -1).permute(1, 2, 0, 3):           # (n, P) each
-            hidden = self._content_hidden(content.masked_fill(unmask.open, self.codebook_size).repeat(guide.copies, 1), places, starts)
-            logits = unmask.guide(self.content_head(hidden[unmask.open.repeat(guide.copies, 1)]))  # (open ones, K)
-            drawn = draw(filter_logits(logits, temperature, top_k, top_p), pick.gather(1, packed.place)[unmask.open])
-            content, when = content.masked_scatter(unmask.open, drawn), when + unmask.open
-            unmask.step(logits, content, choose.gather(1, packed.place))
+        content = content.gather(1, packed.place)                       # (n, L)
+        decided_at = torch.zeros_like(content)
+        copies = Packed(packed.place.repeat(guide.copies, 1), packed.valid.repeat(guide.copies, 1),
+                        packed.counts.repeat(guide.copies))
+        unmask = Unmask(steps, *schedule, packed.valid & ~kept.gather(1, packed.place))
+        for step in range(steps):
+            code_number, choice_number = content_numbers[:, step].unbind(1)     # (n, P) each
+            open_ = unmask.open                                         # (n, L)
+            masked = content.masked_fill(open_, self.codebook_size).repeat(guide.copies, 1)
+            hidden = self._content_hidden(masked, copies, starts)
+            hidden = hidden[open_.repeat(guide.copies, 1)]              # (open ones, C)
+            logits = unmask.guide(self.content_head(hidden))            # (open ones, K)
+            filtered = filter_logits(logits, temperature, top_k, top_p)
+            drawn = draw(filtered, code_number.gather(1, packed.place)[open_])
+            content = content.masked_scatter(open_, drawn)
+            decided_at = decided_at + open_
+            unmask.step(logits, content, choice_number.gather(1, packed.place))
         guide.check()
         if trace is not None:
-            trace.append(torch.full_like(kept, -1, dtype=torch.int64).scatter(1, packed.place, when).unflatten(1, self.places.grids[0])
-                         if self.num_codes else self.places.codes(layout, packed.place, when)["indices"])
+            trace.append(self.places.on_finest(layout, packed.place, decided_at))
         return self.places.codes(layout, packed.place, content)
 
-    def _draw_layout(self, logits: Tensor, layout: Tensor, open_: Tensor, temperature: float, numbers: Tensor) -> Tensor:
-        """Kinds (n, R) by logits (n, R, kinds). Of an MQ-VAE, as many with a code as are still to be placed: the likeliest after Gumbel
-        noise on both kinds, whose difference is logistic."""
-        if not self.num_codes:
-            return draw(filter_logits(logits.flatten(0, 1), temperature), numbers.flatten()).view_as(layout)
-        wanted = self.num_codes - (layout * ~open_).sum(1)
-        score = logits[..., 1].float() - logits[..., 0].float() + temperature * torch.logit(numbers, 1e-7)
+    def _draw_layout(self, logits: Tensor, layout: Tensor, open_: Tensor, temperature: float,
+                     numbers: Tensor) -> Tensor:
+        """Kinds (n, R) by logits (n, R, kinds). Of an MQ-VAE, as many with a code as are still to
+        be placed: the likeliest after Gumbel noise on both kinds, whose difference is logistic."""
+        if not self.places.num_codes:
+            filtered = filter_logits(logits.flatten(0, 1), temperature)
+            return draw(filtered, numbers.flatten()).view_as(layout)
+        wanted = self.places.num_codes - (layout * ~open_).sum(1)       # (n,)
+        score = logits[..., 1].float() - logits[..., 0].float()
+        score = score + temperature * torch.logit(numbers, 1e-7)
         return lowest((-score).masked_fill(~open_, math.inf), wanted).long()
 
 
@@ -244,102 +338,171 @@ class Packed(NamedTuple):
 
 
 class Places(nn.Module):
-    """Codes as layout and contents, and back. The layout is the kind of each region: its granularity, or whether it has a code (MQ-VAE)."""
+    """Codes as layout and contents, and back.
+
+    The layout is the kind of each region: its granularity, or whether it has a code (MQ-VAE).
+    Places are the cells of all grids. For grids [1, 2], so one region of four finest cells:
+
+        place     0 | 1  2  3  4
+        region    0 | 0  0  0  0
+        kind      0 | 1  1  1  1    that a region must have for a code to be here
+        corner    0 | 0  1  2  3    the first finest cell
+        cover     [[0, 0, 0, 0], [1, 2, 3, 4]]    the place that covers each finest cell, (G, N)
+    """
 
     def __init__(self, grids: list[int | list[int]], num_codes: int | None):
         super().__init__()
-        self.num_codes, self.grids = num_codes, [sides(grid) for grid in grids]
-        if any(h % y or h <= y or h * x != w * y for (y, x), (h, w) in zip(self.grids, self.grids[1:])):
-            raise ValueError(f"grids must be sides, each a multiple of the one before; they are {list(grids)}")
-        if num_codes is not None and (len(grids) > 1 or not 1 <= num_codes <= math.prod(self.grids[0])):
-            raise ValueError(f"num_codes must be at most the cells of one grid; it is {num_codes}, and grids are {list(grids)}")
+        self.num_codes = num_codes
+        self.grids = [sides(grid) for grid in grids]
+        check_grids(self.grids, least=1)
+        self.regions = math.prod(self.grids[0])
+        self.cells = math.prod(self.grids[-1])
+        if num_codes is not None and (len(grids) > 1 or not 1 <= num_codes <= self.regions):
+            raise ValueError("num_codes must be at most the cells of one grid; it is "
+                             f"{num_codes}, and grids are {list(grids)}")
         self.kinds = len(grids) if num_codes is None else 2
-        self.regions, self.cells = math.prod(self.grids[0]), math.prod(self.grids[-1])
-        (height, width), (_, across), tables, first = self.grids[-1], self.grids[0], [], 0
-        y, x = torch.arange(height).unsqueeze(1), torch.arange(width)
-        for g, (h, w) in enumerate(self.grids):
-            cell, size, share = torch.arange(h * w), width // w, w // across  # side in finest cells, and of a region in cells
-            tables.append({"region": cell // w // share * across + cell % w // share,
-                           "kind": torch.full_like(cell, g if num_codes is None else 1),  # which has a code here
-                           "corner": cell // w * size * width + cell % w * size,  # the first finest cell
-                           "cover": first + (y // size * w + x // size).flatten()})
-            first += h * w
-        self.count = first
-        for name in tables[0]:  # (P,) each; `cover` (G, N): the place that covers each finest cell in each granularity
+        self.count = 0
+        tables = []
+        for g in range(len(grids)):
+            tables.append(self._tables_of(g))
+            self.count += math.prod(self.grids[g])
+        for name in tables[0]:
             join = torch.stack if name == "cover" else torch.cat
-            self.register_buffer(name, join([table[name] for table in tables]), persistent=False)
+            values = join([table[name] for table in tables])
+            self.register_buffer(name, values, persistent=False)
+
+    def _tables_of(self, g: int) -> dict[str, Tensor]:
+        height, width = self.grids[g]
+        cell = torch.arange(height * width)
+        y, x = cell // width, cell % width
+        in_region = width // self.grids[0][1]           # side of a region, in cells
+        scale = self.grids[-1][1] // width              # side of a cell, in finest cells
+        fine = torch.arange(self.cells)
+        fine_y, fine_x = fine // self.grids[-1][1], fine % self.grids[-1][1]
+        kind = g if self.num_codes is None else 1
+        return {
+            "region": y // in_region * self.grids[0][1] + x // in_region,
+            "kind": torch.full_like(cell, kind),
+            "corner": y * scale * self.grids[-1][1] + x * scale,
+            "cover": self.count + fine_y // scale * width + fine_x // scale,
+        }
 
     def angles(self, head_dim: int) -> Tensor:
-        """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of all places, by their centres."""
+        """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of
+        all places, by their centres."""
         if head_dim % 4:
             raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
-        centres = [torch.stack([torch.arange(h * w) // w, torch.arange(h * w) % w], 1).add(0.5) * (self.grids[-1][0] / h)
-                   for h, w in self.grids]                                                   # (cells, 2) each, in finest cells
+        centres = []
+        for height, width in self.grids:
+            cell = torch.arange(height * width)
+            centre = torch.stack([cell // width, cell % width], 1) + 0.5        # (cells, 2)
+            centres.append(centre * (self.grids[-1][0] / height))       # in finest cells
         frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
-        return F.pad((torch.cat(centres).unsqueeze(2) * frequencies).flatten(1), (0, 0, 1, 0))
+        angles = torch.cat(centres).unsqueeze(2) * frequencies          # (P, 2, head_dim / 4)
+        return F.pad(angles.flatten(1), (0, 0, 1, 0))
 
-    def read(self, codes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where there are none."""
-        want = {"indices": self.grids[-1] if self.num_codes is None else (self.num_codes,)}
-        want |= {"positions": (self.num_codes,)} if self.num_codes else {"grain": self.grids[0]} if self.kinds > 1 else {}
-        for key, shape in want.items():
+    def read(self, codes: Codes) -> tuple[Tensor, Tensor]:
+        """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where
+        there are none."""
+        if self.num_codes:
+            shapes = {"indices": (self.num_codes,), "positions": (self.num_codes,)}
+        else:
+            shapes = {"indices": self.grids[-1]}
+            if self.kinds > 1:
+                shapes["grain"] = self.grids[0]
+        for key, shape in shapes.items():
             if key not in codes or codes[key].shape[1:] != shape:
-                given = {k: tuple(v.shape) for k, v in codes.items()}
-                raise ValueError(f"{key} must be (B, {', '.join(map(str, shape))}); the codes are {given}")
+                have = {k: tuple(v.shape) for k, v in codes.items()}
+                raise ValueError(f"{key} must be (B, {', '.join(map(str, shape))}); the codes are "
+                                 f"{have}")
         indices = codes["indices"].flatten(1)
         if self.num_codes:
             empty = indices.new_zeros(len(indices), self.cells)
-            return empty.scatter(1, codes["positions"], 1), empty.scatter(1, codes["positions"], indices)
-        return codes["grain"].flatten(1) if self.kinds > 1 else torch.zeros_like(indices), indices[:, self.corner]
+            layout = empty.scatter(1, codes["positions"], 1)
+            return layout, empty.scatter(1, codes["positions"], indices)
+        layout = codes["grain"].flatten(1) if self.kinds > 1 else torch.zeros_like(indices)
+        return layout, indices[:, self.corner]
+
+    def present(self, layout: Tensor) -> Tensor:
+        """Which places have a code (B, P)."""
+        return layout[:, self.region] == self.kind
 
     def pack(self, layout: Tensor) -> Packed:
-        present = layout[:, self.region] == self.kind                                        # (B, P)
+        present = self.present(layout)                                  # (B, P)
         counts = present.sum(1)
-        longest = int(counts.max()) if len(self.grids) > 1 else self.num_codes or self.cells  # the only wait for the GPU
+        if len(self.grids) > 1:
+            longest = int(counts.max())  # the only wait for the GPU
+        else:
+            longest = self.num_codes or self.cells
         place = (~present).byte().argsort(dim=1, stable=True)[:, :longest]
-        return Packed(place, torch.arange(longest, device=layout.device) < counts.unsqueeze(1), counts)
+        valid = torch.arange(longest, device=layout.device) < counts.unsqueeze(1)
+        return Packed(place, valid, counts)
 
-    def codes(self, layout: Tensor, place: Tensor, content: Tensor) -> dict[str, Tensor]:
+    def codes(self, layout: Tensor, place: Tensor, content: Tensor) -> Codes:
         """Kinds of regions (B, R), and contents (B, L) at their places, to codes."""
         if self.num_codes:
             return {"indices": content, "positions": place}
+        indices = self.on_finest(layout, place, content)
+        if self.kinds == 1:
+            return {"indices": indices}
+        return {"indices": indices, "grain": layout.unflatten(1, self.grids[0])}
+
+    def on_finest(self, layout: Tensor, place: Tensor, values: Tensor) -> Tensor:
+        """Values (B, L) of the codes at their places, on the finest grid (B, h, w); -1: no code."""
+        everywhere = values.new_full((len(values), self.count), -1).scatter(1, place, values)
+        kind = layout[:, self.region[-self.cells:]]                     # (B, N)
+        granularity = kind if len(self.grids) > 1 else torch.zeros_like(kind)
         fine = torch.arange(self.cells, device=layout.device)
-        covering = self.cover[layout[:, self.region[-self.cells:]], fine] if self.kinds > 1 else fine.expand(len(layout), -1)
-        everywhere = content.new_zeros(len(layout), self.count).scatter(1, place, content)
-        grain = {"grain": layout.unflatten(1, self.grids[0])} if self.kinds > 1 else {}
-        return {"indices": everywhere.gather(1, covering).unflatten(1, self.grids[-1])} | grain
+        on_cells = everywhere.gather(1, self.cover[granularity, fine])  # (B, N)
+        return on_cells.unflatten(1, self.grids[-1])
 
     def kept(self, layout: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Which places keep their code (B, P): those with nothing but `known` cells, bool (B, h, w). And which regions keep their kind
-        (B, R): those that are known, or have such a place."""
-        whole = covered(known, self.cover, self.count)                                       # (B, P)
-        places = whole & (layout[:, self.region] == self.kind)
+        """Which places keep their code (B, P): those with nothing but `known` cells, bool
+        (B, h, w). And which regions keep their kind (B, R): those that are known, or have such a
+        place."""
+        whole = covered(known, self.cover, self.count)                  # (B, P)
+        places = whole & self.present(layout)
         stays = places if self.num_codes is None else whole
-        return places, torch.zeros_like(layout).scatter_reduce(1, self.region.expand_as(stays), stays.long(), "amax").bool()
+        regions = torch.zeros_like(layout)
+        region = self.region.expand_as(stays)
+        return places, regions.scatter_reduce(1, region, stays.long(), "amax").bool()
 
 
 class Unmask:
-    """Which tokens are still masked while they are sampled: `open` (n, T). Each step keeps those that the model is most confident of."""
+    """Which tokens are still masked while they are sampled: `open` (n, T). Each step keeps those
+    that the model is most confident of."""
 
-    def __init__(self, steps: int, temperature: float, guide: Guidance, scale: float, schedule: str, open_: Tensor):
-        self.steps, self.temperature, self.scale, self.schedule, self.open = steps, temperature, scale, schedule, open_
-        self.guidance, self.done, self.total = guide, 0, open_.sum(1)                        # (n,)
+    def __init__(self, steps: int, temperature: float, guidance: Guidance, scale: float,
+                 cfg_schedule: str, open_: Tensor):
+        self.steps = steps
+        self.temperature = temperature
+        self.guidance = guidance
+        self.scale = scale
+        self.cfg_schedule = cfg_schedule
+        self.open = open_
+        self.done = 0
+        self.total = open_.sum(1)                                       # (n,)
 
     def guide(self, logits: Tensor) -> Tensor:
         """Guided logits (m, ...) of this step, from those of all copies, (m or 2m, ...)."""
-        share = (self.done + 1) / self.steps if self.schedule == "linear" else 1.0
+        share = (self.done + 1) / self.steps if self.cfg_schedule == "linear" else 1.0
         self.guidance.scale = 1 + share * (self.scale - 1)
         return self.guidance(logits)
 
     def step(self, logits: Tensor, tokens: Tensor, numbers: Tensor) -> None:
-        """Given logits (m, V) of the m open tokens, all tokens with what was drawn (n, T), and random numbers (n, T)."""
+        """Given logits (m, V) of the m open tokens, all tokens with what was drawn (n, T), and
+        random numbers (n, T)."""
         self.done += 1
         share = self.done / self.steps
-        sure = logits.float().log_softmax(-1).gather(-1, tokens[self.open].unsqueeze(-1)).squeeze(-1)
-        noise = -self.temperature * (1 - share) * (-numbers.clamp(min=1e-20).log()).log()    # Gumbel
+        drawn = tokens[self.open].unsqueeze(-1)                         # (m, 1)
+        sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
+        gumbel = -(-numbers.clamp(min=1e-20).log()).log()               # (n, T)
+        noise = self.temperature * (1 - share) * gumbel
         confidence = noise.masked_scatter(self.open, sure + noise[self.open])
-        left = (self.total * math.cos(math.pi / 2 * share)).long().clamp(min=self.steps - self.done)  # each later step keeps one or more
-        self.open = lowest(confidence.masked_fill(~self.open, math.inf), left.minimum(self.open.sum(1) - 1))
+        left = (self.total * math.cos(math.pi / 2 * share)).long()
+        left = left.clamp(min=self.steps - self.done)  # each later step decides one or more
+        left = left.minimum(self.open.sum(1) - 1)
+        self.open = lowest(confidence.masked_fill(~self.open, math.inf), left)
 
 
 def lowest(values: Tensor, count: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Stackformer: generates the codes of an MQ-VAE and their positions.
 
-    Stackformer     "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive Image Generation"
-                    (Huang et al., CVPR 2023), sec. 3.3
+    Stackformer     "Not All Image Regions Matter: Masked Vector Quantization for Autoregressive
+                    Image Generation" (Huang et al., CVPR 2023), sec. 3.3
 
-A sequence is the (code, position) pairs of the N kept cells in raster order. The Code-Transformer reads the pairs so far and predicts
-the next code. The Position-Transformer reads its hidden states and that code, and predicts the position.
+A sequence is the (code, position) pairs of the N kept cells in raster order. The Code-Transformer
+reads the pairs so far and predicts the next code. The Position-Transformer reads its hidden states
+and that code, and predicts the position.
 
     model = Stackformer(codebook_size=1024, grid=32, num_codes=256, num_classes=1000)
-    loss = model(codes, labels)["loss"]         # codes = {"indices": (B, 256), "positions": (B, 256)}, from MQVAE.encode
-    codes = model.sample(8, labels=labels)      # for MQVAE.decode
+    loss = model(codes, labels)["loss"]     # codes = {"indices": (B, 256), "positions": (B, 256)}
+    codes = model.sample(8, labels=labels)  # for MQVAE.decode
 
-Differences from the release: start tokens have their own table and no logits; label dropout allows guidance. Copy with gpt.py.
+Differences from the release: start tokens have their own table and no logits; label dropout allows
+guidance. Copy with gpt.py.
 """
 
 from __future__ import annotations
@@ -22,27 +24,34 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, CodeHead, CodeTransformer, Count, Probability, check_sampling, code_ends, draw, filter_logits, kept_first,
-    sides, uniforms)
+    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability,
+    check_sampling, code_ends, divided, draw, filter_logits, kept_first, sides, uniforms)
 
 
 class Stackformer(CodeTransformer):
     """Code-Transformer, then Position-Transformer.
 
-    codebook_size, grid, num_codes     K, the side of the grid of cells or its [height, width], and the number N of cells with a code
+    codebook_size, grid, num_codes     K, the side of the grid of cells or its [height, width], and
+                                       the number N of cells with a code
     num_classes, label_dropout         see CodeTransformer
     code_layers, position_layers       depth of each transformer
     n_head, n_embd, dropout, codebook_factors    as in GPT
     """
 
-    def __init__(self, codebook_size: int, grid: int | list[int], num_codes: int, num_classes: Count = 0, code_layers: int = 12,
-                 position_layers: int = 12, n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
+    reads = ("indices", "positions")
+
+    def __init__(self, codebook_size: int, grid: int | list[int], num_codes: int,
+                 num_classes: Count = 0, code_layers: int = 12, position_layers: int = 12,
+                 n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
                  label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None):
         super().__init__(num_classes, label_dropout)
-        self.codebook_size, self.grid, self.cells, self.length = codebook_size, sides(grid), math.prod(sides(grid)), num_codes
+        self.codebook_size = codebook_size
+        self.grid = sides(grid)
+        self.cells = math.prod(self.grid)
+        self.length = num_codes
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb, code_head = code_ends(codebook_size, n_embd, codebook_factors)
-        self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last is the start token's
+        self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last: the start token's
         self.index_emb = nn.Parameter(torch.zeros(num_codes, n_embd))
         self.drop = nn.Dropout(dropout)
         self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout)
@@ -53,78 +62,105 @@ class Stackformer(CodeTransformer):
         self.position_head = CodeHead(n_embd, self.cells, bias=False)
         self.init_weights()
 
-    def forward(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the loss being their sum."""
-        code, position = (nats.mean() for nats in self._nats(codes, labels))
+    @classmethod
+    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+        grid = divided(size, stage1.factor)
+        return super().settings_for(stage1, size) | {"grid": grid, "num_codes": stage1.num_codes}
+
+    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the
+        loss being their sum."""
+        code, position = self._nats(codes, labels)
+        code = code.mean()
+        position = position.mean()
         return {"loss": code + position, "code": code.detach(), "position": position.detach()}
 
-    def logits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Next-token logits under teacher forcing, {"indices": (B, N, K), "positions": (B, N, h * w)}."""
+    def logits(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Next-token logits under teacher forcing, {"indices": (B, N, K), "positions":
+        (B, N, h * w)}."""
         h, p = self._hidden(codes, labels)
         return {"indices": self.code_head(h), "positions": self.position_head(p)}
 
-    def _nats(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of codes and positions, (B, N) each."""
-        h, p = self._hidden(codes, labels)
-        return self.code_head.nats(h, codes["indices"]), self.position_head.nats(p, codes["positions"])
-
-    def _hidden(self, codes: dict[str, Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        indices, positions = codes["indices"], codes["positions"]                            # (B, N) each
-        if indices.shape[1:] != (self.length,) or positions.shape != indices.shape:
-            raise ValueError(f"indices and positions must be (B, {self.length}); they are {tuple(indices.shape)} and "
-                             f"{tuple(positions.shape)}")
-        starts = self.start_tokens(len(indices), labels, indices.device)
-        embedded = self.code_emb(indices)                                                    # (B, N, C)
-        x = torch.cat([self._first(starts).unsqueeze(1), (embedded + self.position_emb(positions))[:, :-1]], dim=1)
-        h = self.code_blocks(self.drop(x + self.index_emb))                                  # (B, N, C)
-        p = self.position_blocks(h + embedded)                                               # (B, N, C)
-        return self.code_norm(h), self.position_norm(p)
-
     @torch.no_grad()
-    def bits(self, codes: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
+    def bits(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each image's codes and positions, in bits (B,)."""
         return sum(self._nats(codes, labels)).sum(1) / math.log(2)
 
+    def _nats(self, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of codes and positions, (B, N) each."""
+        h, p = self._hidden(codes, labels)
+        code = self.code_head.nats(h, codes["indices"])
+        return code, self.position_head.nats(p, codes["positions"])
+
+    def _hidden(self, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inputs of both heads, (B, N, C) each."""
+        indices = codes["indices"]
+        positions = codes["positions"]
+        if indices.shape[1:] != (self.length,) or positions.shape != indices.shape:
+            raise ValueError(f"indices and positions must be (B, {self.length}); they are "
+                             f"{tuple(indices.shape)} and {tuple(positions.shape)}")
+        starts = self.start_tokens(len(indices), labels, indices.device)
+        code = self.code_emb(indices)                                   # (B, N, C)
+        pairs = code + self.position_emb(positions)                     # (B, N, C)
+        x = torch.cat([self._first(starts).unsqueeze(1), pairs[:, :-1]], dim=1)
+        h = self.code_blocks(self.drop(x + self.index_emb))             # (B, N, C)
+        p = self.position_blocks(h + code)                              # (B, N, C)
+        return self.code_norm(h), self.position_norm(p)
+
     @torch.no_grad()
-    def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, cfg_scale: float = 1.0,
-               generator: torch.Generator | list[torch.Generator] | None = None, temperature_pos: float | None = None,
+    def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None, cfg_scale: float = 1.0,
+               generator: Generators = None, temperature_pos: float | None = None,
                top_k_pos: int | None = None, top_p_pos: float | None = None,
-               codes: dict[str, Tensor] | None = None, known: Tensor | None = None) -> dict[str, Tensor]:
+               codes: Codes | None = None, known: Tensor | None = None) -> Codes:
         """Codes of n new images, {"indices": (n, N), "positions": (n, N)}, positions ascending.
 
-        As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position must follow the last one and leave
-        room for the codes to come. Cells without a code also stay without one where they are known.
+        As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position
+        must follow the last one and leave room for the codes to come. Cells without a code also
+        stay without one where they are known.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         check_sampling(temperature, top_k, top_p)
         check_sampling(temperature_pos, top_k_pos, top_p_pos)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, starts.device).view(n, self.length, -1)
-        code_cache, position_cache = (Cache(b, len(starts), self.length) for b in (self.code_blocks, self.position_blocks))
-        indices, positions = torch.empty(2, n, self.length, dtype=torch.int64, device=starts.device)
-        first = kept_first(n, self.grid, codes, known).to(starts.device)
-        given = {k: v.to(starts.device) for k, v in (codes or {}).items()}
-        kept = (given["positions"] < first.unsqueeze(1)).sum(1) if given else 0              # codes, (n,)
-        cells, last = torch.arange(self.cells, device=starts.device), first.unsqueeze(1) - 1
-        x = self._first(starts)                                                              # (n or 2n, C)
+        device = starts.device
+        code_cache = Cache(self.code_blocks, len(starts), self.length)
+        position_cache = Cache(self.position_blocks, len(starts), self.length)
+        numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, device)
+        numbers = numbers.view(n, self.length, -1)                      # (n, N, digits + 1)
+
+        indices = torch.zeros(n, self.length, dtype=torch.int64, device=device)
+        positions = torch.zeros_like(indices)
+        known_cells = kept_first(n, self.grid, codes, known).to(device)         # (n,)
+        kept = torch.zeros_like(known_cells)                            # codes that stay, (n,)
+        if codes is not None:
+            indices = codes["indices"].to(device).clone()
+            positions = codes["positions"].to(device).clone()
+            kept = (positions < known_cells.unsqueeze(1)).sum(1)
+
+        cells = torch.arange(self.cells, device=device)
+        last = known_cells.unsqueeze(1) - 1  # (n, 1): cells up to here are decided
+        x = self._first(starts)                                         # (n or 2n, C)
         for t in range(self.length):
             h = code_cache.step(x + self.index_emb[t], t)
-            code = self.code_head.draw(self.code_norm(h), guide, (temperature, top_k, top_p), numbers[:, t])
-            indices[:, t] = torch.where(t < kept, given["indices"][:, t], code) if given else code
+            filters = temperature, top_k, top_p
+            code = self.code_head.draw(self.code_norm(h), guide, filters, numbers[:, t])
+            indices[:, t] = torch.where(t < kept, indices[:, t], code)
             code = self.code_emb(indices[:, t].repeat(guide.copies))
 
             p = position_cache.step(h + code, t)
-            logits = guide(self.position_head(self.position_norm(p)))                        # (n, h * w)
-            logits = logits.masked_fill((cells <= last) | (cells > self.cells - self.length + t), -math.inf)
-            position = draw(filter_logits(logits, temperature_pos, top_k_pos, top_p_pos), numbers[:, t, -1])
-            positions[:, t] = torch.where(t < kept, given["positions"][:, t], position) if given else position
-            last = torch.maximum(positions[:, t:t + 1], first.unsqueeze(1) - 1)
+            logits = guide(self.position_head(self.position_norm(p)))   # (n, h * w)
+            no_room = cells > self.cells - self.length + t
+            logits = logits.masked_fill((cells <= last) | no_room, -math.inf)
+            logits = filter_logits(logits, temperature_pos, top_k_pos, top_p_pos)
+            position = draw(logits, numbers[:, t, -1])
+            positions[:, t] = torch.where(t < kept, positions[:, t], position)
+            last = last.maximum(positions[:, t:t + 1])
             x = code + self.position_emb(positions[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices, "positions": positions}
 
-    def lengths(self, codes: dict[str, Tensor]) -> Tensor:
+    def lengths(self, codes: Codes) -> Tensor:
         """Number of input tokens (B,) of each image."""
         return torch.full_like(codes["indices"][:, 0], self.length)
 

@@ -1,10 +1,12 @@
-"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors are quantized to the nearest of K learned codes.
+"""VQ-VAE and VQGAN: convolutional autoencoders whose latent vectors become the nearest of K codes.
 
-    VQGAN               residual + attention encoder and decoder  "Taming Transformers" (Esser et al., CVPR 2021), sec. 3.1
-    VQVAE               four convolutions each way, for small images        "Neural Discrete Representation Learning"
-                                                                                  (van den Oord et al., NeurIPS 2017)
-    VectorQuantizer     nearest code, straight-through gradient; codebook trained by gradient or moving average (EMA). Others: quantizers.py
-    Encoder, Decoder    and their parts, shared with mqvae.py and dqvae.py: DownPath, Neck, UpPath, Mid, ResBlock, Attention
+    VQGAN               residual blocks, attention  "Taming Transformers" (Esser et al., CVPR 2021),
+                                                    sec. 3.1
+    VQVAE               a small convolutional net   "Neural Discrete Representation Learning" (van
+                                                    den Oord et al., NeurIPS 2017)
+    VectorQuantizer     the nearest code, straight-through gradient; others are in quantizers.py
+    Tokenizer           what all stage-1 models have: base of VQModel, MQVAE and DQVAE
+    Encoder, Decoder    and their parts: DownPath, Neck, UpPath, Level, Mid, ResBlock, Attention
 
 Images are float tensors (B, 3, H, W) in [-1, 1].
 
@@ -13,9 +15,10 @@ Images are float tensors (B, 3, H, W) in [-1, 1].
     codes = model.encode(images)        # {"indices": int64 (B, h, w)}
     images = model.decode(codes)
 
-LlamaGen's tokenizers (Sun et al., 2024) are VQGAN(attn_resolutions=[16], quantizer=VectorQuantizer(16384, 8, l2_norm=True)).
-Differences from the Taming Transformers release: beta weights the commitment loss (undo with legacy=True), and q, k, v are one
-convolution. Needs torch only; the GAN loss is in losses.py.
+LlamaGen's tokenizers (Sun et al., 2024) are VQGAN(attn_resolutions=[16], quantizer=
+VectorQuantizer(16384, 8, l2_norm=True)). Differences from the Taming Transformers release: beta
+weights the commitment loss (undo with legacy=True), and q, k, v are one convolution.
+Needs torch only; the GAN loss is in losses.py.
 """
 
 from __future__ import annotations
@@ -29,62 +32,63 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+Codes = dict[str, Tensor]  # int64 tensors: all that is needed to decode images
+
 
 class Output(NamedTuple):
     """What a stage-1 model returns."""
 
     images: Tensor  # (B, 3, H, W): the reconstruction
-    codes: dict[str, Tensor]  # int64; enough to decode the image
+    codes: Codes
     losses: dict[str, Tensor]  # scalars to add to the reconstruction loss
     info: dict[str, Tensor]  # scalars to log; maps (B, 1 or 3, h, w) in [-1, 1] to draw
 
 
-class VQModel(nn.Module):
-    """Base of VQGAN and VQVAE: encoder, 1x1 conv, quantizer, 1x1 conv, decoder. `factor` is image side / grid side. `to_image` is separate
-    from the decoder for the adaptive GAN weight, which needs its gradients."""
+class Tokenizer(nn.Module):
+    """Base of the stage-1 models: images to codes and back.
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module, squash: nn.Module,
-                 z_channels: int, factor: int, quantizer: VectorQuantizer):
+    factors        image side / grid side of each granularity, coarsest first; `factor`: the first
+    quantizer      turns vectors (..., D) into codes
+    """
+
+    code_names = ("indices",)
+    rate_range: tuple[float, float] | None = None  # of a model that was trained for any rate
+
+    def __init__(self, factors: list[int], quantizer: Quantizer):
         super().__init__()
-        self.factor = factor
-        self.encoder = encoder
-        self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
+        self.factors = factors
+        self.factor = factors[0]
         self.quantizer = quantizer
-        self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
-        self.decoder = decoder
-        self.to_image = to_image
-        self.squash = squash
 
-    def forward(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W) to an `Output` with the quantizer's losses: codebook, commitment and, if weighted, entropy."""
-        z_q, indices, losses, info = self.quantizer(self.latents(images))
-        return Output(self._decode(z_q), {"indices": indices}, losses, info)
+    def schedule(self, step: int, max_steps: int, seed: int = 0) -> None:
+        """Sets what changes over training; to be called before each step, numbered from 0."""
 
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to {"indices": int64 (B, H / factor, W / factor)}."""
-        return {"indices": self.quantizer.nearest(self.latents(images))}
-
-    def decode(self, codes: dict[str, Tensor]) -> Tensor:
-        """{"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
-        return self._decode(self.quantizer.lookup(codes["indices"]))
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to vectors (B, h, w, D). ValueError unless `factor` divides H and W."""
-        check_size(images, self.factor)
-        return self.pre_quant(self.encoder(images)).permute(0, 2, 3, 1)
-
-    def _decode(self, z_q: Tensor) -> Tensor:
-        z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())                            # (B, z_channels, h, w)
-        return self.squash(self.to_image(self.decoder(z)))                                   # (B, 3, H, W)
-
-    def maps(self, codes: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Pictures of the codes: none for a plain grid."""
+    def calibrate(self, batches) -> dict:
+        """Computes what encoding must know of training images, and returns it for a file."""
         return {}
 
-    def bits(self, codes: dict[str, Tensor]) -> Tensor:
-        """Bits per image (B,): log2 K per code."""
-        indices = codes["indices"].flatten(1)
-        return torch.full_like(indices[:, 0], indices.shape[1], dtype=torch.float32) * math.log2(self.quantizer.codebook_size)
+    def set_image_size(self, size: int | list[int]) -> None:
+        """Announces the images' size, a side or [height, width]; ValueError if it does not fit."""
+        if any(side % self.factor for side in sides(size)):
+            raise ValueError(f"image_size must be divisible by {self.factor}, the model's "
+                             f"downsampling factor; it is {size}")
+
+    def set_rate(self, rate: float | list[float]) -> None:
+        """Chooses the rate of a model that was trained for any; ValueError if it has one only."""
+        raise ValueError(f"a {type(self).__name__} has one rate only; MQ-VAE and DQ-VAE can be "
+                         "trained for a range")
+
+    def maps(self, codes: Codes, images: Tensor) -> dict[str, Tensor]:
+        """Pictures (B, 1 or 3, h, w) in [-1, 1] of where the codes go: none for a plain grid."""
+        return {}
+
+    def spent(self, codes: Codes) -> Tensor:
+        """Which of codes["indices"] are paid for, bool of their shape."""
+        return torch.ones_like(codes["indices"], dtype=torch.bool)
+
+    def counts(self, codes: Codes) -> dict[str, Tensor]:
+        """What an evaluation counts, per image (B,): codes, bits, shares of what is chosen."""
+        return {"codes": self.spent(codes).flatten(1).sum(1), "bits": self.bits(codes)}
 
     @property
     def last_layer(self) -> Tensor:
@@ -92,53 +96,114 @@ class VQModel(nn.Module):
         return self.to_image.weight
 
 
+class VQModel(Tokenizer):
+    """Encoder, 1x1 conv, quantizer, 1x1 conv, decoder: base of VQGAN and VQVAE.
+
+    `to_image` is apart from the decoder because the adaptive GAN weight needs its gradients.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module,
+                 squash: nn.Module, z_channels: int, factor: int, quantizer: Quantizer):
+        super().__init__([factor], quantizer)
+        self.encoder = encoder
+        self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
+        self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
+        self.decoder = decoder
+        self.to_image = to_image
+        self.squash = squash
+
+    def forward(self, images: Tensor) -> Output:
+        """Images (B, 3, H, W) to an `Output` with the quantizer's losses."""
+        z_q, indices, losses, info = self.quantizer(self.latents(images))
+        return Output(self._decode(z_q), {"indices": indices}, losses, info)
+
+    def encode(self, images: Tensor) -> Codes:
+        """Images (B, 3, H, W) to {"indices": int64 (B, H / factor, W / factor)}."""
+        return {"indices": self.quantizer.nearest(self.latents(images))}
+
+    def decode(self, codes: Codes) -> Tensor:
+        """{"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
+        return self._decode(self.quantizer.lookup(codes["indices"]))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to vectors (B, h, w, D). ValueError unless factor divides H and W."""
+        check_size(images, self.factor)
+        z = self.encoder(images)                                        # (B, z_channels, h, w)
+        return self.pre_quant(z).permute(0, 2, 3, 1)                    # (B, h, w, D)
+
+    def _decode(self, z_q: Tensor) -> Tensor:
+        z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())       # (B, z_channels, h, w)
+        return self.squash(self.to_image(self.decoder(z)))              # (B, 3, H, W)
+
+    def bits(self, codes: Codes) -> Tensor:
+        """Bits per image (B,): log2 K per code."""
+        indices = codes["indices"].flatten(1)
+        bits = indices.shape[1] * math.log2(self.quantizer.codebook_size)
+        return torch.full((len(indices),), bits, device=indices.device)
+
+
 class VQGAN(VQModel):
     """The autoencoder of Taming Transformers and LlamaGen; f = 2 ** (len(ch_mult) - 1).
 
-    image_size         of the training images, a side or [height, width]; any size divisible by f works. Levels whose shorter side is in
-                       attn_resolutions get attention
+    image_size         of the training images, a side or [height, width]; others work if f divides
+                       them. Levels whose shorter side is in attn_resolutions get attention
     ch, ch_mult        level i has ch * ch_mult[i] channels, a multiple of 32 (GroupNorm)
     num_res_blocks     per level; one more in the decoder
     z_channels         of the encoder's output, before the 1x1 conv to the code dimension
     """
 
-    def __init__(self, image_size: int | list[int] = 256, ch: int = 128, ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
-                 attn_resolutions: list[int] = (16,), z_channels: int = 256, quantizer: VectorQuantizer | None = None):
-        size = dict(image_size=image_size, ch=ch, ch_mult=ch_mult, attn_resolutions=attn_resolutions)
+    def __init__(self, image_size: int | list[int] = 256, ch: int = 128,
+                 ch_mult: list[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+                 attn_resolutions: list[int] = (16,), z_channels: int = 256,
+                 quantizer: VectorQuantizer | None = None):
+        down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
+        encoder = Encoder(down, z_channels)
+        up = UpPath(image_size, ch, ch_mult, num_res_blocks + 1, attn_resolutions)
         super().__init__(
-            encoder=Encoder(DownPath(num_res_blocks=num_res_blocks, **size), z_channels),
-            decoder=Decoder(UpPath(num_res_blocks=num_res_blocks + 1, **size), z_channels),
-            to_image=nn.Conv2d(ch * ch_mult[0], 3, 3, padding=1), squash=nn.Identity(),
-            z_channels=z_channels, factor=2 ** (len(ch_mult) - 1), quantizer=quantizer or VectorQuantizer())
+            encoder, Decoder(up, z_channels), to_image=nn.Conv2d(up.channels[-1], 3, 3, padding=1),
+            squash=nn.Identity(), z_channels=z_channels, factor=2 ** (len(ch_mult) - 1),
+            quantizer=quantizer or VectorQuantizer())
 
 
 class VQVAE(VQModel):
-    """The small VQ-VAE ("SimpleCNN") of visual-tokenizer-pytorch's study of codebook collapse; f = 4.
+    """The small VQ-VAE ("SimpleCNN") of visual-tokenizer-pytorch, for a study of collapse; f = 4.
 
     ch                 channels; half as many at half resolution
     num_res_blocks     in the encoder and in the decoder
     """
 
-    def __init__(self, ch: Annotated[int, (2, 2**31)] = 256, num_res_blocks: Annotated[int, (0, 2**31)] = 2,
+    def __init__(self, ch: Annotated[int, (2, 2**31)] = 256,
+                 num_res_blocks: Annotated[int, (0, 2**31)] = 2,
                  quantizer: VectorQuantizer | None = None):
         leaky = nn.LeakyReLU(0.01)
         encoder = nn.Sequential(
-            nn.Conv2d(3, ch // 2, 4, 2, 1), leaky, nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky, nn.Conv2d(ch, ch, 3, 1, 1),
+            nn.Conv2d(3, ch // 2, 4, 2, 1), leaky,
+            nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky,
+            nn.Conv2d(ch, ch, 3, 1, 1),
             *[SimpleResBlock(ch) for _ in range(num_res_blocks)])
         decoder = nn.Sequential(
-            *[SimpleResBlock(ch) for _ in range(num_res_blocks)],
-            leaky, nn.Conv2d(ch, ch, 3, 1, 1), leaky, nn.ConvTranspose2d(ch, ch // 2, 4, 2, 1), leaky)
-        super().__init__(encoder, decoder, to_image=nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), squash=nn.Tanh(),
-                         z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
+            *[SimpleResBlock(ch) for _ in range(num_res_blocks)], leaky,
+            nn.Conv2d(ch, ch, 3, 1, 1), leaky,
+            nn.ConvTranspose2d(ch, ch // 2, 4, 2, 1), leaky)
+        super().__init__(
+            encoder, decoder, to_image=nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), squash=nn.Tanh(),
+            z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
 
 
 class Quantizer(nn.Module):
-    """Base of VectorQuantizer and of those in quantizers.py: `codebook_size` K, `dim` D, and counts of the codes chosen last."""
+    """Base of the quantizers: K = `codebook_size`, D = `dim`; counts the codes chosen last."""
+
+    depth = 0  # codes per vector, if `indices` have a last axis for them
+    codebooks = 1
+    has_codebook = False  # `codebook` (K, D) is learned
+    l2_norm = False  # compares unit vectors
 
     def __init__(self, codebook_size: int, dim: int, queue_size: int):
         super().__init__()
-        self.codebook_size, self.dim, self.accumulation_steps = codebook_size, dim, 1
-        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # recent indices; -1: none yet
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.accumulation_steps = 1
+        self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # -1: none
 
     @torch.no_grad()
     def record(self, indices: Tensor) -> None:
@@ -147,7 +212,7 @@ class Quantizer(nn.Module):
         self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
 
     def uses(self) -> Tensor:
-        """Counts of each code in this process's queue of recent training codes, int64 (K,)."""
+        """How often each code is in this process's queue of recent training codes, int64 (K,)."""
         return torch.bincount(self.queue[self.queue >= 0], minlength=self.codebook_size)
 
     @torch.no_grad()
@@ -160,7 +225,8 @@ class Quantizer(nn.Module):
     def perplexity(self, indices: Tensor) -> Tensor:
         """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
         ones = torch.ones(indices.numel(), device=indices.device)
-        p = torch.zeros(self.codebook_size, device=indices.device).index_add_(0, indices.flatten(), ones) / indices.numel()
+        counts = torch.zeros(self.codebook_size, device=indices.device)
+        p = counts.index_add_(0, indices.flatten(), ones) / indices.numel()
         return torch.exp(-(p * (p + 1e-10).log()).sum())
 
     def info(self, indices: Tensor) -> dict[str, Tensor]:
@@ -171,47 +237,66 @@ class VectorQuantizer(Quantizer):
     """Replaces each vector by the nearest of K codes.
 
     codebook_size, dim K codes of this dimension, initially uniform in +-1/K
-    beta               commitment loss beta * ||z - sg(e)||^2, next to the codebook loss ||sg(z) - e||^2
+    beta               commitment loss beta * ||z - sg(e)||^2, beside the codebook loss
+                       ||sg(z) - e||^2
     legacy             beta weights the codebook loss instead (Taming Transformers release)
     l2_norm            compare unit vectors (ViT-VQGAN, LlamaGen)
-    ema_decay          None: codebook trained by gradient. Else codes are moving averages of their vectors (VQ-VAE, appendix A.1), with
-                       Laplace smoothing by ema_eps
-    restart            EMA only: a code whose average count is below 1 becomes a random current vector
-    entropy_weight     confident choices, even codebook usage (MaskGIT, LlamaGen): mean entropy of p = softmax(-distance /
-                       entropy_temperature) minus entropy of the mean p. Needs N x K floats.
+    ema_decay          None: the codebook is trained by gradient. Else codes are moving averages of
+                       their vectors (VQ-VAE, appendix A.1), with Laplace smoothing by ema_eps
+    restart            EMA only: a code whose average count is below 1 becomes a random current
+                       vector
+    entropy_weight     confident choices, even usage (MaskGIT, LlamaGen): mean entropy of
+                       p = softmax(-distance / entropy_temperature) minus the entropy of the mean p.
+                       Needs N x K floats
     queue_size         number of recent codes that `usage` counts
-    rotation           a vector gets the gradient of its code, turned and scaled back to it (rotation trick, Fifty et al., ICLR 2025)
+    rotation           a vector gets the gradient of its code, turned and scaled back to it
+                       (rotation trick, Fifty et al., ICLR 2025)
 
-    Computes in float32 even under autocast. EMA sums and restarts use the vectors of all processes, so codebooks stay equal. With gradient
-    accumulation, set `accumulation_steps` to the (constant) number of forward passes per step: the last one then updates the codebook from
-    all their vectors, as one large batch would.
+    Computes in float32 even under autocast. EMA sums and restarts use the vectors of all
+    processes, so that codebooks stay equal. With gradient accumulation, set `accumulation_steps`
+    to the (constant) number of forward passes per step: the last one then updates the codebook
+    from all their vectors, as one large batch would.
     """
 
     CHUNK = 2**25  # distances in memory at a time (128 MB)
+    has_codebook = True
 
-    def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, legacy: bool = False,
-                 l2_norm: bool = False, ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
-                 restart: bool = True, entropy_weight: float = 0.0, entropy_temperature: Annotated[float, (1e-9, 1e9)] = 0.01,
+    def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25,
+                 legacy: bool = False, l2_norm: bool = False,
+                 ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
+                 restart: bool = True, entropy_weight: float = 0.0,
+                 entropy_temperature: Annotated[float, (1e-9, 1e9)] = 0.01,
                  queue_size: int = 65536, rotation: bool = False):
         super().__init__(codebook_size, dim, queue_size)
-        self.beta, self.legacy, self.l2_norm, self.rotation = beta, legacy, l2_norm, rotation
-        self.ema_decay, self.ema_eps, self.restart = ema_decay, ema_eps, restart
-        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        self.beta = beta
+        self.legacy = legacy
+        self.l2_norm = l2_norm
+        self.rotation = rotation
+        self.ema_decay = ema_decay
+        self.ema_eps = ema_eps
+        self.restart = restart
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
         self.make_codebook()
-        self._gathered: list[tuple[Tensor, Tensor, Tensor]] = []  # vectors (N, D), indices (N,), weights (N, 1)
+        self._gathered: list[tuple[Tensor, Tensor, Tensor]] = []  # see _gather
         if ema_decay is not None:
-            # From 0, most codes restart as vectors of the first batches. Without restarts, unused codes would be divided by almost 0.
-            self.register_buffer("ema_count", torch.zeros(codebook_size) if restart else torch.ones(codebook_size))
+            # From 0, most codes restart as vectors of the first batches. Without restarts, unused
+            # codes would be divided by almost 0.
+            count = torch.zeros(codebook_size) if restart else torch.ones(codebook_size)
+            self.register_buffer("ema_count", count)
             self.register_buffer("ema_sum", self.codebook.detach().clone())
 
     def make_codebook(self) -> None:
-        codebook = torch.empty(self.codebook_size, self.dim).uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
-        self.codebook = nn.Parameter(self.normalize(codebook), requires_grad=self.ema_decay is None)
+        codebook = torch.empty(self.codebook_size, self.dim)
+        codebook.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
+        self.codebook = nn.Parameter(self.normalize(codebook), self.ema_decay is None)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
         """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
 
-        loss_weight, ema_weight (...): weight of each vector in codebook and commitment loss (still plain means) and in EMA (0: no restart).
+        loss_weight    (...): of each vector in codebook and commitment loss (still plain means)
+        ema_weight     (...): of each vector in the moving averages; 0: never a restarted code
         """
         with torch.autocast(z.device.type, enabled=False):
             z = self.normalize(z.float())
@@ -221,20 +306,23 @@ class VectorQuantizer(Quantizer):
             if self.training:
                 self.record(indices)
                 if self.ema_decay is not None:
-                    self._gather(z.detach(), indices, torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight)
+                    weight = torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight
+                    self._gather(z.detach(), indices, weight)
             moved = rotate(z, z_q.detach()) if self.rotation else z
             z_q = z_q.detach() + (moved - moved.detach())  # the value of z_q, the gradient of z
         return z_q, indices, losses, self.info(indices)
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to indices of the nearest codes, int64 (...)."""
+        """Vectors (..., D) to the indices of the nearest codes, int64 (...)."""
         with torch.autocast(z.device.type, enabled=False):
             codes = self.normalize(self.codebook.float())
             vectors = self.normalize(z.float()).flatten(0, -2)
-            bias = codes.square().sum(1)  # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e; ||z||^2 does not matter
+            # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e, and ||z||^2 is the same for all codes.
+            squares = codes.square().sum(1)
             rows = max(1, self.CHUNK // self.codebook_size)
-            nearest = [torch.addmm(bias, part, codes.t(), alpha=-2).argmin(1) for part in vectors.split(rows)]
+            nearest = [torch.addmm(squares, part, codes.t(), alpha=-2).argmin(1)
+                       for part in vectors.split(rows)]
         return torch.cat(nearest).view(z.shape[:-1])
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -253,15 +341,19 @@ class VectorQuantizer(Quantizer):
         else:
             losses = {"codebook": codebook, "commitment": self.beta * commitment}
         if self.entropy_weight > 0 and self.training:
-            vectors, codes = z.flatten(0, -2), self.normalize(self.codebook.clone())  # EMA changes the codebook before backward
-            distance = vectors.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.t()  # (N, K)
-            log_p = (-distance / self.entropy_temperature).log_softmax(1)
-            losses["entropy"] = self.entropy_weight * (-(log_p.exp() * log_p).sum(1).mean() - entropy_of_mean(log_p.exp()))
+            vectors = z.flatten(0, -2)                                  # (N, D)
+            codes = self.normalize(self.codebook.clone())  # EMA changes it before backward
+            distance = (vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
+                        - 2 * vectors @ codes.t())                      # (N, K)
+            entropy = entropies(-distance / self.entropy_temperature)
+            losses["entropy"] = self.entropy_weight * entropy
         return losses
 
     def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
         """Collects vectors; updates the codebook every `accumulation_steps` calls."""
-        self._gathered.append((z.flatten(0, -2), indices.flatten(), weight.to(z).reshape(-1, 1)))
+        vectors = z.flatten(0, -2)                                      # (N, D)
+        weight = weight.to(z).reshape(-1, 1)                            # (N, 1)
+        self._gathered.append((vectors, indices.flatten(), weight))
         if len(self._gathered) >= self.accumulation_steps:
             self._ema_update(*map(torch.cat, zip(*self._gathered)))
             self._gathered = []
@@ -269,35 +361,40 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
         """One EMA step from vectors (N, D), indices (N,) and weights (N, 1)."""
-        stats = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors; last column: counts
-        stats.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
+        totals = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors, and their weight
+        totals.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
         if world_size() > 1:
-            dist.all_reduce(stats)
-        ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * stats[:, :-1]
-        ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * stats[:, -1]
+            dist.all_reduce(totals)
+        ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * totals[:, :-1]
+        ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * totals[:, -1]
         if self.restart:
             dead = ema_count < 1
             ema_sum = torch.where(dead.unsqueeze(1), self._random_vectors(z, weight), ema_sum)
             ema_count = ema_count.masked_fill(dead, 1.0)
         total = ema_count.sum()
-        smoothed = total * (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
-        finite = stats.isfinite().all()  # keep fp16 overflows out of the codebook
-        for old, new in ((self.ema_sum, ema_sum), (self.ema_count, ema_count), (self.codebook, ema_sum / smoothed.unsqueeze(1))):
-            old.copy_(torch.where(finite, new, old))
+        share = (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
+        codebook = ema_sum / (total * share).unsqueeze(1)
+        finite = totals.isfinite().all()  # fp16 overflows must not reach the codebook
+        self.ema_sum.copy_(torch.where(finite, ema_sum, self.ema_sum))
+        self.ema_count.copy_(torch.where(finite, ema_count, self.ema_count))
+        self.codebook.copy_(torch.where(finite, codebook, self.codebook))
 
     def _random_vectors(self, z: Tensor, weight: Tensor) -> Tensor:
-        """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows of zero weight (N, 1) come last."""
-        rank, total = (dist.get_rank() if world_size() > 1 else 0), len(z) * world_size()
+        """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows
+        of zero weight (N, 1) come last."""
+        rank = dist.get_rank() if world_size() > 1 else 0
+        total = len(z) * world_size()
         draw = torch.rand(total, device=z.device)
         counts = torch.zeros_like(draw)
         counts[rank * len(z):(rank + 1) * len(z)] = (weight > 0).squeeze(1).to(draw)
         if world_size() > 1:
             dist.broadcast(draw, 0)
             dist.all_reduce(counts)
-        tiles = math.ceil(self.codebook_size / total)  # fewer vectors than codes: repeat them, with noise
-        pick = (draw + counts).argsort(descending=True).repeat(tiles)[:self.codebook_size]
-        mine = (pick // len(z) == rank).unsqueeze(1)
-        vectors = torch.where(mine, z[pick % len(z)], 0.0)
+        tiles = math.ceil(self.codebook_size / total)  # with few vectors: repeat, with noise
+        order = (draw + counts).argsort(descending=True)
+        chosen = order.repeat(tiles)[:self.codebook_size]
+        mine = (chosen // len(z) == rank).unsqueeze(1)
+        vectors = torch.where(mine, z[chosen % len(z)], 0.0)
         if tiles > 1 and rank == 0:
             vectors += torch.rand_like(vectors) * 0.01 / math.sqrt(self.dim)
         if world_size() > 1:
@@ -306,19 +403,32 @@ class VectorQuantizer(Quantizer):
 
 
 def rotate(z: Tensor, e: Tensor) -> Tensor:
-    """z (..., D), turned and scaled to e by a map that its gradient sees as a constant (Fifty et al., 2025, sec. 4.2)."""
-    a, b = F.normalize(z.detach(), dim=-1), F.normalize(e, dim=-1)
+    """z (..., D), turned and scaled to e by a map that its gradient sees as a constant
+    (Fifty et al., 2025, sec. 4.2)."""
+    a = F.normalize(z.detach(), dim=-1)
+    b = F.normalize(e, dim=-1)
     half = F.normalize(a + b, dim=-1)
-    turned = z - 2 * (z * half).sum(-1, keepdim=True) * half + 2 * (z * a).sum(-1, keepdim=True) * b
-    return turned * (e.norm(dim=-1, keepdim=True) / z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6))
+    reflected = z - 2 * (z * half).sum(-1, keepdim=True) * half
+    turned = reflected + 2 * (z * a).sum(-1, keepdim=True) * b
+    scale = e.norm(dim=-1, keepdim=True) / z.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    return turned * scale
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Mean entropy of p = softmax(logits), (N, K), minus the entropy of the mean p."""
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    return -(p * log_p).sum(1).mean() - entropy_of_mean(p)
 
 
 def entropy_of_mean(p: Tensor) -> Tensor:
-    """Entropy of the mean of all processes' p (N, K). The gradient is this one's, such that its average over processes is exact."""
+    """Entropy of the mean of all processes' p (N, K). Its gradient is this process's, such that
+    the average over processes is exact."""
     mean = p.mean(0)
     if world_size() > 1:
-        dist.all_reduce(every := mean.detach().clone())
-        mean = every / world_size() + (mean - mean.detach())
+        everywhere = mean.detach().clone()
+        dist.all_reduce(everywhere)
+        mean = everywhere / world_size() + (mean - mean.detach())
     return -(mean * mean.clamp(min=1e-5).log()).sum()
 
 
@@ -355,42 +465,52 @@ class Decoder(nn.Module):
 class DownPath(nn.Module):
     """The downsampling half of the encoder: features of every level, finest first."""
 
-    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int],
+                 num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
         self.channels = [ch * m for m in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.levels, self.downs = nn.ModuleList(), nn.ModuleList()
+        self.levels = nn.ModuleList()
+        self.downs = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
             if i > 0:
-                self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c_in, c_in, 3, stride=2)))
-            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=min(sides(image_size)) // 2**i in attn_resolutions))
+                conv = nn.Conv2d(c_in, c_in, 3, stride=2)
+                self.downs.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv))
+            attention = min(sides(image_size)) // 2**i in attn_resolutions
+            self.levels.append(Level(c_in, c_out, num_res_blocks, attention))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to a list of (B, channels[i], H / 2**i, W / 2**i)."""
-        x, features = self.conv_in(images), []
-        for i, level in enumerate(self.levels):
-            x = level(x if i == 0 else self.downs[i - 1](x))
+        x = self.levels[0](self.conv_in(images))
+        features = [x]
+        for down, level in zip(self.downs, self.levels[1:]):
+            x = level(down(x))
             features.append(x)
         return features
 
 
 class UpPath(nn.Module):
-    """The upsampling half of the decoder: (B, channels[0], h, w) to normalised features (B, channels[-1], H, W)."""
+    """The upsampling half of the decoder: (B, channels[0], h, w) to normalised features
+    (B, channels[-1], H, W)."""
 
-    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int],
+                 num_res_blocks: int, attn_resolutions: list[int]):
         super().__init__()
         self.channels = [ch * m for m in ch_mult[::-1]]  # coarsest first
-        self.levels, self.ups = nn.ModuleList(), nn.ModuleList()
+        self.levels = nn.ModuleList()
+        self.ups = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([self.channels[0], *self.channels], self.channels)):
             if i > 0:
-                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)))
+                conv = nn.Conv2d(c_in, c_in, 3, padding=1)
+                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), conv))
             size = min(sides(image_size)) // 2 ** (len(ch_mult) - 1 - i)
-            self.levels.append(Level(c_in, c_out, num_res_blocks, attention=size in attn_resolutions))
+            self.levels.append(Level(c_in, c_out, num_res_blocks, size in attn_resolutions))
         self.norm_out = group_norm(self.channels[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, level in enumerate(self.levels):
-            x = level(x if i == 0 else self.ups[i - 1](x))
+        x = self.levels[0](x)
+        for up, level in zip(self.ups, self.levels[1:]):
+            x = level(up(x))
         return F.silu(self.norm_out(x))
 
 
@@ -399,8 +519,12 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_res_blocks))
-        self.attns = nn.ModuleList(Attention(c_out) if attention else nn.Identity() for _ in range(num_res_blocks))
+        self.blocks = nn.ModuleList()
+        self.attns = nn.ModuleList()
+        for i in range(num_res_blocks):
+            self.blocks.append(ResBlock(c_in if i == 0 else c_out, c_out))
+        for _ in range(num_res_blocks):
+            self.attns.append(Attention(c_out) if attention else nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attn in zip(self.blocks, self.attns):
@@ -461,13 +585,15 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies each key's attention weights, after the softmax."""
+        """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies the attention weights of
+        each key after the softmax."""
         B, C, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, C, h * w).transpose(2, 3)                # (B, 3, hw, C)
-        q, k, v = qkv.contiguous().unbind(1)  # fused attention kernels want the channels last
+        qkv = self.qkv(self.norm(x)).view(B, 3, C, h * w)
+        qkv = qkv.transpose(2, 3).contiguous()  # fused attention kernels want the channels last
+        q, k, v = qkv.unsqueeze(2).unbind(1)                            # (B, 1, hw, C) each
         if key_weight is not None:
-            v = v * key_weight.unsqueeze(-1).to(v)  # sum_j (p_ij m_j) v_j = sum_j p_ij (m_j v_j)
-        a = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))   # (B, 1, hw, C)
+            v = v * key_weight.view(B, 1, h * w, 1).to(v)  # sum_j (p_ij m_j) v_j
+        a = F.scaled_dot_product_attention(q, k, v)                     # (B, 1, hw, C)
         return x + self.out(a.squeeze(1).transpose(1, 2).reshape(B, C, h, w))
 
 
@@ -486,7 +612,8 @@ class SimpleResBlock(nn.Module):
 
 def group_norm(channels: int) -> nn.GroupNorm:
     if channels % 32:
-        raise ValueError(f"channels must be a multiple of 32, because GroupNorm has 32 groups; there are {channels}")
+        raise ValueError("channels must be a multiple of 32, because GroupNorm has 32 groups; "
+                         f"there are {channels}")
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -496,5 +623,6 @@ def sides(size: int | list[int]) -> tuple[int, int]:
 
 
 def check_size(images: Tensor, factor: int) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-        raise ValueError(f"images must be (B, 3, H, W) with H and W divisible by {factor}; they are {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] != 3 or any(n % factor for n in images.shape[2:]):
+        raise ValueError(f"images must be (B, 3, H, W) with H and W divisible by {factor}; they "
+                         f"are {tuple(images.shape)}")
