@@ -1,14 +1,15 @@
 """Stage-1 losses: reconstruction (L1 or L2), LPIPS, PatchGAN with the adaptive weight, LeCam.
 
-    Stage1Loss          all of them: `generator(...)` and `discriminator(...)` return a loss and its named parts
+    Stage1Loss          all of them: `generator(...)` and `discriminator(...)` return a loss and its
+                        named parts
     PatchGAN            the discriminator of pix2pix (Isola et al., CVPR 2017)
     discriminator_loss, generator_loss      hinge, vanilla and non-saturating
     adaptive_weight     "Taming Transformers" (Esser et al., CVPR 2021), eq. 7
     LeCam               discriminator regularisation (Tseng et al., CVPR 2021)
     load_lpips          perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
 
-Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from gradients averaged over processes. Needs
-torch, and lpips for the perceptual loss only.
+Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from
+gradients averaged over processes. Needs torch, and lpips for the perceptual loss only.
 """
 
 from __future__ import annotations
@@ -34,75 +35,103 @@ class Stage1Loss(nn.Module):
     perceptual_weight   weight of LPIPS-VGG; 0: LPIPS is not loaded
     gan                 kind of GAN loss, see discriminator_loss and generator_loss
     disc_weight         weight of the generator's GAN loss; 0: no discriminator
-    adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last layer
+    adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last
+                        layer
     disc_weight_max     upper limit of the result
     disc_start          first step of the discriminator's training
-    gan_start           first step of the generator's GAN loss (default: disc_start); later spares it an untrained discriminator
+    gan_start           first step of the generator's GAN loss (default: disc_start); later spares
+                        it an untrained discriminator
     disc_loss_weight    weight of the discriminator's loss
     lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
     """
 
-    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0, gan: GAN = "hinge",
-                 disc_weight: float = 0.8, adaptive_weight: bool = True, disc_weight_max: float | None = None, disc_start: Step = 0,
-                 gan_start: Step | None = None, disc_loss_weight: float = 1.0, lecam_weight: float = 0.0):
+    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0,
+                 gan: GAN = "hinge", disc_weight: float = 0.8, adaptive_weight: bool = True,
+                 disc_weight_max: float | None = None, disc_start: Step = 0,
+                 gan_start: Step | None = None, disc_loss_weight: float = 1.0,
+                 lecam_weight: float = 0.0):
         super().__init__()
-        self.reconstruction, self.perceptual_weight, self.gan = reconstruction, perceptual_weight, gan
-        self.disc_weight, self.adaptive_weight, self.disc_weight_max = disc_weight, adaptive_weight, disc_weight_max
-        self.disc_start, self.gan_start = disc_start, disc_start if gan_start is None else gan_start
+        self.reconstruction = reconstruction
+        self.perceptual_weight = perceptual_weight
+        self.gan = gan
+        self.disc_weight = disc_weight
+        self.adaptive_weight = adaptive_weight
+        self.disc_weight_max = disc_weight_max
+        self.disc_start = disc_start
+        self.gan_start = disc_start if gan_start is None else gan_start
+        self.disc_loss_weight = disc_loss_weight
+        self.lecam_weight = lecam_weight
         if self.gan_start < self.disc_start:
-            raise ValueError(f"gan_start must be at least disc_start; they are {gan_start} and {disc_start}")
-        self.disc_loss_weight, self.lecam_weight = disc_loss_weight, lecam_weight
+            raise ValueError(f"gan_start must be at least disc_start; they are {gan_start} and "
+                             f"{disc_start}")
         self.lpips = load_lpips() if perceptual_weight > 0 else None
         self.lecam = LeCam()
 
     def discriminator_learns(self, step: int) -> bool:
         return self.disc_weight > 0 and step >= self.disc_start
 
-    def generator(self, images: Tensor, out, last_layer: Tensor, discriminator: nn.Module | None, step: int,
-                  scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_hears(self, step: int) -> bool:
+        return self.disc_weight > 0 and step >= self.gan_start
+
+    def generator(self, images: Tensor, out, last_layer: Tensor, discriminator: nn.Module | None,
+                  step: int, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss, for backward, and its parts, detached.
 
         images (B, 3, H, W) in [-1, 1]; out: the model's `Output`; scale: fp16's loss scale.
 
-        Reconstruction and GAN loss are backpropagated to the reconstruction once each. The adaptive weight and the update share these
-        gradients, so LPIPS and the discriminator free their activations before the model's backward. The returned loss is a surrogate
-        with the right gradient; the value is in the parts.
+        Reconstruction and GAN loss are backpropagated to the reconstruction once each. The adaptive
+        weight and the update share these gradients, so LPIPS and the discriminator free their
+        activations before the model's backward. The returned loss is a surrogate with the right
+        gradient; the value is in the parts.
         """
         recon = out.images.float()
         error = recon - images
-        parts = {self.reconstruction: error.abs().mean() if self.reconstruction == "l1" else error.square().mean()}
-        reconstruction = parts[self.reconstruction]
+        pixel = error.abs().mean() if self.reconstruction == "l1" else error.square().mean()
+        parts = {self.reconstruction: pixel}
+        reconstruction = pixel
         if self.lpips is not None:
             parts["lpips"] = self.lpips(recon, images).mean()
             reconstruction = reconstruction + self.perceptual_weight * parts["lpips"]
-        parts.update(out.losses)
+        parts |= out.losses
         of_model = sum(out.losses.values())
-        value = loss = reconstruction + of_model
-        if self.disc_weight > 0 and step >= self.gan_start:
+        loss = reconstruction + of_model
+        value = loss
+        if self.generator_hears(step):
             parts["gan"] = generator_loss(discriminator(recon), self.gan)
-            to_recon = torch.autograd.grad(reconstruction * scale, recon)[0] / scale         # (B, 3, H, W)
-            to_gan = torch.autograd.grad(parts["gan"] * scale, recon)[0] / scale             # (B, 3, H, W)
+            to_recon = gradient(reconstruction * scale, recon) / scale  # (B, 3, H, W)
+            to_gan = gradient(parts["gan"] * scale, recon) / scale      # (B, 3, H, W)
             weight = recon.new_full((), self.disc_weight)
             if self.adaptive_weight:
-                weight = weight * adaptive_weight(*(
-                    torch.autograd.grad(recon, last_layer, g * scale, retain_graph=True)[0].float() / scale
-                    for g in (to_recon, to_gan)))
+                ends = [torch.autograd.grad(recon, last_layer, g * scale, retain_graph=True)[0]
+                        for g in (to_recon, to_gan)]
+                weight = weight * adaptive_weight(*(end.float() / scale for end in ends))
             if self.disc_weight_max is not None:
                 weight = weight.clamp(max=self.disc_weight_max)
             loss = (recon * (to_recon + weight * to_gan)).sum() + of_model
             value = value + weight * parts["gan"]
             parts["gan_weight"] = weight
-        return loss, {"loss": value.detach(), **{k: v.detach() for k, v in parts.items()}}
+        return loss, detached({"loss": value} | parts)
 
-    def discriminator(self, images: Tensor, recon: Tensor, discriminator: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss for images and reconstructions (B, 3, H, W), and its parts, detached."""
-        real, fake = discriminator(images).float(), discriminator(recon.detach().float()).float()
+    def discriminator(self, images: Tensor, recon: Tensor,
+                      discriminator: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss for images and reconstructions (B, 3, H, W), and its parts,
+        detached."""
+        real = discriminator(images).float()
+        fake = discriminator(recon.detach().float()).float()
         loss = discriminator_loss(real, fake, self.gan)
         parts = {"d_loss": loss, "d_real": real.mean(), "d_fake": fake.mean()}
         if self.lecam_weight > 0:
             parts["lecam"] = self.lecam(real, fake)
             loss = loss + self.lecam_weight * parts["lecam"]
-        return self.disc_loss_weight * loss, {k: v.detach() for k, v in parts.items()}
+        return self.disc_loss_weight * loss, detached(parts)
+
+
+def gradient(loss: Tensor, at: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, at)[0]
+
+
+def detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in parts.items()}
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: GAN) -> Tensor:
@@ -113,14 +142,17 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: GAN) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: GAN) -> Tensor:
-    """Logits for fake images (any shape) to a scalar: -logit, or -log sigmoid(logit) if non-saturating."""
+    """Logits for fake images (any shape) to a scalar: -logit, or -log sigmoid(logit) if
+    non-saturating."""
     fake = fake.float()
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
 def adaptive_weight(grad_rec: Tensor, grad_gan: Tensor) -> Tensor:
-    """||grad_rec|| / (||grad_gan|| + 1e-4), at most 1e4, from gradients averaged over all processes."""
-    rec, gan = _mean_over_processes(torch.stack([grad_rec, grad_gan])).flatten(1).norm(dim=1)
+    """||grad_rec|| / (||grad_gan|| + 1e-4), at most 1e4, from gradients averaged over all
+    processes."""
+    gradients = mean_over_processes(torch.stack([grad_rec, grad_gan]))
+    rec, gan = gradients.flatten(1).norm(dim=1)
     return (rec / (gan + 1e-4)).clamp(0, 1e4)
 
 
@@ -133,14 +165,14 @@ class LeCam(nn.Module):
         self.register_buffer("ema", torch.zeros(2))  # mean logits: real, fake
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        means = _mean_over_processes(torch.stack([real.mean(), fake.mean()]).detach())
-        means = torch.where(means.isfinite().all(), means, self.ema)  # skip a batch that overflowed in fp16
+        means = mean_over_processes(torch.stack([real.mean(), fake.mean()]).detach())
+        means = torch.where(means.isfinite().all(), means, self.ema)  # not of an fp16 overflow
         self.ema.lerp_(means, 1 - self.decay)
-        ema = self.ema.clone()
-        return F.relu(real - ema[1]).square().mean() + F.relu(ema[0] - fake).square().mean()
+        mean_real, mean_fake = self.ema.clone()
+        return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
 
-def _mean_over_processes(x: Tensor) -> Tensor:
+def mean_over_processes(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         x = x.clone()
         dist.all_reduce(x)
@@ -149,32 +181,39 @@ def _mean_over_processes(x: Tensor) -> Tensor:
 
 
 class PatchGAN(nn.Sequential):
-    """Images (B, 3, H, W) to a logit per patch, (B, 1, H', W'). With 3 layers, patches have 70 x 70 pixels.
+    """Images (B, 3, H, W) to a logit per patch, (B, 1, H', W'). With 3 layers, patches have 70 x 70
+    pixels.
 
     ch                  channels of the first conv; they double per layer, up to 8 ch
     num_layers          convs of stride 2
-    norm                "batch" as in the papers (statistics per process), or "group" (statistics per image)
+    norm                "batch" as in the papers (statistics per process), or "group" (per image)
     """
 
-    def __init__(self, ch: int = 64, num_layers: int = 3, norm: Literal["batch", "group"] = "batch"):
+    def __init__(self, ch: int = 64, num_layers: int = 3,
+                 norm: Literal["batch", "group"] = "batch"):
         channels = [ch * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):
-            layers += [nn.Conv2d(c_in, c_out, 4, 2 if i < num_layers - 1 else 1, 1, bias=False),
-                       nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(math.gcd(32, c_out), c_out),
-                       nn.LeakyReLU(0.2)]
+            stride = 2 if i < num_layers - 1 else 1
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False))
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(c_out))
+            else:
+                layers.append(nn.GroupNorm(math.gcd(32, c_out), c_out))
+            layers.append(nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
-        for m in self:
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0.0, 0.02)
-            elif not isinstance(m, nn.LeakyReLU):
-                nn.init.normal_(m.weight, 1.0, 0.02)
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif not isinstance(layer, nn.LeakyReLU):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
 
 
 def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
     """Frozen LPIPS with VGG-16: two batches of images in [-1, 1] to distances (B, 1, 1, 1).
 
-    FileNotFoundError if VGG's weights are neither on disk nor downloadable; the message suggests `instead`.
+    FileNotFoundError if VGG's weights are neither on disk nor downloadable; the message suggests
+    `instead`.
     """
     import lpips
 
@@ -185,5 +224,5 @@ def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
     except (OSError, RuntimeError) as error:  # no network, or a truncated file
         raise FileNotFoundError(
             f"LPIPS needs VGG-16's weights, which could not be downloaded ({error}); put the file "
-            f"vgg16-397923af.pth (download.pytorch.org/models) into {torch.hub.get_dir()}/checkpoints, or do without "
-            f"by {instead}") from error
+            "vgg16-397923af.pth (download.pytorch.org/models) into "
+            f"{torch.hub.get_dir()}/checkpoints, or do without by {instead}") from error

@@ -59,6 +59,7 @@ class MaskTransformer(CodeTransformer):
                  dropout: Probability = 0.1, label_dropout: Probability = 0.1):
         super().__init__(num_classes, label_dropout)
         self.codebook_size = codebook_size
+        self.num_codes = num_codes
         self.places = Places(grids, num_codes)
         self.kinds = self.places.kinds
         self.regions = self.places.regions
@@ -320,10 +321,10 @@ class MaskTransformer(CodeTransformer):
                      numbers: Tensor) -> Tensor:
         """Kinds (n, R) by logits (n, R, kinds). Of an MQ-VAE, as many with a code as are still to
         be placed: the likeliest after Gumbel noise on both kinds, whose difference is logistic."""
-        if not self.places.num_codes:
+        if not self.num_codes:
             filtered = filter_logits(logits.flatten(0, 1), temperature)
             return draw(filtered, numbers.flatten()).view_as(layout)
-        wanted = self.places.num_codes - (layout * ~open_).sum(1)       # (n,)
+        wanted = self.num_codes - (layout * ~open_).sum(1)       # (n,)
         score = logits[..., 1].float() - logits[..., 0].float()
         score = score + temperature * torch.logit(numbers, 1e-7)
         return lowest((-score).masked_fill(~open_, math.inf), wanted).long()

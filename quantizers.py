@@ -1,15 +1,17 @@
-"""Other quantizers, each in the place of vqgan.py's VectorQuantizer: VQGAN(quantizer=FSQ([8, 5, 5, 5])).
+"""Other quantizers, in the place of vqgan.py's VectorQuantizer: VQGAN(quantizer=FSQ([8, 5, 5])).
 
-    FSQ             rounds each channel to a few levels            Mentzer et al., ICLR 2024 (arXiv 2309.15505)
-    LFQ             the sign of each channel                       Yu et al., "MAGVIT-v2", ICLR 2024 (2310.05737)
-    BSQ             ... of unit vectors                            Zhao et al., ICLR 2025 (2406.07548)
-    SimVQ           a frozen codebook under one learned linear map Zhu et al., 2024 (2411.02038)
-    IBQ             gradients for all codes, by the softmax        Shi et al., 2024 (2412.02692)
-    ResidualVQ      several codes per vector, each of what is left Lee et al., "RQ-VAE", CVPR 2022 (2203.01941)
-    QUANTIZERS      all by their names in a config, model.quantizer.name
+    FSQ         rounds each channel to a few levels     Mentzer et al., ICLR 2024 (arXiv 2309.15505)
+    LFQ         the sign of each channel                Yu et al., MAGVIT-v2, ICLR 2024 (2310.05737)
+    BSQ         ... of unit vectors                     Zhao et al., ICLR 2025 (2406.07548)
+    SimVQ       a frozen codebook under a linear map    Zhu et al., 2024 (2411.02038)
+    IBQ         gradients for all codes, by softmax     Shi et al., 2024 (2412.02692)
+    ResidualVQ  several codes per vector, each of what  Lee et al., "RQ-VAE", CVPR 2022 (2203.01941)
+                the ones before left
+    QUANTIZERS  all by their names in a config, model.quantizer.name
 
-z are vectors (..., D). `forward(z)` returns (codes (..., D) with gradients for z, indices (...), losses, info), `nearest(z)` indices,
-`lookup(indices)` codes. FSQ, LFQ and BSQ have no codebook to learn: the code follows from the index. Needs torch and vqgan.py.
+z are vectors (..., D). `forward(z)` returns (codes (..., D) with gradients for z, indices (...),
+losses, info), `nearest(z)` indices, `lookup(indices)` codes. FSQ, LFQ and BSQ have no codebook to
+learn: the code follows from the index. Needs torch and vqgan.py.
 """
 
 from __future__ import annotations
@@ -22,25 +24,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Quantizer, VectorQuantizer, entropy_of_mean
+from vqgan import Quantizer, VectorQuantizer, entropies, entropy_of_mean
 
 Temperature = Annotated[float, (1e-9, 1e9)]
 
 
 class FSQ(Quantizer):
-    """Bounds each channel by tanh and rounds it to one of its levels, as the code in the paper's appendix. No losses; K is the product of
-    the levels, D their number. The paper recommends [8, 6, 5] for 2^8 codes, [8, 5, 5, 5] for 2^10, [7, 5, 5, 5, 5] for 2^12,
-    [8, 8, 8, 6, 5] for 2^14 and [8, 8, 8, 5, 5, 5] for 2^16."""
+    """Bounds each channel by tanh and rounds it to one of its levels, as the code in the paper's
+    appendix. No losses; K is the product of the levels, D their number. The paper recommends
+    [8, 6, 5] for 2^8 codes, [8, 5, 5, 5] for 2^10, [7, 5, 5, 5, 5] for 2^12, [8, 8, 8, 6, 5] for
+    2^14 and [8, 8, 8, 5, 5, 5] for 2^16."""
 
-    def __init__(self, levels: list[Annotated[int, (2, 2**24)]] = (8, 5, 5, 5), queue_size: int = 65536):
+    def __init__(self, levels: list[Annotated[int, (2, 2**24)]] = (8, 5, 5, 5),
+                 queue_size: int = 65536):
         super().__init__(math.prod(levels), len(levels), queue_size)
         if not levels or min(levels) < 2 or self.codebook_size > 2**24:
-            raise ValueError(f"levels must be at least 2 and make at most 2^24 codes; they are {list(levels)}")
+            raise ValueError("levels must be at least 2 and make at most 2^24 codes; they are "
+                             f"{list(levels)}")
         levels = torch.tensor(levels)
+        basis = torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]])
         self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("basis", torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]]), persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
+        """As VectorQuantizer.forward."""
         with torch.autocast(z.device.type, enabled=False):
             z = self._bound(z.float())
             indices = self._index(z.detach().round())
@@ -51,10 +59,12 @@ class FSQ(Quantizer):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) to indices (...)."""
         with torch.autocast(z.device.type, enabled=False):
             return self._index(self._bound(z.float()).round())
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (...) to codes (..., D)."""
         half = self.levels // 2
         return (indices.unsqueeze(-1) // self.basis % self.levels - half).float() / half
 
@@ -64,34 +74,46 @@ class FSQ(Quantizer):
         return (z + torch.tan(offset / half)).tanh() * half - offset
 
     def _index(self, rounded: Tensor) -> Tensor:
-        return ((rounded.nan_to_num(0).long() + self.levels // 2) * self.basis).sum(-1)  # the loss of a NaN stays NaN, and is skipped
+        digits = rounded.nan_to_num(0).long() + self.levels // 2  # the loss of a NaN stays NaN
+        return (digits * self.basis).sum(-1)
 
 
 class LFQ(Quantizer):
     """Codes of +1 and -1, the signs of D = `bits` channels; K = 2^bits.
 
-    entropy_weight     confident choices, even usage: mean entropy of p minus entropy of the mean p (of all processes), where p is a softmax
-                       of -distance^2 / entropy_temperature. The first is exact; the second is summed over groups of channels
-    group_bits         channels in a group: memory is N x 2^group_bits instead of N x K (as in BSQ's release)
+    entropy_weight     confident choices, even usage: mean entropy of p minus entropy of the mean p
+                       (of all processes), where p is a softmax of -distance^2 /
+                       entropy_temperature. The first is exact; the second is summed over groups of
+                       channels
+    group_bits         channels in a group: memory is N x 2^group_bits instead of N x K (as in
+                       BSQ's release)
     beta               commitment loss
     """
 
-    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1, entropy_temperature: Temperature = 0.01,
-                 beta: float = 0.25, group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
+    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1,
+                 entropy_temperature: Temperature = 0.01, beta: float = 0.25,
+                 group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
         if not 1 <= bits <= 24:
             raise ValueError(f"bits must be between 1 and 24; they are {bits}")
         super().__init__(2**bits, bits, queue_size)
-        self.bits, self.beta, self.entropy_weight, self.entropy_temperature = bits, beta, entropy_weight, entropy_temperature
-        self.group_bits, self.scale = group_bits, 1.0
+        self.bits = bits
+        self.beta = beta
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.group_bits = group_bits
+        self.scale = 1.0
         self.register_buffer("basis", 2 ** torch.arange(bits - 1, -1, -1), persistent=False)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
+        """As VectorQuantizer.forward."""
         with torch.autocast(z.device.type, enabled=False):
             z = self.prepare(z.float())
             indices = self._index(z)
             if self.training:
                 self.record(indices)
-            z_q, weight = self.lookup(indices), 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            z_q = self.lookup(indices)
+            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
             losses = {"commitment": self.beta * ((z_q - z).square() * weight).mean()}
             if self.entropy_weight > 0 and self.training:
                 losses["entropy"] = self.entropy_weight * self._entropy(z.flatten(0, -2))
@@ -99,10 +121,12 @@ class LFQ(Quantizer):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) to indices (...)."""
         return self._index(z)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        return ((indices.unsqueeze(-1) // self.basis % 2) * 2 - 1).float() * self.scale
+        """Indices (...) to codes (..., D)."""
+        return self._signs(indices, self.basis).float() * self.scale
 
     def prepare(self, z: Tensor) -> Tensor:
         return z
@@ -110,38 +134,50 @@ class LFQ(Quantizer):
     def _index(self, z: Tensor) -> Tensor:
         return ((z > 0) * self.basis).sum(-1)
 
+    @staticmethod
+    def _signs(indices: Tensor, basis: Tensor) -> Tensor:
+        return indices.unsqueeze(-1) // basis % 2 * 2 - 1
+
     def _entropy(self, z: Tensor) -> Tensor:
-        logits = z * (4 * self.scale / self.entropy_temperature)  # of + against -                      (N, D)
-        each = (F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")).sum(1).mean()
-        total = 0.0
+        logits = z * (4 * self.scale / self.entropy_temperature)        # of + against -, (N, D)
+        each = F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
+        of_mean = 0.0
         for group in logits.split(self.group_bits, dim=1):
             b = group.shape[1]
-            signs = (torch.arange(2**b, device=z.device).unsqueeze(1) // self.basis[-b:] % 2 * 2 - 1).to(group)
-            total = total + entropy_of_mean((group @ signs.t() / 2).softmax(1))              # (N, 2^b)
-        return each - total
+            codes = torch.arange(2**b, device=z.device)
+            signs = self._signs(codes, self.basis[-b:]).to(group)       # (2^b, b)
+            of_mean = of_mean + entropy_of_mean((group @ signs.t() / 2).softmax(1))
+        return each.sum(1).mean() - of_mean
 
 
 class BSQ(LFQ):
-    """LFQ of unit vectors: codes are +-1 / sqrt(bits). No commitment loss by default, since the distance is bounded."""
+    """LFQ of unit vectors: codes are +-1 / sqrt(bits). No commitment loss by default, since the
+    distance is bounded."""
 
-    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1, entropy_temperature: Temperature = 0.01,
-                 beta: float = 0.0, group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
+    l2_norm = True
+
+    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1,
+                 entropy_temperature: Temperature = 0.01, beta: float = 0.0,
+                 group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
         super().__init__(bits, entropy_weight, entropy_temperature, beta, group_bits, queue_size)
-        self.scale, self.l2_norm = bits**-0.5, True
+        self.scale = bits**-0.5
 
     def prepare(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
 
 class SimVQ(VectorQuantizer):
-    """The codes are W times frozen Gaussian vectors, so every update of W moves all of them. W has nn.Linear's initial values; losses and
-    straight-through gradient (or `rotation`) are VectorQuantizer's. (The release gives W a bias, and beta to the other loss.)"""
+    """The codes are W times frozen Gaussian vectors, so every update of W moves all of them. W has
+    nn.Linear's initial values; losses and straight-through gradient (or `rotation`) are
+    VectorQuantizer's. (The release gives W a bias, and beta to the other loss.)"""
 
-    def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25, queue_size: int = 65536, rotation: bool = False):
+    def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25,
+                 queue_size: int = 65536, rotation: bool = False):
         super().__init__(codebook_size, dim, beta, queue_size=queue_size, rotation=rotation)
 
     def make_codebook(self) -> None:
-        self.frozen = nn.Parameter(torch.randn(self.codebook_size, self.dim) * self.dim**-0.5, requires_grad=False)
+        frozen = torch.randn(self.codebook_size, self.dim) * self.dim**-0.5
+        self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.projection = nn.Linear(self.dim, self.dim, bias=False)
 
     @property
@@ -149,6 +185,7 @@ class SimVQ(VectorQuantizer):
         return self._projected(self.frozen)
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (...) to codes (..., D)."""
         return self._projected(F.embedding(indices, self.frozen))
 
     def _projected(self, x: Tensor) -> Tensor:
@@ -157,68 +194,94 @@ class SimVQ(VectorQuantizer):
 
 
 class IBQ(VectorQuantizer):
-    """Chooses the code of largest dot product. Its gradient is that of the softmax over all codes, so all of them learn.
+    """Chooses the code of largest dot product. Its gradient is that of the softmax over all codes,
+    so all of them learn.
 
-    Losses as in the paper: (z_q - z)^2 with gradients for both, codebook, and beta times commitment; entropies as in
-    VectorQuantizer, of dot products. (The release gives beta to the codebook loss.) Needs N x K floats several times.
+    Losses as in the paper: (z_q - z)^2 with gradients for both, codebook, and beta times
+    commitment; entropies as in VectorQuantizer, of dot products. (The release gives beta to the
+    codebook loss.) Needs N x K floats several times.
 
-    Published trouble: usage falls to 0 % with dim=256 and rises to 100 % with dim=32 (TencentARC/SEED-Voken, issue 59), perhaps because dot
-    products grow with the dimension until the softmax is one code's. Keep dim at 32 or below, and the entropies: without them 5 % of the
+    Published trouble: usage falls to 0 % with dim=256 and rises to 100 % with dim=32
+    (TencentARC/SEED-Voken, issue 59), perhaps because dot products grow with the dimension until
+    the softmax is one code's. Keep dim at 32 or below, and the entropies: without them 5 % of the
     codes stayed in use at dim=32 in a short training. Codes start as N(0, 1), as in the release.
     """
 
-    def __init__(self, codebook_size: int = 1024, dim: int = 32, beta: float = 0.25, entropy_weight: float = 0.05,
-                 entropy_temperature: Temperature = 0.01, queue_size: int = 65536):
-        super().__init__(codebook_size, dim, beta, entropy_weight=entropy_weight, entropy_temperature=entropy_temperature,
-                         queue_size=queue_size)
+    def __init__(self, codebook_size: int = 1024, dim: int = 32, beta: float = 0.25,
+                 entropy_weight: float = 0.05, entropy_temperature: Temperature = 0.01,
+                 queue_size: int = 65536):
+        super().__init__(codebook_size, dim, beta, entropy_weight=entropy_weight,
+                         entropy_temperature=entropy_temperature, queue_size=queue_size)
 
     def make_codebook(self) -> None:
         self.codebook = nn.Parameter(torch.randn(self.codebook_size, self.dim))
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
+        """As VectorQuantizer.forward."""
         with torch.autocast(z.device.type, enabled=False):
-            z, weight = z.float(), 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            z = z.float()
+            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
             logits, indices, hard, z_q = self.soft(z, self.codebook.float())
-            losses = {"codebook": (((z_q - z).square() + (hard - z.detach()).square()) * weight).mean(),
-                      "commitment": self.beta * ((hard.detach() - z).square() * weight).mean()}
+            both = (z_q - z).square() + (hard - z.detach()).square()
+            commitment = (hard.detach() - z).square()
+            losses = {"codebook": (both * weight).mean(),
+                      "commitment": self.beta * (commitment * weight).mean()}
             if self.training:
                 self.record(indices)
                 if self.entropy_weight > 0:
-                    log_p = (logits.flatten(0, -2) / self.entropy_temperature).log_softmax(1)
-                    losses["entropy"] = self.entropy_weight * (-(log_p.exp() * log_p).sum(1).mean() - entropy_of_mean(log_p.exp()))
+                    entropy = entropies(logits.flatten(0, -2) / self.entropy_temperature)
+                    losses["entropy"] = self.entropy_weight * entropy
         return z_q, indices, losses, self.info(indices)
 
     def soft(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Vectors (..., D) and codes (K, D) to logits (..., K), indices, chosen codes, and these with the softmax's gradient."""
+        """Vectors (..., D) and codes (K, D) to logits (..., K), indices, chosen codes, and these
+        with the softmax's gradient."""
         logits = z @ codes.t()
-        indices, p = logits.argmax(-1), logits.softmax(-1)
+        indices = logits.argmax(-1)
         hard = F.embedding(indices, codes)
-        return logits, indices, hard, hard + (p - p.detach()) @ codes.detach()  # one-hot + p - sg(p), times the codes
+        p = logits.softmax(-1)
+        z_q = hard + (p - p.detach()) @ codes.detach()  # one-hot + p - sg(p), times the codes
+        return logits, indices, hard, z_q
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) to indices (...)."""
         with torch.autocast(z.device.type, enabled=False):
             rows = max(1, self.CHUNK // self.codebook_size)
-            found = [(part @ self.codebook.float().t()).argmax(1) for part in z.float().flatten(0, -2).split(rows)]
-        return torch.cat(found).view(z.shape[:-1])
+            codes = self.codebook.float().t()
+            parts = z.float().flatten(0, -2).split(rows)
+            indices = torch.cat([(part @ codes).argmax(1) for part in parts])
+        return indices.view(z.shape[:-1])
 
 
 class ResidualVQ(nn.Module):
-    """`depth` codes per vector: each quantizes what the ones before left. Indices (..., depth), codes are sums.
+    """`depth` codes per vector: each quantizes what the ones before left. Indices (..., depth),
+    codes are sums.
 
     shared             one codebook for all depths (as RQ-VAE's), instead of one for each
-    others             as in VectorQuantizer. Losses are sums over the depths; usage and perplexity are means
+    others             as in VectorQuantizer. Losses are sums over the depths; usage and perplexity
+                       are means
     """
 
-    def __init__(self, codebook_size: int = 1024, dim: int = 256, depth: Annotated[int, (1, 64)] = 4, shared: bool = False,
-                 beta: float = 0.25, ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5, restart: bool = True,
-                 queue_size: int = 65536):
+    has_codebook = False
+    l2_norm = False
+
+    def __init__(self, codebook_size: int = 1024, dim: int = 256,
+                 depth: Annotated[int, (1, 64)] = 4, shared: bool = False, beta: float = 0.25,
+                 ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
+                 restart: bool = True, queue_size: int = 65536):
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1; it is {depth}")
-        self.codebook_size, self.dim, self.depth = codebook_size, dim, depth
-        self.layers = nn.ModuleList(VectorQuantizer(codebook_size, dim, beta, ema_decay=ema_decay, ema_eps=ema_eps, restart=restart,
-                                                    queue_size=queue_size) for _ in range(1 if shared else depth))
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.depth = depth
+        self.codebooks = 1 if shared else depth
+        self.layers = nn.ModuleList(
+            VectorQuantizer(codebook_size, dim, beta, ema_decay=ema_decay, ema_eps=ema_eps,
+                            restart=restart, queue_size=queue_size)
+            for _ in range(self.codebooks))
         self.accumulation_steps = 1
 
     @property
@@ -226,47 +289,64 @@ class ResidualVQ(nn.Module):
         return self._accumulation_steps
 
     @accumulation_steps.setter
-    def accumulation_steps(self, steps: int) -> None:
-        self._accumulation_steps = steps
+    def accumulation_steps(self, number: int) -> None:
+        self._accumulation_steps = number
         for layer in self.layers:  # a shared codebook learns from all depths at once
-            layer.accumulation_steps = steps * self.depth // len(self.layers)
+            layer.accumulation_steps = number * self.depth // self.codebooks
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None, ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
+        """As VectorQuantizer.forward, with indices (..., depth)."""
         with torch.autocast(z.device.type, enabled=False):
-            rest, outs = z.float(), []
+            z = z.float()
+            rest = z
+            outs = []
             for layer in self._all():
                 outs.append(layer(rest, loss_weight, ema_weight))
                 rest = rest - outs[-1][0].detach()
-            z_q, z = sum(out[0].detach() for out in outs), z.float()
-            losses = {key: sum(out[2][key] for out in outs) for key in outs[0][2]}
-            info = {key: torch.stack([out[3][key] for out in outs]).mean() for key in outs[0][3]}
-            return z_q + (z - z.detach()), torch.stack([out[1] for out in outs], -1), losses, info
+            codes, indices, losses, infos = zip(*outs)
+            z_q = sum(code.detach() for code in codes)
+            losses = {key: sum(each[key] for each in losses) for key in losses[0]}
+            info = {key: torch.stack([each[key] for each in infos]).mean() for key in infos[0]}
+            return z_q + (z - z.detach()), torch.stack(indices, -1), losses, info
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        rest, indices = z.float(), []
+        """Vectors (..., D) to indices (..., depth)."""
+        rest = z.float()
+        indices = []
         for layer in self._all():
             indices.append(layer.nearest(rest))
             rest = rest - layer.lookup(indices[-1])
         return torch.stack(indices, -1)
 
     def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (..., depth) to codes (..., D)."""
         return sum(layer.lookup(part) for layer, part in zip(self._all(), indices.unbind(-1)))
 
     def _all(self) -> list[VectorQuantizer]:
-        return [self.layers[i % len(self.layers)] for i in range(self.depth)]
+        return [self.layers[i % self.codebooks] for i in range(self.depth)]
 
 
-QUANTIZERS = {"vq": VectorQuantizer, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "simvq": SimVQ, "ibq": IBQ, "residual": ResidualVQ}
+QUANTIZERS = {"vq": VectorQuantizer, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "simvq": SimVQ, "ibq": IBQ,
+              "residual": ResidualVQ}
 
 
-def gradient_norms(quantizer: VectorQuantizer, z: Tensor, indices: Tensor, loss_weight: Tensor | None = None,
-                   codebook: Tensor | None = None) -> Tensor:
-    """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for vectors (..., D) and their indices (...)
-    into `codebook` (default: the current one). Codes that no vector chose get 0, which is how they die (not with IBQ)."""
+def gradient_norms(quantizer: VectorQuantizer, z: Tensor, indices: Tensor,
+                   loss_weight: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
+    """Norm (K,) of the codebook loss's gradient at each code (with EMA: what it would be), for
+    vectors (..., D) and their indices (...) into `codebook` (default: the current one). Codes that
+    no vector chose get 0, which is how they die (not with IBQ)."""
     with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-        codes = (quantizer.codebook if codebook is None else codebook).detach().float().requires_grad_()
+        codes = (quantizer.codebook if codebook is None else codebook).detach().float()
+        codes.requires_grad_()
         z = quantizer.normalize(z.detach().float())
-        found = quantizer.soft(z, codes)[2:] if isinstance(quantizer, IBQ) else [quantizer.normalize(F.embedding(indices, codes))]
-        weight = (quantizer.beta if quantizer.legacy else 1.0) * (1.0 if loss_weight is None else loss_weight.unsqueeze(-1))
-        return torch.autograd.grad(sum(((e - z).square() * weight).mean() for e in found), codes)[0].norm(dim=1)
+        if isinstance(quantizer, IBQ):
+            _, _, *chosen = quantizer.soft(z, codes)
+        else:
+            chosen = [quantizer.normalize(F.embedding(indices, codes))]
+        weight = quantizer.beta if quantizer.legacy else 1.0
+        if loss_weight is not None:
+            weight = weight * loss_weight.unsqueeze(-1)
+        loss = sum(((code - z).square() * weight).mean() for code in chosen)
+        return torch.autograd.grad(loss, codes)[0].norm(dim=1)

@@ -157,27 +157,19 @@ def test_the_router_learns_the_errors_of_regions():
     grain, error = torch.randint(2, (8, 8, 8)), torch.rand(8, 8, 8)
     recon = images + error.sqrt().repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
     predicted = torch.stack([error, error], dim=1) / error.mean()
-    assert model._router_loss(predicted, grain, recon, images) < 1e-10
+    assert model.router_loss(predicted, grain, recon, images) < 1e-10
     wrong = predicted + torch.where(grain == 1, 0.0, 1.0).unsqueeze(1) * torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
-    assert model._router_loss(wrong, grain, recon, images) < 1e-10  # of the other granularity nothing is known
-    assert model._router_loss(predicted + 1, grain, recon, images).item() == pytest.approx(0.1, rel=1e-4)
+    assert model.router_loss(wrong, grain, recon, images) < 1e-10  # of the other granularity nothing is known
+    assert model.router_loss(predicted + 1, grain, recon, images).item() == pytest.approx(0.1, rel=1e-4)
     model(images).losses["router"].backward()
     assert model.router.fc1.weight.grad.norm() > 0 and all(p.grad is None for p in model.down.parameters())
 
 
-def test_feature_routers_from_before_thresholds_choose_the_largest_logit():
-    model, images = small(3), photos()
-    state = model.state_dict()
-    del state["thresholds"]
-    other = small(3)
-    other.load_state_dict(state)
-    features = [neck(x) for neck, x in zip(other.necks, other.down(images)[-1:-4:-1])]
-    assert torch.equal(other.eval().encode(images)["grain"], other.router(features).argmax(1))
-
-
 def test_losses_weigh_a_repeated_code_once():
     model, images = small(3, "entropy", quantizer=VectorQuantizer(64, 16)), photos()
-    z, grain, _ = model._route(images)
+    features = model.features(images)
+    grain, _, _ = model.route(images, features, None)
+    z = model.vectors(features, grain)
     cells = model.to_finest(grain)
     weight = torch.tensor([1 / 16, 1 / 4, 1])[cells].unsqueeze(-1)
     z_q = model.quantizer.lookup(model.quantizer.nearest(z))
@@ -227,7 +219,8 @@ def test_every_training_step_takes_its_rates(grains, router):
     lows, highs = torch.tensor(RANGES[grains]).T
     model._decode = lambda z: images  # which costs most, and is not looked at
     with torch.no_grad():
-        for _ in range(30):
+        for step in range(30):
+            model.schedule(step, 30)
             grain = model(images).codes["grain"]
             seen.append([(grain == g).float().mean().item() for g in range(1, grains)])
         found = torch.tensor(seen)
@@ -235,9 +228,14 @@ def test_every_training_step_takes_its_rates(grains, router):
         assert (found.mean(0) - (lows + highs) / 2).abs().max() < 0.1
         again = small(grains, "entropy", ratios=RANGES[grains])  # without noise
         again._decode = model._decode
-        first = [again(images).codes["grain"] for _ in range(5)]
-        again.seed = 2
-        assert all(torch.equal(again(images).codes["grain"], grain) for grain in first[2:])
+        first = []
+        for step in range(5):
+            again.schedule(step, 30)
+            first.append(again(images).codes["grain"])
+        again.schedule(2, 30)
+        assert all(torch.equal(again(images).codes["grain"], first[2]) for _ in range(2))  # of a step, not of a forward
+        again.schedule(2, 30, seed=1)
+        assert not torch.equal(again(images).codes["grain"], first[2])
         for asked in (None, [r[0] for r in RANGES[grains]], [r[1] for r in RANGES[grains]]):
             grain = model.eval().encode(images, asked)["grain"]
             assert [(grain == g).float().mean().item() for g in range(1, grains)] == pytest.approx(asked or model.ratios, abs=0.05)
@@ -297,8 +295,8 @@ def test_calibration_is_kept_with_the_weights():
     (dict(ratios=[[0.5, 0.2]]), "or ranges of such, the lower first"), (dict(ratios=[[0.2, 1.0]]), "together less than 1"),
     (dict(ratios=[[0.2]]), "ratios must be 1"), (dict(grains=3, ratios=[[0.1, 0.6], 0.5]), "together less than 1"),
     (dict(ratios=[[0.2, 0.8]], release_training=True), "ranges as ratios need thresholds"),
-    (dict(image_size=[32, 30]), "divisible by the coarsest factor, 4"),
-    (dict(image_size=30), "divisible by the coarsest factor, 4; it is 30"),
+    (dict(image_size=[32, 30]), "divisible by 4, the model's downsampling factor"),
+    (dict(image_size=30), "divisible by 4, the model's downsampling factor; it is 30"),
     (dict(factors=[8, 4]), r"factors must be two or three, 4 \(from ch_mult\) halved down to 2 \(from decoder_ch_mult\)"),
     (dict(decoder_ch_mult=[1, 1, 2]), "halved down to 4"),
 ])

@@ -204,19 +204,19 @@ def test_the_bound_is_above_the_likelihood(name):
     forward, known = model._nats, {}
 
     def once(*args):  # for each mask, of which there are few
-        mask = str([m.tolist() for m in args[3]])
+        mask = str({name: m.tolist() for name, m in args[3].items()})
         known[mask] = known[mask] if mask in known else forward(*args)
         return known[mask]
 
     model._nats, content, starts = once, content.gather(1, packed.place), torch.zeros(1, dtype=torch.int64)
 
     def nats(part, hidden):
-        masks = [torch.zeros_like(layout, dtype=torch.bool), torch.zeros_like(content, dtype=torch.bool)]
+        masks = {"layout": torch.zeros_like(layout, dtype=torch.bool), "content": torch.zeros_like(content, dtype=torch.bool)}
         masks[part][0, list(hidden)] = True
-        return model._nats(layout, content, packed, tuple(masks), starts)[part if kinds > 1 else 0][0]
+        return model._nats(layout, content, packed, masks, starts)[part][0]
 
     exact = bound = 0.0
-    for part, n in ((0, regions), (1, count)) if kinds > 1 else ((1, count),):
+    for part, n in (("layout", regions), ("content", count)) if kinds > 1 else (("content", count),):
         chains = torch.stack([sum(nats(part, order[i:])[order[i]] for i in range(n)) for order in itertools.permutations(range(n))])
         exact += -(chains.neg().logsumexp(0) - math.log(len(chains))) / math.log(2)
         bound += chains.mean() / math.log(2)
@@ -236,8 +236,8 @@ def test_loss_by_hand(name):
     out = model(codes, torch.arange(6) % CLASSES)
     hidden, found = seen[0]
     want = 0.0
-    for part, x, masked, length in list(zip(("layout", "content"), [None] * (2 - len(found)) + found, hidden,
-                                            (model.regions, model.mean_length)))[-len(found):]:
+    for part, x in found.items():
+        masked, length = hidden[part], {"layout": model.regions, "content": model.mean_length}[part]
         assert (x[~masked] == 0).all() and (x[masked] > 0).all() and masked.any(1).all()
         torch.testing.assert_close(out[part], x.sum() / masked.sum())
         want = want + x.sum() / (6 * (length * 2 / math.pi + 0.5))
@@ -253,7 +253,12 @@ def test_loss_by_hand(name):
 
 def test_masks_follow_the_cosine_schedule():
     model, seen = make_mask("vq").train(), []
-    model._nats = lambda layout, content, packed, hidden, starts: seen.append(hidden[1].sum(1)) or [torch.ones(hidden[1].shape)]
+
+    def nats(layout, content, packed, hidden, starts):
+        seen.append(hidden["content"].sum(1))
+        return {"content": torch.ones(hidden["content"].shape)}
+
+    model._nats = nats
     codes = codes_for("vq", 64)
     for _ in range(20):
         model(codes, torch.arange(64) % CLASSES)

@@ -82,11 +82,16 @@ def test_every_training_step_takes_its_rate():
     model, images = small(topk_ratio=[0.25, 0.75]), torch.rand(2, 3, 32, 32) * 2 - 1
     drawn = []
     for step in range(20):
-        assert model.seed == step
+        model.schedule(step, 20)
+        model.progress = 1.0  # all cells are kept at first
         drawn.append(model(images).codes["indices"].shape[1])
     again = small(topk_ratio=[0.25, 0.75])
-    again.seed = 7
-    assert [again(images).codes["indices"].shape[1] for _ in range(13)] == drawn[7:]
+    again.schedule(7, 20)
+    again.progress = 1.0
+    assert all(again(images).codes["indices"].shape[1] == drawn[7] for _ in range(2))  # of a step, not of a forward
+    again.schedule(7, 20, seed=1)
+    again.progress = 1.0
+    assert again(images).codes["indices"].shape[1] != drawn[7]
     assert min(drawn) >= 64 and max(drawn) <= 192 and min(drawn) < 90 and max(drawn) > 166
     assert model.eval()(images).codes["indices"].shape == (2, 128)
 

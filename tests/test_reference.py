@@ -65,7 +65,8 @@ def test_mqvae():
     order = want["positions"].argsort(1)  # the reference's are in order of score
     assert torch.equal(out.codes["positions"], want["positions"].gather(1, order))
     assert torch.equal(out.codes["indices"], want["indices"].gather(1, order))
-    _, scores, positions, _ = model._mask(images)
+    positions = out.codes["positions"]
+    _, scores = model.features(images)
     close(scores.flatten(1).gather(1, positions), want["scores"].gather(1, order))
     close(model.encoder(images), want["features"])
     close(sum(out.losses.values()), want["quant_loss"])
@@ -81,7 +82,7 @@ def test_dqvae(name):
     out = model(images)
     assert torch.equal(out.codes["grain"], want["grain"])
     assert torch.equal(out.codes["indices"], want["indices"])
-    close(model._route(images)[0].permute(0, 3, 1, 2), want["latents"])
+    close(model.vectors(model.features(images), out.codes["grain"]).permute(0, 3, 1, 2), want["latents"])
     close(out.losses["codebook"] + out.losses["commitment"], want["quant_loss"])
     close(out.images, want["reconstruction"])
     if name == "dqvae_entropy":
