@@ -33,7 +33,7 @@ def test_contract(name):
     quantizer.eval()
     z_q, indices, losses, info = quantizer(z)
     assert z_q.shape == z.shape and z_q.dtype == torch.float32 and indices.dtype == torch.int64
-    assert indices.shape == z.shape[:-1] + ((3,) if hasattr(quantizer, "depth") else ())
+    assert indices.shape == z.shape[:-1] + ((3,) if quantizer.depth else ())
     assert torch.equal(indices, quantizer.nearest(z)) and torch.equal(quantizer.lookup(indices), z_q.detach())
     assert indices.min() >= 0 and indices.max() < quantizer.codebook_size and {"usage", "perplexity"} <= info.keys()
     with torch.autocast("cpu", torch.bfloat16):
