@@ -121,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts
-            run.log.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
+            scalars = {k: v for k, v in out.info.items() if v.ndim == 0}
+            if not raw_model.quantizer.training:  # frozen: it counts no codes
+                del scalars["usage"]
+            run.log.add(parts | scalars)
         record_codebook(step + 1)
     run.close()
 

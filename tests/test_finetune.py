@@ -8,6 +8,7 @@ from conftest import TINY_MODELS, metrics, save_stage1, weights, write_tiny, wri
 
 from config import UserError
 from experiment import load_run
+from guard import Guard
 
 DECODER_ALONE = ["train.freeze=[encoder,pre_quant,quantizer]", "train.use_ema=true", "train.max_train_steps=4"]
 
@@ -35,6 +36,33 @@ def test_the_decoder_alone_learns(train, tiny, tmp_path, capfd):
     train(*words, f"train.output_dir={tmp_path}/parts", resume="auto")
     parts = weights(tmp_path / "parts", 4)
     assert after.keys() == parts.keys() and all(torch.equal(after[k], parts[k]) for k in after)
+
+
+@pytest.mark.parametrize("name, frozen, moving", [
+    ("vqgan", ["encoder", "pre_quant", "quantizer"], []),
+    ("vqgan", ["encoder"], ["quantizer"]),
+    ("mqvae", ["encoder", "score_net"], ["quantizer"]),
+    ("mqvae", ["quantizer"], ["score_net"]),
+    ("dqvae", ["down", "quantizer", "router"], ["thresholds"])])
+def test_what_no_step_changes_is_not_kept(train, tmp_path, monkeypatch, name, frozen, moving):
+    """A step that may be undone keeps codebook and statistics that move, and no frozen weight. A frozen quantizer has no usage."""
+    kept, begin = set(), Guard.begin
+
+    def watch(guard):
+        begin(guard)
+        kept.clear()
+        names = {id(value): key for key, value in guard.modules["model"].state_dict(keep_vars=True).items()}
+        kept.update(names[id(value)] for value in guard.moving["model"])
+        assert sum(value.nbytes for value in guard.kept["model"]) == sum(value.nbytes for value in guard.moving["model"])
+        assert len(guard.kept["discriminator"]) == 1  # LeCam's averages
+
+    monkeypatch.setattr(Guard, "begin", watch)
+    train(f"train.freeze=[{','.join(frozen)}]", "train.max_train_steps=2", config=write_tiny(tmp_path, model=TINY_MODELS[name]))
+    assert {key.split(".")[0] for key in kept} == set(moving)
+    if "quantizer" in moving:
+        assert {f"quantizer.{part}" for part in ("codebook", "ema_sum", "ema_count", "queue")} <= kept
+    line = metrics(tmp_path / "run")[0]
+    assert ("usage" in line) == ("quantizer" not in frozen) and line.get("usage", 1) > 0 and line["perplexity"] >= 1
 
 
 @pytest.mark.parametrize("name, frozen", [("mqvae", ["score_net", "encoder"]), ("dqvae", ["router", "necks.0"]), ("vqvae", ["decoder"])])
