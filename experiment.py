@@ -63,9 +63,11 @@ class Run:
 
     def __init__(self, config: dict[str, dict], resume: str | None = None, fsdp: bool = False):
         train = self.train = config["train"]
-        for one, other in (("learning_rate", "base_lr"), ("max_train_steps", "num_train_epochs")):
-            if (train[one] is None) == (train[other] is None):
-                raise UserError(f"give one of train.{one} and train.{other}")
+        if (train["learning_rate"] is None) == (train["base_lr"] is None):
+            raise UserError("give one of train.learning_rate and train.base_lr")
+        if train["max_train_steps"] is None and train["num_train_epochs"] is None:
+            raise UserError("give train.max_train_steps or train.num_train_epochs, or both: "
+                            "the one that ends first counts")
         self.config, self.wanted = config, resume
         self.folder = Path(train["output_dir"]).expanduser()
         check_folder(self.folder, config, resume)
@@ -89,7 +91,9 @@ class Run:
                             "processes; choose a smaller train.train_batch_size")
         self.dataset, self.global_batch = dataset, together * train["gradient_accumulation_steps"]
         self.steps_per_epoch = len(dataset) / self.global_batch
-        self.max_steps = train["max_train_steps"] or max(1, round(train["num_train_epochs"] * self.steps_per_epoch))
+        epochs = train["num_train_epochs"]
+        of_epochs = max(1, round(epochs * self.steps_per_epoch)) if epochs else math.inf
+        self.max_steps = min(train["max_train_steps"] or math.inf, of_epochs)
 
     # FSDP
 
@@ -166,7 +170,8 @@ class Run:
         train, accelerate, stop = self.train, self.accelerator, None
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
         accelerate.print(f"{self.folder}: {parameters / 1e6:.1f} M parameters, {len(self.dataset)} images, {self.world} process(es), "
-                         f"global batch {self.global_batch}, {self.max_steps} steps")
+                         f"global batch {self.global_batch}, {self.max_steps} steps "
+                         f"({self.max_steps / self.steps_per_epoch:,.1f} epochs)")
         if step >= self.max_steps:
             accelerate.print(f"{self.folder} has had its {self.max_steps} steps")
         bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not self.is_main, dynamic_ncols=True)
