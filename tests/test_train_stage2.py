@@ -12,6 +12,7 @@ from conftest import TRANSFORMERS, forked, metrics, save_stage1, weights, write_
 from PIL import Image
 
 import sample
+import train_stage2
 from code_cache import CodeBatches, CodeCache
 from config import UserError
 from dataset import DataError, make_dataset
@@ -67,6 +68,22 @@ def test_settings(train2, tmp_path, name, settings):
     lines = metrics(tmp_path / "run2")
     assert all(np.isfinite(v) for line in lines for v in line.values()) and lines[-1]["val_bits"] > 0
     assert lines[-1]["step"] == (4 if settings[-1] == "sample.temperature=0" else 6)
+
+
+def test_the_best_step_is_named_at_the_end(train2, tmp_path, capfd, monkeypatch):
+    bits = iter([10.0, 20.0, 15.0, 5.0])
+    validate = train_stage2.validate
+    monkeypatch.setattr(train_stage2, "validate", lambda *given: validate(*given) | {"bits": next(bits)})
+    config = write_tiny2(tmp_path, "gpt")
+    sentence = "The best weights are those of step 3 (10.0 bits): sample.py --which best"
+    train2(config)
+    assert sentence in capfd.readouterr().out
+    best, third = load_run(tmp_path / "run2", "best")[0].state_dict(), weights(tmp_path / "run2", 3)
+    assert all(torch.equal(value, third[f"model.{key}"]) for key, value in best.items())
+    train2(config, "train.max_train_steps=8", resume="auto")  # known from the file
+    assert sentence in capfd.readouterr().out
+    train2(config, "train.max_train_steps=9", resume="auto")
+    assert "The best weights" not in capfd.readouterr().out
 
 
 def test_it_learns(train2, tmp_path):
