@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
     check_image_size(config["data"]["image_size"], model, discriminator)
+    if discriminator is not None and criterion.gan_start >= run.max_steps:
+        accelerator.print("the generator does not hear the discriminator in this run: "
+                          f"loss.gan_start={criterion.gan_start} is not below its {run.max_steps} steps")
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
     if discriminator is not None and criterion.adaptive_weight and not model.last_layer.requires_grad:
