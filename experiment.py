@@ -470,7 +470,7 @@ def compile_parts(model: nn.Module) -> None:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step).
-    Buffers, such as statistics and the thresholds of a router, are copied."""
+    Buffers, such as statistics and a router's thresholds, are copied."""
     both = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
     for averaged, current in zip(ema.buffers(), model.buffers()):

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     check_image_size(config["data"]["image_size"], model, discriminator)
     if discriminator is not None and criterion.gan_start >= run.max_steps:
         accelerator.print("the generator does not hear the discriminator in this run: "
-                          f"loss.gan_start={criterion.gan_start} is not below its {run.max_steps} steps")
+                          f"loss.gan_start={criterion.gan_start} is not below "
+                          f"its {run.max_steps} steps")
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
     if discriminator is not None and criterion.adaptive_weight and not model.last_layer.requires_grad:

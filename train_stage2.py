@@ -214,10 +214,12 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     shown = zip(*[originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)])
     picture = [[*cells, *(cell for number in range(c, len(drawn), columns) for cell in drawn[number])] for c, cells in enumerate(shown)]
     grid = run.log.picture(step, "samples", picture)
-    sentence = f"{means['bits']:.1f} bits per validation image. From the top: originals, reconstructions, samples: {grid}"
+    sentence = (f"{means['bits']:.1f} bits per validation image. "
+                f"From the top: originals, reconstructions, samples: {grid}")
     best_step, bits = run.checkpoints.best_step, -run.checkpoints.best
     if 0 < best_step < step:
-        sentence += f"\nThe best weights are those of step {best_step} ({bits:.1f} bits): sample.py --which best"
+        sentence += (f"\nThe best weights are those of step {best_step} ({bits:.1f} bits): "
+                     "sample.py --which best")
     return sentence
 
 
