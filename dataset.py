@@ -402,11 +402,15 @@ def ffhq(root: Path, train: bool) -> Source:
 
 def celeba(root: Path, train: bool) -> Source:
     partition, images = root / "list_eval_partition.txt", root / "img_align_celeba"
+    if not partition.exists():  # from Kaggle, where there also is a folder in the folder
+        partition = partition.with_suffix(".csv")
+    if (images / images.name).is_dir():
+        images /= images.name
     for path in (partition, images):
         if not path.exists():
             raise DataError(f"there is no {path}")
-    rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
-    names = [name for name, split in rows if split == ("0" if train else "1")]
+    rows = [re.findall(r'[^\s,"]+', line) for line in partition.read_text().splitlines()]
+    names = [row[0] for row in rows if row[1:] == ["0" if train else "1"]]
     return Files([str(images / name) for name in names], [0] * len(names), ["face"], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
 
 
@@ -467,7 +471,8 @@ def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bo
 SOURCES = {  # a function of (root, train), and what root must be
     "imagenet": (imagenet, "a folder with train/ and val/, each with one folder of images per class (train/n01440764/x.JPEG)"),
     "ffhq": (ffhq, "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and ffhqvalidation.txt if you have them"),
-    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and list_eval_partition.txt"),
+    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and "
+                       "list_eval_partition.txt or .csv"),
     "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
                          "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
     "folder": (folder, "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not"),

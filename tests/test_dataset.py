@@ -83,6 +83,15 @@ def test_celeba(tmp_path):
     data = make_dataset("celeba", str(tmp_path), image_size=64)
     assert len(data) == 1 and (data[0][0] == 1).all()
     assert make_dataset("celeba", str(tmp_path), "val").source.name(0).endswith("1.png")
+    (tmp_path / "list_eval_partition.txt").unlink()
+    rows = "image_id,partition\n0.png,0\n1.png,1\n2.png,2\n"  # as Kaggle has it, and the images
+    (tmp_path / "list_eval_partition.csv").write_text(rows)
+    (tmp_path / "img_align_celeba").rename(tmp_path / "inner")
+    (tmp_path / "img_align_celeba").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "img_align_celeba/img_align_celeba")
+    data = make_dataset("celeba", str(tmp_path), image_size=64)
+    assert len(data) == 1 and (data[0][0] == 1).all()
+    assert make_dataset("celeba", str(tmp_path), "val").source.name(0).endswith("1.png")
 
 
 def test_cifar10(tmp_path):
