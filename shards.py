@@ -106,7 +106,7 @@ def index_all(shards: list[Path]) -> list[list]:
     and kept there if it is missing or damaged, or if the shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     states = [(shard.absolute(), shard.stat()) for shard in shards]
-    paths = [cache / (hashlib.sha256(f"1 {path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
+    paths = [cache / (hashlib.sha256(f"2 {path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
              for path, state in states]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]
@@ -137,14 +137,19 @@ def index_of(shard: Path) -> list[list]:
     images, numbers, passed_over = {}, {}, []
     try:
         with tarfile.open(shard, "r:", errors="replace") as tar:
-            for member in tar:
-                key, kind = found.groups() if (found := MEMBER.fullmatch(member.name)) and member.isfile() else (None, "")
-                if f".{kind.lower()}" in EXTENSIONS and key not in images:
-                    images[key] = [f"{key}.{kind}", member.offset_data, member.size]
-                elif os.path.splitext(kind)[1].lower() in EXTENSIONS or f".{kind.lower()}" in EXTENSIONS:
+            members = tar.getmembers()
+            files = {member.name: member for member in reversed(members) if member.isfile()}
+            for member in members:
+                match = None if member.isdir() else MEMBER.fullmatch(member.name)
+                key, kind = match.groups() if match else (None, "")
+                file = files.get(member.linkname if member.islnk() else member.name)
+                is_image = f".{kind.lower()}" in EXTENSIONS
+                if file and is_image and key not in images:
+                    images[key] = [f"{key}.{kind}", file.offset_data, file.size]
+                elif is_image or os.path.splitext(kind)[1].lower() in EXTENSIONS:
                     passed_over.append(member.name)
-                elif kind == "cls":
-                    numbers[key] = tar.extractfile(member).read(20).strip()
+                elif file and kind == "cls":
+                    numbers[key] = tar.extractfile(file).read(20).strip()
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(2**20)  # zeros, of which tarfile is content with less
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -159,8 +164,9 @@ def index_of(shard: Path) -> list[list]:
         if not text.isdigit():
             raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}")
     if passed_over:
-        told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: a key ends at a name's first dot, and its "
-                "first image is read")
+        told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: "
+                "a key ends at a name's first dot, its first image is read, and of links only hard "
+                "ones to files in the shard")
         if not images:
             raise ValueError(f"{told}; make the shard with names of one dot")
         warnings.warn(told, stacklevel=2)

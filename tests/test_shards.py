@@ -125,6 +125,24 @@ def test_classes_are_the_numbers_in_cls(tmp_path):
         make_dataset("webdataset", str(tmp_path), "val", 8)
 
 
+def test_links_in_a_shard(tmp_path):
+    shard = write(tmp_path / "train.tar", numbered("d/a 1", "d/b 0"))
+    with tarfile.open(shard, "a") as tar:
+        for name, kind, target in (("d/c.png", tarfile.LNKTYPE, "d/a.png"),
+                                   ("d/c.cls", tarfile.LNKTYPE, "d/a.cls"),
+                                   ("d/lost.png", tarfile.LNKTYPE, "a.png"),
+                                   ("d/soft.png", tarfile.SYMTYPE, "a.png"),
+                                   ("folder.png", tarfile.DIRTYPE, "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    sentence = "2 images, such as d/lost.png, are passed over: .* of links only hard ones"
+    with pytest.warns(UserWarning, match=sentence):
+        keys, offsets, sizes, numbers = shards.index_of(shard)
+    assert keys == ["d/a.png", "d/b.png", "d/c.png"] and numbers == [1, 0, 1]
+    assert offsets[2] == offsets[0] != offsets[1] and sizes[2] == sizes[0]
+
+
 # The index
 
 
