@@ -1,3 +1,4 @@
+import os
 import pickle
 import warnings
 from typing import get_args, get_type_hints
@@ -145,6 +146,155 @@ def test_wrong_roots_are_one_sentence(name, tmp_path):
             make_dataset(name, root)
         assert "data.root" in str(error.value) and "\n" not in str(error.value)
         assert root is None or dataset.SOURCES[name][1] in str(error.value)
+
+
+# Finding files
+
+
+def names(data):
+    return [data.source.name(i) for i in range(len(data))]
+
+
+def listed(root, *splits):
+    """The relative names of the images in these splits (both)."""
+    return [os.path.relpath(name, root) for split in splits or ("train", "val")
+            for name in names(make_dataset("folder", str(root), split))]
+
+
+def test_the_order_of_images(tmp_path):
+    """By name: a folder's files, those of its sub-folders, the next folder."""
+    for name in ("dog/x/3.png", "dog-big/5.png", "dog/1.png", "dog/x/a/4.png", "dog/z.png", "b.png",
+                 "dog-big/y/6.png"):
+        save(tmp_path / name)
+    paths, = dataset.list_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in paths] == [
+        "b.png", "dog/1.png", "dog/z.png", "dog/x/3.png", "dog/x/a/4.png", "dog-big/5.png",
+        "dog-big/y/6.png"]
+
+
+@pytest.mark.parametrize("links", [
+    {"b/up": ".."}, {"b/up": "..", "z/up": "..", "z/here": "."},  # loops
+    {"b/out": "../..", "top": "/"},  # folders around the root
+    {"a": "b"}, {"b/more": "../z"}, {"a": "z", "c": "z"},  # folders that are there
+    {"a.png": "b/0.png", "b/2.png": "../z/0.png"},  # files that are there
+])
+def test_links_to_what_is_there_add_nothing(tmp_path, links):
+    for name in ("root/b/0.png", "root/b/1.png", "root/z/0.png", "elsewhere/0.png"):
+        save(tmp_path / name)
+    for link, target in links.items():
+        (tmp_path / "root" / link).symlink_to(target)
+    assert sorted(listed(tmp_path / "root")) == ["b/0.png", "b/1.png", "z/0.png"]
+
+
+def test_links_lead_to_other_places_once(tmp_path):
+    for name in ("root/b/0.png", "store/x/1.png", "store/2.png", "store/blob"):
+        save(tmp_path / name, format="PNG")
+    save(tmp_path / "store/3.png")
+    links = {"c": "store/x", "d": "store", "b/e.png": "store/2.png", "f.png": "store/blob"}
+    for link, target in links.items():
+        (tmp_path / "root" / link).symlink_to(tmp_path / target)
+    with pytest.warns(UserWarning, match="1 files in .*, such as d/blob"):  # but f.png, by its name
+        images = listed(tmp_path / "root")
+    assert sorted(images) == ["b/0.png", "b/e.png", "c/1.png", "d/3.png", "f.png"]
+
+
+@pytest.mark.parametrize("links", [
+    {"val": "train"}, {"val/a/x": "../../train/b"}, {"train/a/x": "../../val"}, {"val": "/store"},
+    {"train/a/x.png": "../../val/a/1.png"}, {"train/a/x": "/store", "val/a/x": "/store"},
+    {"train/a/x.png": "/store/a/9.png", "val/a/x.png": "/store/a/9.png"},
+])
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_no_image_is_in_both_splits(tmp_path, name, links):
+    save(tmp_path / "store/a/9.png")
+    for path in ("train/a/0.png", "train/b/0.png", "val/a/1.png"):
+        if path.partition("/")[0] not in links:
+            save(tmp_path / "root" / path)
+    for link, target in links.items():
+        target = f"{tmp_path}{target}" if target[0] == "/" else target
+        (tmp_path / "root" / link).symlink_to(target)
+    places = []
+    for split in ("train", "val"):
+        try:
+            images = names(make_dataset(name, str(tmp_path / "root"), split))
+        except DataError as error:
+            assert "no images for the" in str(error)
+            images = []
+        places.append({os.path.realpath(image) for image in images})
+    assert places[1] and not places[0] & places[1]
+
+
+def test_a_link_to_val_among_the_images(tmp_path):
+    for path in ("a/0.png", "val/a/1.png"):
+        save(tmp_path / path)
+    (tmp_path / "a/link").symlink_to("../val")
+    assert listed(tmp_path, "train") == ["a/0.png"] and listed(tmp_path, "val") == ["val/a/1.png"]
+
+
+@pytest.mark.parametrize("train, val", [("training", "validation"), ("Train", "Val"),
+                                        ("TRAINING", "valid"), ("train", "Validation")])
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_splits_by_other_names(tmp_path, name, train, val):
+    for path in (f"{train}/a/0.png", f"{train}/train_station/1.png", f"{val}/train_station/2.png"):
+        save(tmp_path / path)
+    a, b = (make_dataset(name, str(tmp_path), split) for split in ("train", "val"))
+    assert a.classes == b.classes == ["a", "train_station"]
+    assert (a.source.labels, b.source.labels) == ([0, 1], [1])
+    (tmp_path / "validating").mkdir()
+    (tmp_path / "val.txt").write_text("")
+    assert len(make_dataset(name, str(tmp_path), "val")) == 1
+    (tmp_path / "valid").mkdir(exist_ok=True)
+    (tmp_path / "VAL").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match="are for the same split; rename one of them"):
+        make_dataset(name, str(tmp_path))
+
+
+def test_classes_are_no_splits(tmp_path):
+    for name in ("train_station/0.png", "valley/1.png", "trainers/2.png", "validated/3.png"):
+        save(tmp_path / name)
+    assert len(listed(tmp_path)) == 4
+    classes = make_dataset("folder", str(tmp_path)).classes
+    assert classes == ["train_station", "trainers", "validated", "valley"]
+
+
+def test_all_that_pillow_reads_is_an_image(tmp_path):
+    kinds = {"jfif": "JPEG", "JPE": "JPEG", "pgm": "PPM", "pnm": "PPM", "tga": "TGA", "PNG": "PNG",
+             "mpo": "MPO", "dds": "DDS", "pcx": "PCX", "ico": "ICO", "avif": "AVIF",
+             "jp2": "JPEG2000", "webp": "WEBP", "qoi": "QOI"}
+    Image.init()
+    kinds = {extension: kind for extension, kind in kinds.items() if kind in Image.SAVE}
+    for ext, kind in kinds.items():
+        save(tmp_path / f"x.{ext}", size=(16, 16), format=kind)
+    for name in ("x.txt", "x.json", "list.CSV", ".hidden.png", ".folder/y.png", "__MACOSX/y.png"):
+        save(tmp_path / name, format="PNG")  # which often lie there, and are not told of
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(listed(tmp_path)) == len(kinds)
+    for name in ("a/b.heic", "noextension", "x.pdf", "x.npy", "x.h5"):
+        save(tmp_path / name, format="PNG")
+    sentence = "5 files in .* no images that Pillow reads, and are passed over, such as a/b.heic"
+    with pytest.warns(UserWarning, match=sentence) as told:
+        assert len(listed(tmp_path, "train")) > 1
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["imagenet", "ffhq", "folder", "webdataset", "huggingface"])
+def test_a_folder_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch, name):
+    for path in ("train/locked/0.png", "train/b/0.png", "val/b/0.png"):
+        save(tmp_path / path)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    if name == "huggingface":
+        pytest.importorskip("datasets")
+    sentence = "Permission denied: '.*train/locked'; make all of data.root readable"
+    with pytest.raises(DataError, match=sentence) as error:
+        make_dataset(name, str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 # Reading
