@@ -10,14 +10,19 @@ from __future__ import annotations
 import functools
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 
 BACKGROUND = (255, 255, 255)  # behind transparent images
 NOT_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
 PASSED_OVER = (".", "__MACOSX", "lost+found")  # files and folders whose names begin so
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
+# A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 
 @functools.cache
@@ -65,7 +70,7 @@ def files_below(extensions: set[str], *folders: Path) -> tuple[list[list[str]], 
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent; 16-bit images keep their high bytes."""
+    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent."""
     return decode(path)[0]
 
 
@@ -75,15 +80,34 @@ def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
         image.load()
-        turn = image.getexif().get(ExifTags.Base.Orientation)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
+        turn = None
+        with suppress(Exception):  # a broken EXIF block
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+        if image.mode[0] in "IF":
+            image = to_8_bits(image)
+        elif image.has_transparency_data:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        image = image.convert("RGB")
+        if turn in TURNS:
+            image = image.transpose(Image.Transpose[TURNS[turn]])
         w, h = reduced[1][2:] if reduced else image.size
         if reduced and turn in (5, 6, 7, 8):
             w, h = h, w
         left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
-        return image.convert("RGB"), (left, top, w, h)
+        return image, (left, top, w, h)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits (the high ones) or of floats from 0 to 1. ValueError for other
+    numbers: nobody knows their white. What a PNG says is transparent becomes white."""
+    values = np.asarray(image)
+    if image.mode != "F" and (image.mode, image.format) != ("I", "TIFF"):
+        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # 12 or 16
+        grey = (values >> bits - 8).astype(np.uint8)
+        grey[values == image.info.get("transparency")] = BACKGROUND[0]
+    elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+        grey = (values * 255).round().astype(np.uint8)
+    else:
+        raise ValueError("its pixels are not of 8 or 16 bits or floats from 0 to 1; convert it")
+    return Image.fromarray(grey)

@@ -1,12 +1,15 @@
+import io
 import os
 import pickle
+import struct
 import warnings
+import zlib
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import dataset
 from dataset import DataError, TrainBatches, eval_loader, make_dataset, read_image, to_float, to_uint8, train_loader
@@ -318,6 +321,134 @@ def test_every_kind_of_image_is_read_right(tmp_path):
     exif[0x0112] = 6  # rotate by 90 degrees to see it upright
     save(tmp_path / "turned.jpg", size=(30, 10), exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (10, 30)
+
+
+def exif_block(*entries):
+    """EXIF of these (tag, type, count, four bytes)."""
+    fields = b"".join(struct.pack(">HHI4s", *entry) for entry in sorted(entries))
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + fields + bytes(4)
+
+
+UPRIGHT_BY_6 = (0x0112, 3, 1, struct.pack(">HH", 6, 0))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(1, 10))
+def test_images_are_turned_upright(tmp_path, kind, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    options = {"lossless": True} if kind == "WEBP" else {}
+    save(tmp_path / "x", size=(30, 10), format=kind, exif=exif, **options)
+    with Image.open(tmp_path / "x") as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("block, size", [
+    (b"Exif\0\0", (30, 10)), (b"Exif\0\0junkjunkjunk", (30, 10)),
+    (exif_block(UPRIGHT_BY_6)[:17], (30, 10)), (exif_block(UPRIGHT_BY_6)[:22], (30, 10)),
+    (exif_block((0x0112, 2, 4, b"abc\0")), (30, 10)),
+    (exif_block(UPRIGHT_BY_6, (0xA005, 2, 4, b"abc\0")), (10, 30)),  # can be read, but not written
+])
+def test_broken_exif_is_no_broken_image(tmp_path, kind, block, size):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    try:
+        save(tmp_path / "x", size=(30, 10), colour=99, format=kind, exif=block)
+    except Exception:
+        pytest.skip(f"Pillow does not write this block into {kind}")
+    image = read_image(tmp_path / "x")
+    assert image.size == size and abs(np.asarray(image).astype(int) - 99).max() <= 3
+
+
+def png(depth, colour, row, *chunks, after=()):
+    """A PNG of 8 x 8 pixels with equal rows, and chunks before and after its pixels."""
+    def chunk(name, data):
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+    head = struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 8)
+    chunks = [(b"IHDR", head), *chunks, (b"IDAT", pixels), *after, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def test_long_texts_and_broken_profiles(tmp_path):
+    long = zlib.compress(bytes(3_000_000))
+    for chunk in ((b"zTXt", b"key\0\0" + long), (b"iTXt", b"key\0\1\0\0\0" + long),
+                  (b"iCCP", b"key\0\0" + long), (b"iCCP", b"key\0\0junk"),
+                  (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<tiff:Orientation=\"x\""),
+                  (b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz")):
+        for file in (png(8, 0, bytes([90] * 8), chunk), png(8, 0, bytes([90] * 8), after=[chunk])):
+            (tmp_path / "x.png").write_bytes(file)
+            assert np.asarray(read_image(tmp_path / "x.png")).tolist() == [[[90] * 3] * 8] * 8
+
+
+def plain(value, kind, dtype):
+    """A file of 8 x 8 pixels of this number."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, dtype)).save(file, kind)
+    return file.getvalue()
+
+
+def tiff(bits, pixels, samples=1, extra=(), sample_format=1):
+    """An uncompressed TIFF of 8 x 8 pixels."""
+    bits_field = bits if samples == 1 else bits | bits << 16
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, samples, bits_field), (259, 3, 1, 1),
+            (262, 3, 1, 1), (273, 4, 1, 0), (277, 3, 1, samples), (278, 3, 1, 8),
+            (279, 4, 1, len(pixels)), *extra, (339, 3, 1, sample_format)]
+    tags[5] = (273, 4, 1, 8 + 2 + 12 * len(tags) + 4)
+    fields = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + pixels
+
+
+@pytest.mark.parametrize("file, grey", [
+    # 16 bits, whatever holds them: the high ones
+    (plain(40000, "PNG", "u2"), 156), (plain(40000, "TIFF", "u2"), 156),
+    (plain(40000, "TIFF", ">u2"), 156),
+    (b"P5 8 8 65535 " + struct.pack(">H", 40000) * 64, 156),
+    (b"P5 8 8 4095 " + struct.pack(">H", 2048) * 64, 128), (b"P2 8 8 1023 " + b"512 " * 64, 128),
+    (plain(90, "PNG", "u2"), 0),  # as dark as it says
+    (tiff(12, bytes([0x80, 0x08, 0x00]) * 32), 128),  # 12 bits
+    # floats from 0 to 1
+    (plain(.8, "TIFF", "f4"), 204), (plain(.8, "PPM", "f4"), 204), (plain(1, "TIFF", "f4"), 255),
+    (plain(0, "TIFF", "f4"), 0),
+    # no agreed white
+    (plain(200, "TIFF", "f4"), None), (plain(-.1, "TIFF", "f4"), None),
+    (plain(np.nan, "TIFF", "f4"), None), (plain(200, "TIFF", "i4"), None),
+    (plain(40000, "TIFF", "i4"), None),
+    (tiff(16, struct.pack("<h", 300) * 64, sample_format=2), None),
+    # transparent, and another grey that is not
+    (png(16, 0, struct.pack(">8H", *[700] * 8), (b"tRNS", struct.pack(">H", 700))), 255),
+    (png(16, 0, struct.pack(">8H", *[40000] * 8), (b"tRNS", struct.pack(">H", 40001))), 156),
+    (tiff(8, bytes([50, 128]) * 64, samples=2, extra=[(338, 3, 1, 1)]), 177),  # premultiplied
+    (tiff(8, bytes([100, 0]) * 64, samples=2, extra=[(338, 3, 1, 2)]), 255),
+])
+def test_how_bright_grey_images_are(tmp_path, file, grey):
+    (tmp_path / "x").write_bytes(file)
+    if grey is None:
+        with pytest.raises(ValueError, match="not of 8 or 16 bits or floats from 0 to 1; conv"):
+            read_image(tmp_path / "x")
+    else:
+        assert np.abs(np.asarray(read_image(tmp_path / "x")).astype(int) - grey).max() <= 1
+
+
+def test_a_number_without_a_white_is_named(tmp_path):
+    save(tmp_path / "train/a.png")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/b.tif").write_bytes(plain(200, "TIFF", "i4"))
+    with pytest.raises(DataError, match="b.tif .*not of 8 or 16 bits") as error:
+        make_dataset("folder", str(tmp_path), "val")[0]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_white_is_white_in_every_mode(tmp_path, mode):
+    image = Image.new("RGB", (8, 8), (255, 255, 255))
+    image = image.convert("RGBA" if mode in ("LA", "PA", "RGBA") else "RGB").convert(mode)
+    image.save(tmp_path / "x.tif")
+    assert np.asarray(read_image(tmp_path / "x.tif")).min() >= 250
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 10), (64, 64), (65, 90)])
