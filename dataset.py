@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import atexit
 import copy
-import io
 import math
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -28,16 +26,17 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from images import decode, files_below, image_extensions, read_image
 from shapes import Shapes
-from shards import EXTENSIONS, Shards, Table, tables, tar_shards
+from shards import SPLIT, Shards, Table, tables, tar_shards
 
-BACKGROUND = (255, 255, 255)  # behind transparent images
 ENOUGH = 2  # training decodes JPEGs at 1/2, 1/4 or 1/8 if so many pixels are left for each of the smallest crop's (docs/data.md)
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
+SIDECARS = (".txt", ".json", ".csv", ".xml", ".yml", ".yaml", ".md")  # often lie beside images
 
 
 class DataError(Exception):
@@ -87,6 +86,8 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
                 raise DataError(f"no images for the {split} split in {root}")
         except (DataError, FileNotFoundError) as error:
             raise DataError(f"{error}; data.root must be {layout}") from error
+        except PermissionError as error:
+            raise DataError(f"{error}; make all of data.root readable") from error
         except ValueError as error:
             raise DataError(str(error)) from error
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
@@ -303,38 +304,27 @@ class Packed:
         return self.box.name(self.rows[index])
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent; 16-bit images keep their high bytes."""
-    return decode(path)[0]
+def list_images(*folders: Path) -> list[list[Path]]:
+    """The images in each folder, but for those that one before it has (see `files_below`). Files
+    that are no images are told of."""
+    listed, others = files_below(image_extensions(), *folders)
+    others = [name for name in others if not name.lower().endswith(SIDECARS)]
+    if others:
+        warnings.warn(f"{len(others)} files in {folders[-1]} are no images that Pillow reads, and "
+                      f"are passed over, such as {min(others)}", stacklevel=2)
+    return [[folder / name for name in names] for folder, names in zip(folders, listed)]
 
 
-def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
-    `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
-        image.load()
-        turn = image.getexif().get(ExifTags.Base.Orientation)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        w, h = reduced[1][2:] if reduced else image.size
-        if reduced and turn in (5, 6, 7, 8):
-            w, h = h, w
-        left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
-        return image.convert("RGB"), (left, top, w, h)
-
-
-def list_images(root: Path) -> list[Path]:
-    """All image files below `root`, in order of their relative names; hidden files and folders are passed over."""
-    found = []
-    for where, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(where, f) for f in sorted(files) if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
-    return found
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders for "val" and "train" in `root`, by their names (Valid, TRAINING)."""
+    splits = {}
+    for path in sorted(root.iterdir()):
+        match = SPLIT.fullmatch(path.name)
+        if match and path.is_dir():
+            first = splits.setdefault(match[1].lower(), path)
+            if not path.samefile(first):
+                raise DataError(f"{first} and {path} are for the same split; rename one of them")
+    return dict(sorted(splits.items(), reverse=True))  # validation first
 
 
 def labelled(paths: list[Path], base: Path, classes: list[str] | None = None) -> tuple[list[int], list[str]]:
@@ -363,11 +353,14 @@ def held_out(names: Iterable[str], val_fraction: float, train: bool) -> list[int
 
 
 def imagenet(root: Path, train: bool) -> Source:
-    base = root / ("train" if train else "val")
-    classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir()) if (root / "train").is_dir() else None
-    if not base.is_dir() or not classes:
-        raise DataError(f"{base if not base.is_dir() else root / 'train'} has no class folders")
-    paths = list_images(base)
+    splits = split_folders(root)
+    base = splits.get("train" if train else "val")
+    classes = []
+    if "train" in splits:
+        classes = sorted(d.name for d in splits["train"].iterdir() if d.is_dir())
+    if not base or not classes:
+        raise DataError(f"{root / 'val' if classes else root / 'train'} has no class folders")
+    paths = list_images(*splits.values())[-1] if train else list_images(base)[0]
     if paths and all(p.parent == base for p in paths):
         raise DataError(f"the images in {base} are not sorted into class folders")
     labels, classes = labelled(paths, base, classes)
@@ -385,7 +378,7 @@ def ffhq(root: Path, train: bool) -> Source:
     """The lists may be in root, root/assets or ./assets. Without them the first 60,000 images in order of name are for training."""
     name, other = ("ffhqtrain.txt", "ffhqvalidation.txt") if train else ("ffhqvalidation.txt", "ffhqtrain.txt")
     lists = {f: p for f in (name, other) for d in (Path("assets"), root, root / "assets") if (p := d / f).is_file()}
-    paths = list_images(root)
+    paths, = list_images(root)
     if name in lists:
         here = {p.name: p for p in paths}
         wanted = lists[name].read_text().split()
@@ -402,11 +395,15 @@ def ffhq(root: Path, train: bool) -> Source:
 
 def celeba(root: Path, train: bool) -> Source:
     partition, images = root / "list_eval_partition.txt", root / "img_align_celeba"
+    if not partition.exists():  # from Kaggle, where there also is a folder in the folder
+        partition = partition.with_suffix(".csv")
+    if (images / images.name).is_dir():
+        images /= images.name
     for path in (partition, images):
         if not path.exists():
             raise DataError(f"there is no {path}")
-    rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
-    names = [name for name, split in rows if split == ("0" if train else "1")]
+    rows = [re.findall(r'[^\s,"]+', line) for line in partition.read_text().splitlines()]
+    names = [row[0] for row in rows if row[1:] == ["0" if train else "1"]]
     return Files([str(images / name) for name in names], [0] * len(names), ["face"], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
 
 
@@ -421,17 +418,19 @@ def cifar10(root: Path, train: bool) -> Source:
 
 
 def folder(root: Path, train: bool, val_fraction: float) -> Source:
-    """Folders train/ and val/ are the splits if they are there. Otherwise val_fraction of the files is held out, chosen by a hash of the
-    name. Labels are the first-level folders, if every image is in one."""
-    base = root / "train" if (root / "train").is_dir() else root
-    paths = list_images(base)
-    if not (root / "train").is_dir():
-        paths = [p for p in paths if (root / "val") not in p.parents]
+    """Folders train/ and val/ are the splits if they are there; an image that both lead to is in
+    val/ alone. Otherwise val_fraction of the files is held out, chosen by a hash of the name.
+    Labels are the first-level folders, if every image is in one."""
+    splits = split_folders(root)
+    base = splits.setdefault("train", root)
+    images = dict(zip(splits, list_images(*splits.values())))
+    paths = images["train"]
     labels, classes = labelled(paths, base)
-    if (root / "val").is_dir():
+    if "val" in splits:
         if not train:
-            paths = list_images(root / "val")
-            labels, classes = labelled(paths, root / "val", classes if classes != ["image"] else None)
+            paths = images["val"]
+            classes = classes if classes != ["image"] else None
+            labels, classes = labelled(paths, splits["val"], classes)
     elif paths:
         keep = held_out((p.relative_to(base).as_posix() for p in paths), val_fraction, train)
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
@@ -467,10 +466,11 @@ def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bo
 SOURCES = {  # a function of (root, train), and what root must be
     "imagenet": (imagenet, "a folder with train/ and val/, each with one folder of images per class (train/n01440764/x.JPEG)"),
     "ffhq": (ffhq, "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and ffhqvalidation.txt if you have them"),
-    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and list_eval_partition.txt"),
+    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and "
+                       "list_eval_partition.txt or .csv"),
     "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
                          "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
-    "folder": (folder, "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not"),
+    "folder": (folder, "a folder of images, of any kind that Pillow reads, in sub-folders or not"),
     "webdataset": (webdataset, "a folder of .tar shards, or a pattern of them (PATH/train-{000..123}.tar), with images (x.jpg) and, if you "
                                "have classes, x.cls or a folder for each"),
     "huggingface": (huggingface, "a folder that save_to_disk of the library datasets has written, or one of .parquet files"),

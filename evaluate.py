@@ -338,13 +338,13 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
 
 
 def given_samples(args: argparse.Namespace, state: Accelerator, height: int, width: int) -> Iterator[tuple[Tensor, float]]:
-    """This process's share of the images in --samples, as draw_samples gives them."""
+    """This process's share of --samples, but for sample.py's grid.png, as draw_samples gives it."""
     path = Path(args.samples).expanduser()
     if path.suffix == ".npz":
         images = read_npz(path, "arr_0").get("arr_0")
         check_images(images, path, height, width)
     else:
-        images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
+        images = [p for p in list_images(path)[0] if p.name != "grid.png"] if path.is_dir() else []
         if not images:
             raise UserError(f"there are no images in {path}")
     for batch in shares(args, state, images[:args.n], "samples", height, width):

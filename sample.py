@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from checkpoint import make_file
 from config import UserError, build, check_config
-from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
+from dataset import Files, ImageDataset, image_extensions, read_image, to_uint8
 from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, Cache, check_sampling, sides
 from hub import run_folder
@@ -238,7 +238,7 @@ def output(args: argparse.Namespace, state: Accelerator) -> tuple[Path, bool]:
     seed = f"samples/seed_{args.seed}"
     out = Path(args.out).expanduser() if args.out else own_folder(Path(args.run), "samples", seed, f"{seed}/*") / seed
     single = out.suffix not in (".png", ".npz")
-    if single and out.suffix.lower() in EXTENSIONS | {".npy", ".zip"}:
+    if single and out.suffix.lower() in image_extensions() | {".npy", ".zip"}:
         raise UserError(f"--out must be a folder, a .png or a .npz; it is {out}")
     (out if single else out.parent).mkdir(parents=True, exist_ok=True)
     if single and state.is_main_process:

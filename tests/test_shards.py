@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics, weights
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import dataset
 import shards
@@ -123,6 +123,44 @@ def test_classes_are_the_numbers_in_cls(tmp_path):
     write(tmp_path / "val-1.tar", numbered("q 4"))
     with pytest.raises(DataError, match="val-1.tar/q.png is of class 4, which the training split does not have"):
         make_dataset("webdataset", str(tmp_path), "val", 8)
+
+
+def test_links_in_a_shard(tmp_path):
+    shard = write(tmp_path / "train.tar", numbered("d/a 1", "d/b 0"))
+    with tarfile.open(shard, "a") as tar:
+        for name, kind, target in (("d/c.png", tarfile.LNKTYPE, "d/a.png"),
+                                   ("d/c.cls", tarfile.LNKTYPE, "d/a.cls"),
+                                   ("d/lost.png", tarfile.LNKTYPE, "a.png"),
+                                   ("d/soft.png", tarfile.SYMTYPE, "a.png"),
+                                   ("folder.png", tarfile.DIRTYPE, "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    sentence = "2 images, such as d/lost.png, are passed over: .* of links only hard ones"
+    with pytest.warns(UserWarning, match=sentence):
+        keys, offsets, sizes, numbers = shards.index_of(shard)
+    assert keys == ["d/a.png", "d/b.png", "d/c.png"] and numbers == [1, 0, 1]
+    assert offsets[2] == offsets[0] != offsets[1] and sizes[2] == sizes[0]
+
+
+def test_links_to_shards(tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path / f"root/{part}/0.tar", {f"{i}.png": picture(i) for i in range(2)})
+    links = {"up": "..", "train/up": "..", "train/more": "../val", "val/1.tar": "../train/0.tar",
+             "all": "/"}
+    for link, target in links.items():
+        (tmp_path / "root" / link).symlink_to(target)
+    for split in ("train", "val"):
+        data = make_dataset("webdataset", str(tmp_path / "root"), split)
+        assert [data.source.name(i) for i in range(len(data))] == [f"{split}/0.tar/0.png",
+                                                                   f"{split}/0.tar/1.png"]
+    write(tmp_path / "again/train/0.tar", {f"{i}.png": picture(i) for i in range(2)})
+    (tmp_path / "again/val").symlink_to("train")
+    for root in ("again", "again/{train,val}/0.tar"):  # one of two images is held out
+        root = str(tmp_path / root)
+        data = [make_dataset("webdataset", root, split) for split in ("train", "val")]
+        assert [len(part) for part in data] == [1, 1]
+        assert data[0].source.name(0) != data[1].source.name(0)
 
 
 # The index
@@ -341,6 +379,20 @@ def test_huggingface_columns_and_splits(datasets, tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
+def test_links_to_tables(datasets, tmp_path):
+    table = rows(datasets, [picture(i) for i in range(4)], [0, 1, 0, 1])
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    table.to_parquet(str(tmp_path / "blob"))  # as the Hub's cache has it
+    links = {"data/train-0.parquet": "../../blob", "data/up": "..", "validation": "data",
+             "data/val-0.parquet": "../../blob"}
+    for link, target in links.items():
+        (tmp_path / "snapshot" / link).symlink_to(target)
+    root = str(tmp_path / "snapshot")
+    data = [make_dataset("huggingface", root, split, 8) for split in ("train", "val")]
+    names = [part.source.name(i) for part in data for i in range(len(part))]
+    assert len(names) == len(set(names)) == 4
+
+
 def test_huggingface_without_the_library_and_broken_files(datasets, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/train.parquet").write_bytes(b"hello")
@@ -412,8 +464,14 @@ def test_training_alone_decodes_at_reduced_scale(tmp_path, monkeypatch, size, op
         write(tmp_path / f"tar/{split}.tar", {"a.jpg": photo((560, 400))})
         (tmp_path / "folder" / split).mkdir(parents=True)
         (tmp_path / "folder" / split / "a.jpg").write_bytes(photo((560, 400)))
-    decoded, transpose = [], ImageOps.exif_transpose
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or transpose(image))
+    decoded, decode = [], dataset.decode
+
+    def watched(file, least):
+        image, place = decode(file, least)
+        decoded.append(image.size)
+        return image, place
+
+    monkeypatch.setattr(dataset, "decode", watched)
     for name, root in (("folder", "folder"), ("webdataset", "tar")):
         for split in ("train", "val"):
             data = make_dataset(name, str(tmp_path / root), split, size, **options)
