@@ -1,7 +1,7 @@
 """The codes of images on disk, for stage 2: encoded once by the stage-1 model, read in batches of similar length.
 
     encode_dataset      the CodeCache of a run's split; what is missing is encoded now, by all processes together
-    CodeCache           memory-mapped files of codes: cache[rows] -> (codes, labels)
+    CodeCache           memory-mapped files of codes: cache[rows] -> (codes, labels of the dataset)
     code_loader         endless batches (codes, labels) in the order of CodeBatches
 
 From an image to the transformer: ImageDataset (dataset.py) -> stage1.encode -> CodeCache -> CodeBatches -> code_loader -> the loop of
@@ -67,9 +67,15 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
         accelerator.wait_for_everyone()
         if cache.missing():
             raise UserError(f"{cache.folder} is still not complete, although all was encoded; remove the folder and start again")
+    labels = []
     for i in range(0, len(cache), 4096):
-        if cache[i:i + 4096][0]["indices"].max() >= K:
+        codes, some = cache[i:i + 4096]
+        if codes["indices"].max() >= K:
             raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; remove the folder and start again")
+        labels.append(some.int().numpy().tobytes())
+    if run.is_main:
+        # A record; each run takes those of its dataset.
+        (cache.folder / "labels.bin").write_bytes(b"".join(labels))
     return cache
 
 
@@ -89,7 +95,9 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()
     left_out = {"root"} if isinstance(dataset.source, Files) or data.get("name") == "webdataset" else set()
-    left_out |= {k for k in ("image_column", "label_column") if data.get(k) is None}  # which older caches did not know
+    left_out.add("label_column")  # no label is in the cache
+    if data.get("image_column") is None:  # which older caches did not know
+        left_out.add("image_column")
     data = {k: v for k, v in data.items() if k not in left_out}
     about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -105,7 +113,8 @@ class CodeCache:
     """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped files.
 
     `encode` fills it, in several processes at once; what is `missing` after an interruption is done next. Then rows can be read:
-    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
+    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`. Labels are
+    the dataset's.
 
     folder, key    the files are in folder/key; the key must identify all that the codes depend on
     indices        which images of the dataset
@@ -119,8 +128,10 @@ class CodeCache:
         self.folder, self.dataset, self.indices, self.views = folder / key, dataset, indices, views
         self.rows = len(indices) * views
         kind = "uint16" if codebook_size <= 2**16 else "int32"
-        # One array per tensor of codes, the labels, and whether a row is done.
-        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()} | {"labels": ("int32", ()), "done": ("uint8", ())}
+        # One array per tensor of codes, the image that they are of (an unreadable one is replaced), and
+        # whether a row is done.
+        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()}
+        self.shapes |= {"image": ("int32", ()), "done": ("uint8", ())}
 
     def create(self) -> None:
         """Makes the files, unless they are there."""
@@ -156,8 +167,9 @@ class CodeCache:
             finished.clear()
 
         try:
-            for i, (images, labels) in enumerate(on_device(loader, device)):
-                arrays = {**encode(images), "labels": labels}
+            for i, (images, _) in enumerate(on_device(loader, device)):
+                shown = torch.tensor([self.dataset.shown(index) for _, index in keys[i]])
+                arrays = {**encode(images), "image": shown}
                 for name, tensor in arrays.items():
                     kind, shape = self.shapes[name]
                     array = tensor.cpu().numpy()
@@ -184,8 +196,7 @@ class CodeCache:
 
     def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
         arrays = {name: torch.from_numpy(self._map(name)[rows].astype(np.int64)) for name in self.shapes if name != "done"}
-        labels = arrays.pop("labels")
-        return arrays, labels
+        return arrays, torch.tensor([self.dataset.label(i) for i in arrays.pop("image").tolist()])
 
     def _map(self, name: str) -> np.ndarray:
         kind, shape = self.shapes[name]

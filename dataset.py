@@ -96,7 +96,8 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
 class ImageDataset(Dataset):
     """(image, label) at [index], or at [(epoch, index)] with that epoch's augmentation.
 
-    image: float (3, H, W) in [-1, 1], or uint8. `classes` are the names of the labels. An unreadable training image is
+    image: float (3, H, W) in [-1, 1], or uint8. `classes` are the names of the labels: those that training images have, or
+    after `set_classes` a run's. Without a class, the label is -1. An unreadable training image is
     warned about once and replaced by the next readable one, until more than 1 % are unreadable; elsewhere it is an error.
     """
 
@@ -104,7 +105,7 @@ class ImageDataset(Dataset):
                  random_flip: bool = True, min_scale: float = 1.0, seed: int = 0, uint8: bool = False):
         self.source, self.image_size, self.train, self.seed, self.uint8 = source, image_size, train, seed, uint8
         self.random_crop, self.random_flip, self.min_scale = random_crop, random_flip, min_scale
-        self.classes = source.classes
+        self._number([name for name in source.classes if name is not None])
         smallest = math.sqrt(min_scale) if random_crop else 1  # the side of a training crop, as a share of the largest crop's
         side = image_size if isinstance(image_size, int) else max(image_size)
         self.least = math.ceil(ENOUGH * side / smallest) if train else 0
@@ -112,6 +113,36 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source.labels)
+
+    def label(self, index: int) -> int:
+        return self.class_of[self.source.labels[index]]
+
+    def shown(self, index: int) -> int:
+        """The image that is shown at this index: if it is known to be unreadable, another one."""
+        while self.unreadable[index]:
+            index = (index + 1) % len(self)
+        return index
+
+    def set_classes(self, names: list[str]) -> None:
+        """From now on labels are those of a run with these classes. DataError if an image has none."""
+        if self.classes == ["image"] and "image" not in names:
+            raise DataError("the run is class-conditional, and this data has no classes")
+        self._number(names)
+        for i in range(len(self)):
+            if self.label(i) < 0:
+                number = self.source.labels[i]
+                what = ("no class that training images have, so sort it into one or add images of "
+                        "its class")
+                if number >= 0:
+                    what = f"class {self.source.classes[number]!r}, which the run does not know"
+                raise DataError(f"{self.source.name(i)} is of {what}; the {len(names)} classes are, "
+                                f"or begin with, {', '.join(names[:20])}")
+
+    def _number(self, names: list[str]) -> None:
+        number = {name: i for i, name in enumerate(names)}
+        self.classes = names
+        # By the source's label; the last one is for its label -1.
+        self.class_of = [number.get(name, -1) for name in self.source.classes] + [-1]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -122,7 +153,7 @@ class ImageDataset(Dataset):
             if not self.unreadable[this]:
                 try:
                     image = self._image(epoch, this)
-                    return (image if self.uint8 else to_float(image)), self.source.labels[this]
+                    return (image if self.uint8 else to_float(image)), self.label(this)
                 except Exception as error:  # PIL raises almost anything on a broken file
                     self._report(this, error)
         raise DataError("no image could be read")
@@ -246,8 +277,8 @@ def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[
 class Source(Protocol):
     """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
 
-    labels: Sequence[int]
-    classes: list[str]  # the names of the labels
+    labels: Sequence[int]  # -1: none
+    classes: Sequence[str | None]  # the names of the labels, all different; None: of no training image
 
     def load(self, index: int) -> Image.Image | Tensor | str | bytes:
         """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor (3, H, W) of the right size, which is
@@ -327,51 +358,70 @@ def split_folders(root: Path) -> dict[str, Path]:
     return dict(sorted(splits.items(), reverse=True))  # validation first
 
 
-def labelled(paths: list[Path], base: Path, classes: list[str] | None = None) -> tuple[list[int], list[str]]:
-    """Labels from the first-level folders below `base`, if every image is in one; otherwise all 0."""
+def top_folders(paths: list[Path], base: Path) -> list[str]:
+    """The first-level folder below `base` of each image, if all are in one; otherwise "image"."""
     parts = [p.relative_to(base).parts for p in paths]
-    if not all(len(p) > 1 for p in parts):
-        return [0] * len(paths), ["image"]
-    classes = classes or sorted({p[0] for p in parts})
-    return numbers([p[0] for p in parts], classes, lambda i: paths[i]), classes
+    return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else ["image"] * len(paths)
 
 
-def numbers(found: list, classes: Sequence, name: Callable[[int], str | Path]) -> list[int]:
-    """The place of each of what was found among the classes."""
-    index = {c: i for i, c in enumerate(classes)}
-    for i, c in enumerate(found):
-        if c not in index:
+def labelled(training: Sequence[int] | Sequence[str], split: Sequence[int] | Sequence[str],
+             name: Callable[[int], str | Path] | None = None,
+             order: Sequence[str] | None = None) -> tuple[list[int], list[str | None]]:
+    """Labels of a split's images, and the names of the labels.
+
+    training    the class of each training image: a number, a word, or for all "image"
+    split       the same of the split's images; they get -1 if no training image is of their class
+    name        of the split's image i; None: a class of its own is no error (of held-out images)
+    order       of words; default: sorted
+    """
+    used = set(training)
+    if used <= {"image"}:
+        return [0] * len(split), ["image"]
+    if isinstance(training[0], str):
+        classes = [word for word in order or sorted(used) if word in used]
+        number = {word: i for i, word in enumerate(classes)}
+    elif max(used) < 10**6:
+        classes = [str(i) if i in used else None for i in range(max(used) + 1)]
+        number = {i: i for i in used}
+    else:
+        raise DataError(f"classes must be numbered from 0 to below 1,000,000; they are from {min(used)} to "
+                        f"{max(used)}")
+    for i, c in enumerate(split if name else ()):
+        if c not in number and c != "image":
             raise DataError(f"{name(i)} is of class {c!r}, which the training split does not have")
-    return [index[c] for c in found]
+    return [number.get(c, -1) for c in split], classes
 
 
-def held_out(names: Iterable[str], val_fraction: float, train: bool) -> list[int]:
-    """The indices for this split, by a hash of the names: one's place does not change when others come or go."""
+def held_out(names: Iterable[str], val_fraction: float, train: bool) -> tuple[list[int], list[int]]:
+    """The indices for training, and those for this split, by a hash of the names: one's place does
+    not change when others come or go."""
     place = [zlib.crc32(name.encode()) / 2**32 for name in names]
     limit = max(val_fraction, min(place, default=0) + 2**-32)  # at least one image for validation
-    return [i for i, x in enumerate(place) if (x >= limit) == train]
+    training = [i for i, x in enumerate(place) if x >= limit]
+    return training, training if train else [i for i, x in enumerate(place) if x < limit]
 
 
 def imagenet(root: Path, train: bool) -> Source:
     splits = split_folders(root)
-    base = splits.get("train" if train else "val")
-    classes = []
-    if "train" in splits:
-        classes = sorted(d.name for d in splits["train"].iterdir() if d.is_dir())
-    if not base or not classes:
-        raise DataError(f"{root / 'val' if classes else root / 'train'} has no class folders")
-    paths = list_images(*splits.values())[-1] if train else list_images(base)[0]
-    if paths and all(p.parent == base for p in paths):
+    for split in ("train", "val"):
+        if split not in splits:
+            raise DataError(f"{root / split} has no class folders")
+    source = folder(root, train, 0)
+    unsorted = source.classes == ["image"] if train else -1 in source.labels
+    if unsorted and source.labels:
+        base = splits["train" if train else "val"]
         raise DataError(f"the images in {base} are not sorted into class folders")
-    labels, classes = labelled(paths, base, classes)
     # Folders may be named by synset (n01440764) or by class index (0), which the .yml file translates.
     synsets, words = {}, {}
     if (root / "imagenet_idx_to_synset.yml").is_file():
         synsets = dict(re.findall(r"(\d+): *(n\d+)", (root / "imagenet_idx_to_synset.yml").read_text()))
     if (root / "synset_human.txt").is_file():
         words = dict(line.split(maxsplit=1) for line in (root / "synset_human.txt").read_text().splitlines() if " " in line)
-    names = [words.get(synsets.get(c, c), synsets.get(c, c)) for c in classes]
-    return Files([str(p) for p in paths], labels, names)
+    names = [synsets.get(c, c) for c in source.classes]
+    said = [words.get(name, name) for name in names]
+    source.classes = [word if said.count(word) == 1 else f"{word} ({name})"  # two are "crane"
+                      for word, name in zip(said, names)]
+    return source
 
 
 def ffhq(root: Path, train: bool) -> Source:
@@ -425,16 +475,19 @@ def folder(root: Path, train: bool, val_fraction: float) -> Source:
     base = splits.setdefault("train", root)
     images = dict(zip(splits, list_images(*splits.values())))
     paths = images["train"]
-    labels, classes = labelled(paths, base)
-    if "val" in splits:
-        if not train:
-            paths = images["val"]
-            classes = classes if classes != ["image"] else None
-            labels, classes = labelled(paths, splits["val"], classes)
-    elif paths:
-        keep = held_out((p.relative_to(base).as_posix() for p in paths), val_fraction, train)
-        paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-    return Files([str(p) for p in paths], labels, classes)
+    words = training = top_folders(paths, base)
+    name = None
+    if "val" not in splits:
+        names = (p.relative_to(base).as_posix() for p in paths)
+        kept, rows = held_out(names, val_fraction, train)
+        training = [words[i] for i in kept]
+        words = [words[i] for i in rows]
+        paths = [paths[i] for i in rows]
+    elif not train:
+        paths = images["val"]
+        words = top_folders(paths, splits["val"])
+        name = paths.__getitem__
+    return Files([str(p) for p in paths], *labelled(training, words, name))
 
 
 def webdataset(root: Path, train: bool, val_fraction: float) -> Source:
@@ -446,21 +499,19 @@ def huggingface(root: Path, train: bool, val_fraction: float, image_column: str 
 
 
 def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bool, val_fraction: float) -> Source:
-    """A split of what is for training, and of what is for validation, if anything is. Classes are those of the former: its names, "0" to
-    its largest number, or its words."""
+    """A split of what is for training, and of what is for validation, if anything is."""
     if not ours or not ours.found:
         only = f": by its names all is for validation, such as {theirs.name(0)}" if theirs and theirs.found else ""
         raise DataError(f"there are no images for training{only}")
-    if isinstance(ours.found[0], str):
-        classes = sorted(set(ours.found))
-    elif min(ours.found) >= 0 and max(ours.found) < 10**6:
-        classes = range(len(ours.classes or range(max(ours.found) + 1)))
+    box, training, name = ours, ours.found, None
+    if theirs and theirs.found:
+        box = ours if train else theirs
+        rows, name = range(len(box.found)), box.name
     else:
-        raise DataError(f"classes must be numbered from 0 to below 1,000,000; they are from {min(ours.found)} to {max(ours.found)}")
-    box = theirs if theirs and theirs.found and not train else ours
-    rows = range(len(box.found)) if theirs and theirs.found else held_out(box.keys, val_fraction, train)
-    labels = numbers([box.found[row] for row in rows], classes, lambda i: box.name(rows[i]))
-    return Packed(box, rows, labels, ours.classes or [str(c) for c in classes])
+        kept, rows = held_out(ours.keys, val_fraction, train)
+        training = [ours.found[row] for row in kept]
+    split = [box.found[row] for row in rows]
+    return Packed(box, rows, *labelled(training, split, name, ours.classes))
 
 
 SOURCES = {  # a function of (root, train), and what root must be

@@ -122,6 +122,11 @@ class DQTransformer(CodeTransformer):
             values = [table[name] for table in tables]
             self.register_buffer(name, torch.cat(values) if name.startswith("slot") else torch.stack(values), persistent=False)
 
+    def start_tables(self) -> dict[str, list[int]]:
+        *_, (name, content) = self.content_emb.named_parameters()
+        return {f"content_emb.{name}": [len(content) - self.num_starts],
+                "position_emb.weight": [n + 1 for n in self.cells]}
+
     # Codes to sequences and back
 
     def order(self, codes: dict[str, Tensor]) -> Tokens:

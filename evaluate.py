@@ -29,7 +29,8 @@ split. --save_statistics FILE.npz writes the split's statistics under these name
 _std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do
 not depend on the batch size or the number of processes. Images are not augmented, in --split train either. All is kept in each run's
 metrics.json, with the `images` of `images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
-`real_images` of precision and recall from `real_images_from`, a split or the reference.
+`real_images` of precision and recall from `real_images_from`, a split or the reference. Of a class-conditional
+run, samples are of each class as often as the split's images (`labels`: as in val).
 """
 
 import argparse
@@ -54,7 +55,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
+from experiment import STAGE2, class_names, load_run, run_config, run_dataset, set_rate
 from gpt import sides
 from hub import run_folder
 from inception import (
@@ -63,7 +64,7 @@ from inception import (
 )
 from launch import run_main
 from losses import load_lpips
-from sample import SampleSettings, chosen_labels, draw, load_models, sampling_arguments
+from sample import SampleSettings, draw, load_models, sampling_arguments
 
 QUEUE = 65536
 
@@ -281,15 +282,16 @@ def perplexity(uses: Tensor) -> float:
 @torch.no_grad()
 def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict, reference: dict) -> dict:
     """The metrics of a stage-2 run; on the first process."""
-    model, stage1, config, classes = load_models(folder, args.which)
+    model, stage1, config, _ = load_models(folder, args.which)
     dataset, data = run_images(args, config, args.split, stage1)
     if sides(dataset.image_size) != sides(config["data"]["image_size"]):
         raise UserError(f"the model of {folder} draws images of {config['data']['image_size']} pixels, not {dataset.image_size}")
     validation = dataset if args.split == "val" else run_images(args, config, "val", stage1)[0]
-    if model.num_classes and len(dataset.classes) > model.num_classes:
-        raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
-    if model.num_classes and len(validation.classes) == 1:
-        raise UserError(f"the model of {folder} is class-conditional, and this data has no classes")
+    for images in (dataset, validation) if model.num_classes else ():
+        images.set_classes(class_names(folder) or images.classes)
+        if len(images.classes) != model.num_classes:
+            raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has "
+                            f"{len(images.classes)}")
     model, stage1 = model.to(state.device), stage1.to(state.device)
 
     bits = []
@@ -304,7 +306,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     if args.samples:
         source = given_samples(args, state, *sides(dataset.image_size)) if count else ()
     else:
-        source = draw_samples(args, state, model, stage1, config, classes, count)
+        source = draw_samples(args, state, model, stage1, config, dataset, count)
     for images, took in source:
         seconds += took
         if "inception" in networks:
@@ -318,23 +320,32 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
         metrics |= {"images_per_second": count / seconds}
     if real is None:
         return metrics
+    if model.num_classes and not args.samples:
+        metrics["labels"] = f"as in {args.split}"
     features, logits = features.tensor_split([-LOGITS], 1)
     metrics |= sample_quality(features[:, :FEATURES], logits, real["features"]) | distances(features, real)
     return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
 
 
 def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.Module, stage1: torch.nn.Module, config: dict,
-                 classes: list[str], count: int) -> Iterator[tuple[Tensor, float]]:
-    """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took; classes in turn."""
+                 dataset: ImageDataset, count: int) -> Iterator[tuple[Tensor, float]]:
+    """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took. Labels
+    are as in the dataset."""
     given = {"sample": dict(config["sample"])}
     override(given, [o for o in args.overrides if o.startswith("sample.")])
-    labels = chosen_labels(None, classes, count) if model.num_classes else None
+    labels = spread_labels(dataset, count) if model.num_classes else None
     settings = sampling_arguments(model, check_config(given, {"sample": SampleSettings}, "the command line")["sample"], labels)
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
         started = time.monotonic()
         images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings, state.autocast)
         yield torch.from_numpy(images).permute(0, 3, 1, 2), time.monotonic() - started
+
+
+def spread_labels(dataset: ImageDataset, count: int) -> Tensor:
+    """Labels (count,) in the dataset's proportions."""
+    every = sorted(dataset.label(i) for i in range(len(dataset)))
+    return torch.tensor([every[i * len(every) // count] for i in range(count)])
 
 
 def given_samples(args: argparse.Namespace, state: Accelerator, height: int, width: int) -> Iterator[tuple[Tensor, float]]:
@@ -468,7 +479,8 @@ LABELS = {  # and the format; those with "+" come with their spread
     "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
     "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
     "detail": ("codes on detail", ".1%"), "shared": ("places shared", ".1%"),
-    "samples": ("samples", "d"), "real_images": ("real images", "s"),
+    "samples": ("samples", "d"), "labels": ("their labels", "s"),
+    "real_images": ("real images", "s"),
     "fid": ("FID", ".2f"), "sfid": ("sFID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),
 }

@@ -10,6 +10,7 @@ A run folder holds config.yaml (complete: it is enough to repeat the run), metri
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -377,6 +378,12 @@ def run_config(folder: str | Path) -> dict:
     if mapping(config.get("model"), "model").get("name") not in MODELS:
         raise UserError(f"{path} names no model of {', '.join(MODELS)}")
     return config
+
+
+def class_names(folder: str | Path) -> list[str] | None:
+    """The names of a run's classes; None if it has none, or is a converted one, which has numbers."""
+    path = Path(folder) / "classes.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:

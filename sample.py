@@ -38,7 +38,9 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build, check_config
 from dataset import Files, ImageDataset, image_extensions, read_image, to_uint8
-from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
+from experiment import (
+    STAGE2, asked_rate, class_names, load_run, own_folder, set_image_size, set_rate,
+)
 from gpt import Blocks, Cache, check_sampling, sides
 from hub import run_folder
 from launch import run_main
@@ -71,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=run_folder, help="the run folder of a stage-2 model, or hf:user/name")
     parser.add_argument("-n", type=int, default=64, help="how many images in all (default 64)")
-    parser.add_argument("--classes", help="class numbers or names, with commas; the images go through them in turn (default: all)")
+    parser.add_argument("--classes", help="class names or numbers, with commas; the images go through them in "
+                                          "turn (default: all)")
     parser.add_argument("--cfg", type=float, help="scale of the guidance towards the classes; 1: none")
     for name, kind in SETTINGS.items():
         parser.add_argument(f"--{name}", type=kind)
@@ -274,11 +277,7 @@ def load_models(folder: str | Path, which: str = "latest") -> tuple[torch.nn.Mod
     set_image_size(stage1, config["data"]["image_size"])
     if (rate := asked_rate(config["codes"])) is not None:
         set_rate(stage1, rate)
-    try:
-        classes = json.loads((Path(folder) / "classes.json").read_text())
-    except (OSError, ValueError):
-        classes = [str(i) for i in range(model.num_classes)]
-    return model, stage1, config, classes
+    return model, stage1, config, class_names(folder) or [str(i) for i in range(model.num_classes)]
 
 
 @torch.no_grad()
@@ -305,15 +304,16 @@ def generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
 
 
 def chosen_labels(asked: str | None, classes: list[str], n: int) -> torch.Tensor:
-    """Labels (n,) that go through the classes asked for, by number or name, in turn."""
+    """Labels (n,) that go through the classes asked for, by name, number or part of a name."""
     chosen = list(range(len(classes)))
     if asked:
         chosen = []
-        for word in (w.strip().lower() for w in asked.split(",")):
+        words = [asked] if asked in classes else asked.split(",")
+        for word in (w.strip().lower() for w in words):
             exact = [i for i, c in enumerate(classes) if word == c.lower()]
             partial = [i for i, c in enumerate(classes) if word and word in c.lower()]
-            matches = [int(word)] if word.isdigit() else exact or partial
-            if not matches or max(matches) >= len(classes):
+            matches = exact or ([int(word)] if word.removeprefix("-").isdecimal() else partial)
+            if not matches or not 0 <= matches[-1] < len(classes):
                 raise UserError(f"there is no class {word!r}; the classes are 0 to {len(classes) - 1}: {', '.join(classes[:20])}"
                                 + (", ..." if len(classes) > 20 else ""))
             chosen += matches

@@ -2,7 +2,7 @@
 
     tar_shards, tables   what `root` holds for training, and for validation if its names tell
     Shards, Table        one of the two: read(row) -> an image file's bytes, or its path; name(row) for messages; keys, what the held-out
-                         rows are chosen by; found, the class of each row: a number or a word; classes, if those have names
+                         rows are chosen by; found, the class of each row: a number or a word; classes, if words have an order
 
 A wrong root is a FileNotFoundError, a folder that may not be read a PermissionError, anything else
 that is wrong a ValueError, of one sentence. Neither class keeps a file's position, so workers may
@@ -31,7 +31,9 @@ from tqdm import tqdm
 from images import files_below, image_extensions
 
 SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)  # the first in a path tells
-MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset's key, up to the first dot of the file's name, and the rest
+# WebDataset's key, up to the first dot of the file's name, and the rest. What is hidden has none, nor is a
+# leading / or ./ in it.
+MEMBER = re.compile(r"(?!(?:.*/)?\.[^./])(?:\.?/)*((?:.*/)?[^./]+)\.([^/]*)")
 
 
 def by_split(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -111,7 +113,7 @@ def index_all(shards: list[Path]) -> list[list]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     states = [(shard.absolute(), shard.stat()) for shard in shards]
     extensions = sorted(image_extensions())  # another Pillow reads other formats
-    names = [f"2 {path} {state.st_size} {state.st_mtime_ns} {extensions}" for path, state in states]
+    names = [f"3 {path} {state.st_size} {state.st_mtime_ns} {extensions}" for path, state in states]
     paths = [cache / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".json") for name in names]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]
@@ -168,7 +170,9 @@ def index_of(shard: Path) -> list[list]:
         if key not in images:
             raise ValueError(f"{shard} has {key}.cls but no image of that name; add the image, or remove the .cls")
         if not text.isdigit():
-            raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}")
+            raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}"
+                             + ("; -1 means no label, as in test splits: leave them out, or remove all .cls"
+                                if text == b"-1" else ""))
     if passed_over:
         told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: "
                 "a key ends at a name's first dot, its first image is read, and of links only hard "
@@ -186,7 +190,7 @@ class Table:
     images: Any  # a datasets.Dataset of the column of images alone, not decoded
     part: str
     found: Sequence[int] | Sequence[str]  # the column of labels, else "image"
-    classes: list[str] | None
+    classes: list[str] | None  # of a ClassLabel
 
     @property
     def keys(self) -> Iterator[str]:
@@ -238,9 +242,16 @@ def _table(data: Any, part: str, image_column: str | None, label_column: str | N
         return Table(images, part, ["image"] * len(data), None)
     usable = re.match("u?int|(large_)?string", getattr(columns[label_column], "dtype", ""))
     found = data.select_columns([label_column])[:][label_column] if usable else [None]
-    if None in found and asked is None:
-        warnings.warn(f"the column {label_column!r} has no number or word for each image; the images have no labels", stacklevel=2)
-        found = ["image"] * len(data)
+    wrong = None
     if None in found:
-        raise ValueError(f"the column {label_column!r} must hold a number or a word for each image; set data.label_column to another one")
-    return Table(images, part, found, getattr(columns[label_column], "names", None))
+        wrong = f"the column {label_column!r} must hold a number or a word for each image"
+    elif isinstance(found[0], int) and min(found) < 0:
+        wrong = (f"classes must be numbered from 0, those in {label_column!r} are from {min(found)} to {max(found)}; "
+                 "-1 means no label")
+    if wrong and asked is not None:
+        raise ValueError(f"{wrong}; set data.label_column to another one")
+    if wrong:
+        warnings.warn(f"{wrong}; the images of the {part} split have no labels", stacklevel=2)
+        return Table(images, part, ["image"] * len(data), None)
+    names = getattr(columns[label_column], "names", None)
+    return Table(images, part, [names[i] for i in found] if names else found, names)

@@ -24,7 +24,9 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
+from experiment import (
+    STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate,
+)
 from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
 from hub import run_folder
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     train = config["train"]
     stage1, stage1_config, source = load_stage1(config, args.resume)
     train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
+    if train["class_conditional"]:
+        folder, resumed = stage1_folder(config, args.resume)
+        classes = class_names(folder.parent) if resumed else None
+        train_set.set_classes(classes or train_set.classes)
+        val_set.set_classes(train_set.classes)
     complete(config, stage1, train_set.classes)
     run = Run(config, args.resume, fsdp=True)
     run.plan(train_set)
@@ -106,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
-        write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
+        if train["class_conditional"]:
+            write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     size, seed, rank = train["train_batch_size"], train["seed"], accelerator.process_index
     if train_codes is not None:
         lengths = raw_model.survey(train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
@@ -207,7 +215,7 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     wanted = [c * len(data.classes) // columns for c in range(columns)] if conditional else None
     drawn = draw_columns(run, model, stage1, columns, wanted, step)
     model.train(was_training)
-    chosen = ([next((i for i in range(len(data)) if data.source.labels[i] == label), 0) for label in wanted] if wanted
+    chosen = ([next((i for i in range(len(data)) if data.label(i) == label), 0) for label in wanted] if wanted
               else [c * len(data) // columns for c in range(columns)])
     originals = torch.stack([image(data, i) for i in chosen]).to(run.accelerator.device)
     codes = stage1.encode(originals)

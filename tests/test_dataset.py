@@ -57,6 +57,14 @@ def test_imagenet_folders_named_by_index(tmp_path):
     assert make_dataset("imagenet", str(tmp_path)).classes == ["tench"]
 
 
+def test_imagenet_has_two_cranes(tmp_path):
+    for synset in ("n01", "n02", "n03"):
+        for split in ("train", "val"):
+            save(tmp_path / split / synset / "a.JPEG")
+    (tmp_path / "synset_human.txt").write_text("n01 crane\nn02 goldfish\nn03 crane\n")
+    assert make_dataset("imagenet", str(tmp_path)).classes == ["crane (n01)", "goldfish", "crane (n03)"]
+
+
 def test_ffhq(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(4):
@@ -121,6 +129,61 @@ def test_folder_with_splits_and_classes(tmp_path):
     save(tmp_path / "val/bird/4.png")
     with pytest.raises(DataError, match="'bird', which the training split does not have"):
         make_dataset("folder", str(tmp_path), "val", 8)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "folder"])
+def test_folders_without_images_are_no_classes(tmp_path, name):
+    for path in ("train/bee/1.png", "train/cat/2.png", "val/cat/3.png", "train/.ipynb_checkpoints/4.png"):
+        save(tmp_path / path)
+    for folder in ("train/ant", "train/__MACOSX", "val/.hidden", "val/dog"):
+        (tmp_path / folder).mkdir()
+    for split, labels in (("train", [0, 1]), ("val", [1])):
+        data = make_dataset(name, str(tmp_path), split, 8)
+        assert data.classes == ["bee", "cat"] and [data.label(i) for i in range(len(data))] == labels
+
+
+def test_flat_validation_images_have_no_class(tmp_path):
+    for path in ("train/bee/1.png", "train/cat/2.png", "val/3.png"):
+        save(tmp_path / path)
+    data = make_dataset("folder", str(tmp_path), "val", 8)
+    assert data.classes == ["bee", "cat"] and data[0][1] == -1
+    sentence = ("val/3.png is of no class that training images have, so sort it into one or "
+                "add images of its class; .* bee, cat$")
+    with pytest.raises(DataError, match=sentence):
+        data.set_classes(["bee", "cat"])
+    with pytest.raises(DataError, match="the images in .*val are not sorted into class folders"):
+        make_dataset("imagenet", str(tmp_path), "val", 8)
+    (tmp_path / "train/4.png").write_bytes((tmp_path / "val/3.png").read_bytes())  # now training has no classes either
+    (tmp_path / "val/3.png").rename(save(tmp_path / "val/dog/3.png"))
+    data = make_dataset("folder", str(tmp_path), "val", 8)
+    assert data.classes == ["image"] and data[0][1] == 0
+
+
+def test_classes_that_are_held_out_whole_are_no_classes(tmp_path):
+    for i in range(40):
+        save(tmp_path / f"{i}/x.png", size=(2, 2))
+    train, val = (make_dataset("folder", str(tmp_path), split, 8, val_fraction=0.3) for split in ("train", "val"))
+    assert len(train.classes) == len(train) < 40 and val.classes == train.classes
+    assert {val.label(i) for i in range(len(val))} == {-1}  # as stage 1 may have it
+    with pytest.raises(DataError, match="is of no class that training images have"):
+        val.set_classes(train.classes)
+
+
+def test_labels_are_those_of_a_run_by_name(tmp_path):
+    for path in ("train/bee/1.png", "train/cat/2.png", "val/cat/3.png"):
+        save(tmp_path / path)
+    train, val = (make_dataset("folder", str(tmp_path), split, 8) for split in ("train", "val"))
+    for data, labels in ((train, [1, 2]), (val, [2])):
+        data.set_classes(["ant", "bee", "cat"])
+        assert [data[i][1] for i in range(len(data))] == labels and data.classes == ["ant", "bee", "cat"]
+        assert torch.cat([labels for _, labels in eval_loader(data, 1, num_workers=0)]).tolist() == labels
+    val.set_classes(["cat", "dog"])  # no image of this split is a bee
+    assert val[0][1] == 0
+    with pytest.raises(DataError, match="1.png is of class 'bee', which the run does not know; the 2 classes are, .*, cat, dog$"):
+        train.set_classes(["cat", "dog"])
+    save(tmp_path / "flat/1.png")
+    with pytest.raises(DataError, match="the run is class-conditional, and this data has no classes"):
+        make_dataset("folder", str(tmp_path / "flat"), "val", 8).set_classes(["cat", "dog"])
 
 
 def test_folder_holds_out_a_stable_share(tmp_path):

@@ -19,9 +19,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 import evaluate
 import inception
 import sample
-from dataset import make_dataset, to_uint8
 from config import UserError
+from dataset import DataError, make_dataset, to_uint8
 from experiment import load_run
+from gpt import GPT
 
 
 @pytest.fixture(scope="module")
@@ -295,10 +296,15 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
         bits = model.bits(stage1.encode(torch.stack([p[0] for p in pairs])), torch.tensor([p[1] for p in pairs]))
     assert drawn["bits"] == pytest.approx(bits.mean().item(), abs=1e-3)
     # The same images from files; shared out otherwise; in another order
-    folder = ["--run", str(run), "-n", "4", "--seed", "3", "--out"]
+    assert drawn["labels"] == "as in val"
+    labels = evaluate.spread_labels(make_dataset(**config["data"], split="val"), 4).tolist()
+    assert sorted(labels) == sorted(p[1] for p in pairs)
+    folder = ["--run", str(run), "-n", "4", "--seed", "3", "--classes", ",".join(map(str, labels)), "--out"]
     sample.main([*folder, str(tmp_path / "files")])
     sample.main([*folder, str(tmp_path / "files.npz")])
-    assert_same(drawn, measured(run, "--samples", tmp_path / "files", "--batch_size", 3))
+    from_files = measured(run, "--samples", tmp_path / "files", "--batch_size", 3)
+    assert_same(drawn, from_files)
+    assert "labels" not in from_files
     np.savez(tmp_path / "flipped.npz", np.load(tmp_path / "files.npz")["arr_0"][::-1])
     assert_same(drawn, measured(run, "--samples", tmp_path / "flipped.npz"))
     np.savez(tmp_path / "val.npz", arr_0=torch.stack([to_uint8(image) for image, _ in pairs]).permute(0, 2, 3, 1))
@@ -309,6 +315,47 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     assert greedy["samples"] == 5 and greedy["images"] == greedy["real_images"] == 4 and greedy["fid"] != drawn["fid"]
     with pytest.raises(UserError, match="need 4 samples and 4 images; there are 3 and 4"):
         measured(run, "-n", 3)
+
+
+def test_labels_as_in_the_split():
+    data = make_dataset("shapes", split="val", image_size=16, val_size=30)
+    every = [data.label(i) for i in range(30)]
+    for count in (30, 60, 7):
+        labels = evaluate.spread_labels(data, count)
+        assert len(labels) == count
+        for label in set(every):
+            assert abs((labels == label).sum() - count * every.count(label) / 30) < 1
+
+
+def test_a_run_knows_classes_by_name(tmp_path, measured, train2, monkeypatch):
+    def images(root, classes):
+        for name in classes:
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(12):
+                Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / root / name / f"{name}{i}.png")
+
+    images("all", ["ant", "bee", "cat"])
+    images("some", ["bee", "cat"])
+    images("one", ["cat"])
+    images("other", ["bee", "dog"])
+    train2(write_tiny2(tmp_path, "gpt", data=f"name: folder\n  root: {tmp_path}/all\n  val_fraction: 0.5"), "train.max_train_steps=1")
+    run, given, bits = tmp_path / "run2", set(), GPT.bits
+
+    def spy(self, codes, labels=None):
+        given.update(labels.tolist())
+        return bits(self, codes, labels)
+
+    monkeypatch.setattr(GPT, "bits", spy)
+    for root, labels in (("all", {0, 1, 2}), ("some", {1, 2}), ("one", {2})):
+        given.clear()
+        measured(run, "--without", "inception", "-n", 3, f"data.root={tmp_path}/{root}")
+        assert given == labels
+    with pytest.raises(DataError, match="is of class 'dog', which the run does not know; the 3 classes are, .* ant, bee, cat$"):
+        measured(run, "--without", "inception", f"data.root={tmp_path}/other")
+    (run / "classes.json").unlink()  # a converted run: by place
+    measured(run, "--without", "inception", "-n", 3)
+    with pytest.raises(UserError, match="knows 3 classes, and this data has 2"):
+        measured(run, "--without", "inception", f"data.root={tmp_path}/some")
 
 
 def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):

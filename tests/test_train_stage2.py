@@ -15,9 +15,9 @@ import sample
 import train_stage2
 from code_cache import CodeBatches, CodeCache
 from config import UserError
-from dataset import DataError, make_dataset
+from dataset import DataError, make_dataset, to_uint8
 from experiment import load_run, save_run
-from gpt import Blocks
+from gpt import GPT, Blocks
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -214,6 +214,78 @@ def test_codes_are_encoded_once_and_again_when_something_changes(train2, tmp_pat
     model.encoder.neck.conv_out.bias.data += 1.0
     save_run(tmp_path / "other", about, {"model": model})
     assert start(f"codes.stage1={tmp_path}/other", f"codes.cache_dir={folder}")[0] == ["train", "val"]
+
+
+def class_folders(folder, classes, count=8):
+    shutil.rmtree(folder, ignore_errors=True)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(count * k + i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{i}.png")
+
+
+def test_classes_of_a_resumed_run_are_its_own(train2, tmp_path):
+    images, run = tmp_path / "images", tmp_path / "run2"
+    config = write_tiny2(tmp_path, "gpt", data=f"name: folder\n  root: {images}\n  val_fraction: 0.2", sample="columns: 4\n  rows: 1")
+    class_folders(images, ["bee", "cat", "dog"])
+    train2(config, "train.max_train_steps=1")
+    assert (run / "classes.json").read_text() == '["bee", "cat", "dog"]\n'
+    class_folders(images, ["ant", "bee", "cat"])
+    for resume in ("auto", str(run / "checkpoints/step_00000001")):
+        with pytest.raises(DataError, match="is of class 'ant', which the run does not know; the 3 classes are, .* bee, cat, dog$"):
+            train2(config, "train.max_train_steps=2", resume=resume)
+    class_folders(images, ["cat", "dog"])  # labels do not shift
+    seen, forward = set(), GPT.forward
+
+    def spy(self, codes, labels=None):
+        seen.update(labels.tolist())
+        return forward(self, codes, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", spy)
+        train2(config, "train.max_train_steps=4", resume="auto")
+    assert seen == {1, 2} and load_run(run)[0].num_classes == 3
+    assert (run / "classes.json").read_text() == '["bee", "cat", "dog"]\n'
+
+
+def test_corrected_labels_reach_cached_codes(tmp_path):
+    """Without another encoding."""
+    class_folders(tmp_path / "images", ["a", "b"], 4)
+    for k in (0, 1):
+        data = make_dataset("folder", str(tmp_path / "images"), image_size=16, val_fraction=0)
+        data.set_classes(["b", "a"] if k else ["a", "b"])
+        cache = CodeCache(tmp_path / "codes", "key", data, [0, 5, 6], 2, {"indices": torch.zeros(1, 8, 8, dtype=torch.int64)}, 32)
+        cache.create()
+        list(cache.encode(cache.missing(), lambda images: {"indices": torch.ones(len(images), 8, 8, dtype=torch.int64)}, 4, 0))
+        want = [1 - x if k else x for x in [0, 1, 1] * 2]
+        assert cache[:][1].tolist() == want and cache[[5, 0]][1].tolist() == [want[5], want[0]]
+        assert (cache[:][0]["indices"] == 1).all() and cache.missing() == []
+
+
+def test_labels_of_images_that_take_the_place_of_unreadable_ones(tmp_path):
+    class_folders(tmp_path / "images/train", ["a", "b"], 100)
+    (tmp_path / "images/val").mkdir()
+    (tmp_path / "images/train/a/a99.png").write_bytes(b"no image")  # the last of its class
+    data = make_dataset("folder", str(tmp_path / "images"), image_size=16)
+    cache = CodeCache(tmp_path / "codes", "key", data, [98, 99, 100], 1, {"indices": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, 256)
+    cache.create()
+    with pytest.warns(UserWarning, match="a99.png .*the next image takes its place"):
+        list(cache.encode(cache.missing(), lambda images: {"indices": to_uint8(images).long()}, 2, 0))
+    again = make_dataset("folder", str(tmp_path / "images"), image_size=16)
+    for dataset in (data, again):  # in another run, too
+        cache = CodeCache(tmp_path / "codes", "key", dataset, [98, 99, 100], 1, {"indices": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, 256)
+        codes, labels = cache[:]
+        assert labels.tolist() == [0, 1, 1] and not torch.equal(codes["indices"][0], codes["indices"][1])
+
+
+def test_chosen_classes():
+    classes = ["10", "8", "crane, bird", "bird", "2", "big bird", "f-1"]
+    for asked, labels in (("10", [0]), ("8", [1]), ("3,2", [3, 4]), ("Bird", [3]), ("big", [5]), ("crane, bird", [2]), ("ne,6", [2, 6])):
+        assert sample.chosen_labels(asked, classes, len(labels)).tolist() == labels, asked
+    for asked in ("7", "-1", "-8", "cat", ""):
+        with pytest.raises(UserError, match="there is no class .*; the classes are 0 to 6: 10, 8, crane, bird, bird, 2, big bird, f-1$"):
+            sample.chosen_labels(f"{asked},10", classes, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
