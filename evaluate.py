@@ -58,8 +58,8 @@ from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
 from gpt import sides
 from hub import run_folder
 from inception import (
-    FEATURES, LOGITS, check_images, distances, inception_features, load_inception, load_reference, read_npz, sample_quality,
-    save_statistics, statistics,
+    FEATURES, LOGITS, check_images, check_neighbours, distances, inception_features, load_inception, load_reference, read_npz,
+    sample_quality, save_statistics, statistics,
 )
 from launch import run_main
 from losses import load_lpips
@@ -171,6 +171,7 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
     if rate is not None:
         set_rate(model, rate)
     model = model.to(state.device)
+    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     books = len(getattr(model.quantizer, "layers", [0]))  # a residual quantizer may have a codebook for each depth
     uses = torch.zeros(books * model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
@@ -189,7 +190,6 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         if "inception" in networks:
             features.append(inception_features(networks["inception"], reconstructions)[0])
     uses = state.reduce(uses, "sum").cpu()
-    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     each, features, places = collect(state, each), collect(state, features), collect(state, places)
     if not state.is_main_process:
         return {}
@@ -291,6 +291,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     if model.num_classes and len(validation.classes) == 1:
         raise UserError(f"the model of {folder} is class-conditional, and this data has no classes")
     model, stage1 = model.to(state.device), stage1.to(state.device)
+    real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True) if "inception" in networks else None
 
     bits = []
     for images, labels in batches(args, state, validation, f"{folder}: bits"):
@@ -301,6 +302,8 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     features, seconds, count = [], 0.0, args.n or min(args.images or len(dataset), len(dataset))
     if "inception" not in networks:
         count = 0 if args.samples else min(count, args.batch_size * state.num_processes)  # for the speed alone
+    elif state.is_main_process and not args.samples:
+        check_neighbours(count, len(real["features"]))
     if args.samples:
         source = given_samples(args, state, *sides(dataset.image_size)) if count else ()
     else:
@@ -308,8 +311,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     for images, took in source:
         seconds += took
         if "inception" in networks:
-            features.append(torch.cat(inception_features(networks["inception"], images.to(state.device)), 1))
-    real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True) if "inception" in networks else None
+            features.append(torch.cat(inception_features(networks["inception"], images), 1))
     features, seconds = collect(state, features), max(gather_object([seconds]))
     if not state.is_main_process:
         return {}
