@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     size, seed, rank = train["train_batch_size"], train["seed"], accelerator.process_index
     if train_codes is not None:
-        lengths = raw_model.survey(train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        parts = (train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        lengths = raw_model.survey({k: v.to(device) for k, v in codes.items()} for codes in parts).cpu()
         batches = code_loader(train_codes, lengths, size, seed, start * accumulate, rank, run.world, device)
         order = partial(CodeBatches.images, lengths, train_codes.views, size * run.world, seed)
     else:
