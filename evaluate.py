@@ -40,13 +40,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -54,7 +53,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
+from experiment import PATIENCE, STAGE2, load_run, run_config, run_dataset, set_rate
 from gpt import sides
 from hub import run_folder
 from inception import (
@@ -120,8 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         meant.add(data_key(data))
     if saved and len(meant) > 1:
         raise UserError("--save_statistics are of one data set, and these runs have several; give --run one of them")
-    state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
-                        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
+    state = Accelerator(mixed_precision="bf16" if args.bf16 else None, kwargs_handlers=[PATIENCE])
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
     known, results, rows = {}, {}, {}
     if saved:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from checkpoint import make_file
 from config import UserError, build, check_config
 from dataset import EXTENSIONS, Files, ImageDataset, read_image, to_uint8
-from experiment import STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
+from experiment import PATIENCE, STAGE2, asked_rate, load_run, own_folder, set_image_size, set_rate
 from gpt import Blocks, Cache, check_sampling, sides
 from hub import run_folder
 from launch import run_main
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
         raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
     Cache.graphs = not args.no_graphs
-    state = Accelerator(mixed_precision="bf16" if args.bf16 else None)
+    state = Accelerator(mixed_precision="bf16" if args.bf16 else None, kwargs_handlers=[PATIENCE])
     model, stage1, config, classes = load_models(args.run, args.which)
     given = {k: v for k in (*SETTINGS, "cfg_schedule") if (v := getattr(args, k)) is not None}
     given |= {} if args.cfg is None else {"cfg_scale": args.cfg}
