@@ -250,7 +250,7 @@ def test_stage1_whoever_does_what(tmp_path, measured, networks, random_inception
     assert_same({k: v for k, v in whole.items() if not k.startswith("lpips")}, two)
     for name, array in np.load(tmp_path / "one.npz").items():
         assert np.allclose(array, np.load(tmp_path / "two.npz")[name], atol=1e-4), name
-    assert measured(run, "--bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
+    assert measured(run, "--mixed_precision", "bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
 
     AcceleratorState._reset_state(True)
     capsys.readouterr()
