@@ -131,7 +131,11 @@ def is_there(value: Any) -> bool:
 def on(there: bool, values: Any) -> Any:
     """What was computed, as tensors of the second device or of the CPU."""
     if isinstance(values, Tensor):
-        return values if is_there(values) == there else values.as_subclass(SecondDeviceTensor if there else Tensor)
+        if is_there(values) == there:
+            return values
+        is_leaf = values.is_leaf and values.requires_grad
+        moved = (values.detach() if is_leaf else values).as_subclass(SecondDeviceTensor if there else Tensor)
+        return moved.requires_grad_() if is_leaf else moved
     if isinstance(values, (list, tuple)) and leaves(values):
         return tree_map(lambda value: on(there, value) if isinstance(value, Tensor) else value, values)
     return values

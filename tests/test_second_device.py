@@ -11,6 +11,7 @@ from conftest import TINY_MODELS, write_tiny, write_tiny2
 from PIL import Image
 from second_device import DEVICE, WrongDevice, second_device
 from test_convert import TAMING, taming_state, write
+from test_quantizers import ALL as QUANTIZERS
 from torch import nn
 
 import convert
@@ -22,9 +23,11 @@ import visualize
 from dataset import make_dataset
 from experiment import load_run
 from gpt import Cache
+from quantizers import gradient_norms
 
 QUICK = ["--num_workers", "0", "--batch_size", "4"]
 RANGES = {"mqvae": "model.topk_ratio=[0.1,0.9]", "dqvae": "model.ratios=[[0.1,0.9]]"}
+RESUMED = ("gpt", "mask_dqvae")
 KEEPS = {"gpt": "0,0,1,0.5", "stackformer": "0,0,1,0.5", "dq_transformer": "coarse", "mask_vqgan": "0,0,0.5,0.5",
          "mask_mqvae": "0,0,0.5,1"}
 
@@ -138,7 +141,8 @@ def test_stage2(device, tmp_path, train2, reference, name):
     train2(config, *words, "train.max_train_steps=1", "codes.cache=false", f"train.output_dir={tmp_path}/uncached")
     words += ["train.use_ema=true", "train.gradient_accumulation_steps=2"]
     train2(config, *words, "train.max_train_steps=1")
-    train2(config, *words, "train.max_train_steps=2", resume="auto")
+    if name in RESUMED:
+        train2(config, *words, "train.max_train_steps=2", resume="auto")
     found = measured(run, "-n", "4", "--reference", reference)
     assert found["bits"] > 0 and found["real_images_from"] == "reference.npz"
     pixels = make_dataset("shapes", image_size=16, uint8=True)[1][0].permute(1, 2, 0).numpy()
@@ -150,9 +154,20 @@ def test_stage2(device, tmp_path, train2, reference, name):
     sample.main(["--run", str(run), "-n", "1", "--no_graphs", "--image", str(tmp_path / "photo.png"), *keep])
     assert (run / "samples/seed_0/grid.png").is_file()
     drawn("sequence", run)
-    if name in ("gpt", "mask_dqvae"):
+    if name in RESUMED:
         sample.main(["--run", str(run), "-n", "2", "--cfg", "2", "--no_graphs", "--out", str(tmp_path / "samples.npz")])
         assert measured(run, "--samples", tmp_path / "reference.npz")["real_images_from"] == "val"
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizer(device, name):
+    quantizer = QUANTIZERS[name]().to(device)
+    z = torch.randn(2, 4, 4, quantizer.dim, device=device, requires_grad=True)
+    z_q, indices, losses, _ = quantizer(z)
+    (z_q.sum() + sum(losses.values())).backward()
+    assert z.grad.device == quantizer.lookup(quantizer.nearest(z)).device == device
+    if hasattr(quantizer, "codebook"):
+        assert gradient_norms(quantizer, z.detach(), indices).device == device
 
 
 def test_a_converted_run(device, tmp_path):
