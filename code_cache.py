@@ -34,8 +34,10 @@ from experiment import Run, asked_rate, own_folder
 from hub import run_folder
 
 
-def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int | None = None, views: int = 1) -> CodeCache:
-    """The codes of the dataset's images, or of `limit` of them; encoded now, as far as they are not yet on the disk."""
+def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: ImageDataset, limit: int | None = None,
+                   views: int = 1) -> CodeCache:
+    """The codes of the dataset's images, or of `limit` of them; encoded now, in the precision of `stage1`, as far as they are not yet on
+    the disk."""
     settings, accelerator = run.config["codes"], run.accelerator
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(count)]
@@ -47,7 +49,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     K = stage1.quantizer.codebook_size
-    key = cache_key(stage1, dataset, run.config["data"], indices, views, asked_rate(settings))
+    key = cache_key(stage1, dataset, run.config["data"], indices, views, asked_rate(settings), precision)
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, K)
     if run.is_main:
         others = [p.name for p in folder.glob(f"{split}_*") if p.name != cache.folder.name]
@@ -80,9 +82,9 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
 
 
 def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int,
-              rate: float | list[float] | None) -> str:
-    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, and the rate if one
-    was chosen. A folder of image files or shards may move."""
+              rate: float | list[float] | None, precision: str = "no") -> str:
+    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, the precision, and
+    the rate if one was chosen. A folder of image files or shards may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not (name.startswith("quantizer.") and name.split(".")[-1] in ("ema_count", "ema_sum", "queue")):
@@ -100,6 +102,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         left_out.add("image_column")
     data = {k: v for k, v in data.items() if k not in left_out}
     about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
+    about += [] if precision == "no" else [precision]  # older caches are in float32
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

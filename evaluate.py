@@ -41,13 +41,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -55,16 +54,18 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, class_names, load_run, run_config, run_dataset, set_rate
+from experiment import (
+    PATIENCE, STAGE2, class_names, load_run, run_config, run_dataset, set_rate,
+)
 from gpt import sides
 from hub import run_folder
 from inception import (
-    FEATURES, LOGITS, check_images, distances, inception_features, load_inception, load_reference, read_npz, sample_quality,
-    save_statistics, statistics,
+    FEATURES, LOGITS, check_images, check_neighbours, distances, inception_features, load_inception, load_reference, read_npz,
+    sample_quality, save_statistics, statistics,
 )
 from launch import run_main
 from losses import load_lpips
-from sample import SampleSettings, draw, load_models, sampling_arguments
+from sample import SampleSettings, draw, in_precision, load_models, sampling_arguments
 
 QUEUE = 65536
 
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--without", nargs="+", choices=("lpips", "inception"), default=[], help="leave out what needs these networks")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time, per process")
     parser.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images, per process")
-    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="no: float32 (default: as the run was trained)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, a row for each run")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="other data; in stage 2 also sample.key=value")
     overrides = [word for word in argv or sys.argv[1:] if re.match(r"\w+\.[\w.]+=", word)]  # also after --without, which takes words
@@ -121,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         meant.add(data_key(data))
     if saved and len(meant) > 1:
         raise UserError("--save_statistics are of one data set, and these runs have several; give --run one of them")
-    state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
-                        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
+    state = Accelerator(kwargs_handlers=[PATIENCE])
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
     known, results, rows = {}, {}, {}
     if saved:
@@ -171,14 +171,14 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
     if rate is not None:
         set_rate(model, rate)
-    model = model.to(state.device)
+    model = in_precision(model, config, state.device, args.mixed_precision)
+    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     books = len(getattr(model.quantizer, "layers", [0]))  # a residual quantizer may have a codebook for each depth
     uses = torch.zeros(books * model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
     for images, _ in batches(args, state, dataset, folder):
-        with state.autocast():
-            codes = model.encode(images)
-            reconstructions = to_uint8(model.decode(codes))
+        codes = model.encode(images)
+        reconstructions = to_uint8(model.decode(codes))
         values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
         if (levels := detail_levels(model, codes)) is not None:
             contrasts = contrast(images, images.shape[-1] // levels.shape[-1])
@@ -190,7 +190,6 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         if "inception" in networks:
             features.append(inception_features(networks["inception"], reconstructions)[0])
     uses = state.reduce(uses, "sum").cpu()
-    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     each, features, places = collect(state, each), collect(state, features), collect(state, places)
     if not state.is_main_process:
         return {}
@@ -282,7 +281,7 @@ def perplexity(uses: Tensor) -> float:
 @torch.no_grad()
 def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict, reference: dict) -> dict:
     """The metrics of a stage-2 run; on the first process."""
-    model, stage1, config, _ = load_models(folder, args.which)
+    model, stage1, config, _ = load_models(folder, args.which, state.device, args.mixed_precision)
     dataset, data = run_images(args, config, args.split, stage1)
     if sides(dataset.image_size) != sides(config["data"]["image_size"]):
         raise UserError(f"the model of {folder} draws images of {config['data']['image_size']} pixels, not {dataset.image_size}")
@@ -292,17 +291,20 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
         if len(images.classes) != model.num_classes:
             raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has "
                             f"{len(images.classes)}")
-    model, stage1 = model.to(state.device), stage1.to(state.device)
+    real = None
+    if "inception" in networks:
+        real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True)
 
     bits = []
     for images, labels in batches(args, state, validation, f"{folder}: bits"):
-        with state.autocast():
-            bits.append(model.bits(stage1.encode(images), labels if model.num_classes else None).double().cpu())
+        bits.append(model.bits(stage1.encode(images), labels if model.num_classes else None).double().cpu())
     bits = collect(state, bits)
 
     features, seconds, count = [], 0.0, args.n or min(args.images or len(dataset), len(dataset))
     if "inception" not in networks:
         count = 0 if args.samples else min(count, args.batch_size * state.num_processes)  # for the speed alone
+    elif state.is_main_process and not args.samples:
+        check_neighbours(count, len(real["features"]))
     if args.samples:
         source = given_samples(args, state, *sides(dataset.image_size)) if count else ()
     else:
@@ -310,8 +312,7 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
     for images, took in source:
         seconds += took
         if "inception" in networks:
-            features.append(torch.cat(inception_features(networks["inception"], images.to(state.device)), 1))
-    real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True) if "inception" in networks else None
+            features.append(torch.cat(inception_features(networks["inception"], images), 1))
     features, seconds = collect(state, features), max(gather_object([seconds]))
     if not state.is_main_process:
         return {}
@@ -338,7 +339,7 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
         started = time.monotonic()
-        images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings, state.autocast)
+        images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings)
         yield torch.from_numpy(images).permute(0, 3, 1, 2), time.monotonic() - started
 
 

@@ -50,6 +50,7 @@ from vqgan import VQGAN, VQVAE, sides
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
 STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer, "mask_transformer": MaskTransformer}
 MODELS = STAGE1 | STAGE2
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process may wait long for another's codes, FID or images
 
 
 class Run:
@@ -274,8 +275,7 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             log_with=train["log_with"],
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
             # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
-            # One process may have to wait long for another's share of an encoding.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(str(error)) from error
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)

@@ -31,7 +31,7 @@ from vqgan import sides
 
 @dataclass
 class Stage1Settings(TrainSettings):
-    channels_last: bool = False  # the memory layout that GPUs' convolutions like
+    channels_last: bool = False  # the memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it
     calibration_images: int = 2000  # how many training images the thresholds of an entropy router are computed from
     calibration_file: str | None = None  # thresholds.json of another run, to use instead
     codebook_stats_every: int | None = None  # record usage, norms and gradients of the codes every so many steps, for visualize.py

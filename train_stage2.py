@@ -32,7 +32,7 @@ from gpt import NotFinite, parameter_groups
 from hub import run_folder
 from launch import run_main
 from mqvae import MQVAE
-from sample import SampleSettings, sampling_arguments
+from sample import SampleSettings, in_precision, precision_of, sampling_arguments
 from vqgan import VQGAN, VQVAE
 
 
@@ -103,9 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = run.prepare(model, optimizer, ema)
 
     # Codes
-    stage1 = stage1.to(device).requires_grad_(False)
-    val_codes = encode_dataset(run, stage1, val_set, train["num_validation_images"])
-    train_codes = encode_dataset(run, stage1, train_set, views=config["codes"]["cache_views"]) if config["codes"]["cache"] else None
+    stage1, precision = in_precision(stage1, stage1_config, device).requires_grad_(False), precision_of(stage1_config)
+    val_codes = encode_dataset(run, stage1, precision, val_set, train["num_validation_images"])
+    train_codes = None
+    if config["codes"]["cache"]:
+        train_codes = encode_dataset(run, stage1, precision, train_set, views=config["codes"]["cache_views"])
 
     # Resume
     run.track(model=model, ema=ema, stateful={})
@@ -117,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
             write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     size, seed, rank = train["train_batch_size"], train["seed"], accelerator.process_index
     if train_codes is not None:
-        lengths = raw_model.survey(train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        parts = (train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        lengths = raw_model.survey({k: v.to(device) for k, v in codes.items()} for codes in parts).cpu()
         batches = code_loader(train_codes, lengths, size, seed, start * accumulate, rank, run.world, device)
         order = partial(CodeBatches.images, lengths, train_codes.views, size * run.world, seed)
     else:

@@ -251,7 +251,7 @@ def test_stage1_whoever_does_what(tmp_path, measured, networks, random_inception
     assert_same({k: v for k, v in whole.items() if not k.startswith("lpips")}, two)
     for name, array in np.load(tmp_path / "one.npz").items():
         assert np.allclose(array, np.load(tmp_path / "two.npz")[name], atol=1e-4), name
-    assert measured(run, "--bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
+    assert measured(run, "--mixed_precision", "bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
 
     AcceleratorState._reset_state(True)
     capsys.readouterr()
@@ -422,6 +422,17 @@ def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):
         measured(run, *two)
     measured(run, "data.val_size=5", *two)
     assert np.allclose(np.load(tmp_path / "two.npz")["mu"], saved["mu"])
+
+
+def test_what_can_fail_is_computed_before_anything_is_sampled(tmp_path, measured, networks, train2, monkeypatch):
+    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1", "data.val_size=4")
+    monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("sampled in vain"))
+    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("measured in vain"))
+    for count, sentence in ((1, "at least two images"), (3, "need 4 samples and 4 images; there are 4 and 3")):
+        np.savez(tmp_path / "few.npz", arr_0=np.zeros((count, 16, 16, 3), np.uint8))
+        for run in (tmp_path / "run2", tmp_path / "stage1_vqgan")[:2 if count == 1 else 1]:
+            with pytest.raises(UserError, match=sentence):
+                measured(run, "--reference", tmp_path / "few.npz")
 
 
 def test_the_training_split_is_not_augmented(tmp_path):

@@ -1,5 +1,6 @@
 """train_stage2.py and sample.py as a whole: on tiny runs, in this process, in two, interrupted and resumed."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 from conftest import TRANSFORMERS, forked, metrics, save_stage1, weights, write_tiny2
 from PIL import Image
 
+import evaluate
 import sample
 import train_stage2
 from code_cache import CodeBatches, CodeCache
@@ -18,6 +20,7 @@ from config import UserError
 from dataset import DataError, make_dataset, to_uint8
 from experiment import load_run, save_run
 from gpt import GPT, Blocks
+from vqgan import VQGAN
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -274,7 +277,8 @@ def test_labels_of_images_that_take_the_place_of_unreadable_ones(tmp_path):
         list(cache.encode(cache.missing(), lambda images: {"indices": to_uint8(images).long()}, 2, 0))
     again = make_dataset("folder", str(tmp_path / "images"), image_size=16)
     for dataset in (data, again):  # in another run, too
-        cache = CodeCache(tmp_path / "codes", "key", dataset, [98, 99, 100], 1, {"indices": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, 256)
+        example = {"indices": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}
+        cache = CodeCache(tmp_path / "codes", "key", dataset, [98, 99, 100], 1, example, 256)
         codes, labels = cache[:]
         assert labels.tolist() == [0, 1, 1] and not torch.equal(codes["indices"][0], codes["indices"][1])
 
@@ -459,6 +463,50 @@ def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of an image drawn anew
+
+
+def test_each_model_computes_in_the_precision_of_its_training(train2, tmp_path, monkeypatch):
+    """And so in training, sampling and evaluation, with codes of each precision in a cache of their own."""
+    config, run, stage1, seen = write_tiny2(tmp_path, "gpt"), tmp_path / "run2", tmp_path / "stage1_vqgan/config.yaml", {}
+
+    def watch(kind, name):
+        method = getattr(kind, name)
+
+        @functools.wraps(method)
+        def watched(*args, **kwargs):
+            seen.setdefault(name, set()).add(str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else "float32")
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    def used(script, *words):
+        seen.clear()
+        script(*words)
+        return {name: precision for name, (precision,) in seen.items()}
+
+    def sampled(*words):
+        sample.main(["--run", str(run), "-n", "1", *words])
+
+    def measured(*words):
+        evaluate.main(["--run", str(run), "-n", "1", "--without", "lpips", "inception", "--num_workers", "0", *words])
+
+    for kind, names in ((VQGAN, ("encode", "decode")), (GPT, ("bits", "sample"))):
+        for name in names:
+            watch(kind, name)
+    words = ["train.max_train_steps=1", "data.val_size=4"]
+    full, half = "float32", "torch.bfloat16"
+    assert used(train2, config, *words) == {"encode": full, "decode": full, "bits": full, "sample": full}
+    stage1.write_text(stage1.read_text().replace("mixed_precision: null", "mixed_precision: bf16"))
+    shutil.rmtree(run)
+    mixed = {"encode": half, "decode": half, "bits": full, "sample": full}
+    assert used(train2, config, *words) == mixed and len(list((stage1.parent / "codes").glob("train_*"))) == 2
+    assert used(sampled) == {"decode": half, "sample": full} and used(measured) == mixed
+    for asked, precision in (("no", full), ("fp16", "torch.float16")):
+        for script in (sampled, measured):
+            assert set(used(script, "--mixed_precision", asked).values()) == {precision}
+    other = [*words, "codes.cache=false", "train.mixed_precision=bf16", f"train.output_dir={tmp_path}/half"]
+    run = tmp_path / "half"
+    assert set(used(train2, config, *other).values()) == set(used(measured).values()) == {half}
 
 
 KEEPS = {"gpt": "0,0,1,0.5", "stackformer": "0,0,1,0.5", "dq_transformer": "coarse", "dq_transformer_triple": "coarse,medium",
