@@ -47,6 +47,7 @@ class Checkpoints:
         self.accelerator, self.folder, self.limit, self.modules, self.optimizer = accelerator, folder, limit, modules, optimizer
         self.is_main, self.sharded = accelerator.is_main_process, optimizer is not None
         self.best, self.agreed = -math.inf, 0  # the best score; the last step at which all processes held the same weights
+        self.best_step = 0  # of the best score, known to the first process
         accelerator.register_for_checkpointing(*stateful)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -184,14 +185,15 @@ class Checkpoints:
                 with safe_open(path, "pt") as best:
                     if int(best.metadata()["step"]) <= step:
                         self.best = float(best.metadata()["score"])
+                        self.best_step = int(best.metadata()["step"])
             except (SafetensorError, KeyError, TypeError, ValueError):
                 self.accelerator.print(f"{path} is damaged; the next validation replaces it")
 
     def save_best(self, step: int, score: float, module: nn.Module) -> None:
         """Keeps the weights if their score is the highest so far."""
         if self.is_main and score > self.best:
-            self.best = score
             write_file(self.folder / "best.safetensors", save(whole_state(module), {"step": str(step), "score": repr(score)}))
+            self.best, self.best_step = score, step
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

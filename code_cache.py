@@ -1,7 +1,7 @@
 """The codes of images on disk, for stage 2: encoded once by the stage-1 model, read in batches of similar length.
 
     encode_dataset      the CodeCache of a run's split; what is missing is encoded now, by all processes together
-    CodeCache           memory-mapped files of codes: cache[rows] -> (codes, labels)
+    CodeCache           memory-mapped files of codes: cache[rows] -> (codes, labels of the dataset)
     code_loader         endless batches (codes, labels) in the order of CodeBatches
 
 From an image to the transformer: ImageDataset (dataset.py) -> stage1.encode -> CodeCache -> CodeBatches -> code_loader -> the loop of
@@ -34,8 +34,10 @@ from experiment import Run, asked_rate, own_folder
 from hub import run_folder
 
 
-def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, limit: int | None = None, views: int = 1) -> CodeCache:
-    """The codes of the dataset's images, or of `limit` of them; encoded now, as far as they are not yet on the disk."""
+def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: ImageDataset, limit: int | None = None,
+                   views: int = 1) -> CodeCache:
+    """The codes of the dataset's images, or of `limit` of them; encoded now, in the precision of `stage1`, as far as they are not yet on
+    the disk."""
     settings, accelerator = run.config["codes"], run.accelerator
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(count)]
@@ -47,7 +49,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
     with torch.no_grad():
         example = stage1.encode(image(dataset, indices[0]).unsqueeze(0).to(accelerator.device))
     K = stage1.quantizer.codebook_size
-    key = cache_key(stage1, dataset, run.config["data"], indices, views, asked_rate(settings))
+    key = cache_key(stage1, dataset, run.config["data"], indices, views, asked_rate(settings), precision)
     cache = CodeCache(folder, f"{split}_{key}", dataset, indices, views, example, K)
     if run.is_main:
         others = [p.name for p in folder.glob(f"{split}_*") if p.name != cache.folder.name]
@@ -67,16 +69,22 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, dataset: ImageDataset, lim
         accelerator.wait_for_everyone()
         if cache.missing():
             raise UserError(f"{cache.folder} is still not complete, although all was encoded; remove the folder and start again")
+    labels = []
     for i in range(0, len(cache), 4096):
-        if cache[i:i + 4096][0]["indices"].max() >= K:
+        codes, some = cache[i:i + 4096]
+        if codes["indices"].max() >= K:
             raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; remove the folder and start again")
+        labels.append(some.int().numpy().tobytes())
+    if run.is_main:
+        # A record; each run takes those of its dataset.
+        (cache.folder / "labels.bin").write_bytes(b"".join(labels))
     return cache
 
 
 def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int,
-              rate: float | list[float] | None) -> str:
-    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, and the rate if one
-    was chosen. A folder of image files or shards may move."""
+              rate: float | list[float] | None, precision: str = "no") -> str:
+    """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, the precision, and
+    the rate if one was chosen. A folder of image files or shards may move."""
     weights = hashlib.sha256()
     for name, tensor in stage1.state_dict().items():
         if not (name.startswith("quantizer.") and name.split(".")[-1] in ("ema_count", "ema_sum", "queue")):
@@ -89,9 +97,12 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()
     left_out = {"root"} if isinstance(dataset.source, Files) or data.get("name") == "webdataset" else set()
-    left_out |= {k for k in ("image_column", "label_column") if data.get(k) is None}  # which older caches did not know
+    left_out.add("label_column")  # no label is in the cache
+    if data.get("image_column") is None:  # which older caches did not know
+        left_out.add("image_column")
     data = {k: v for k, v in data.items() if k not in left_out}
     about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
+    about += [] if precision == "no" else [precision]  # older caches are in float32
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
@@ -105,7 +116,8 @@ class CodeCache:
     """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped files.
 
     `encode` fills it, in several processes at once; what is `missing` after an interruption is done next. Then rows can be read:
-    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`.
+    cache[rows] -> (codes, labels), int64. Row view * len(indices) + i is image indices[i] with the augmentation of epoch `view`. Labels are
+    the dataset's.
 
     folder, key    the files are in folder/key; the key must identify all that the codes depend on
     indices        which images of the dataset
@@ -119,8 +131,10 @@ class CodeCache:
         self.folder, self.dataset, self.indices, self.views = folder / key, dataset, indices, views
         self.rows = len(indices) * views
         kind = "uint16" if codebook_size <= 2**16 else "int32"
-        # One array per tensor of codes, the labels, and whether a row is done.
-        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()} | {"labels": ("int32", ()), "done": ("uint8", ())}
+        # One array per tensor of codes, the image that they are of (an unreadable one is replaced), and
+        # whether a row is done.
+        self.shapes = {k: (kind, tuple(v.shape[1:])) for k, v in example.items()}
+        self.shapes |= {"image": ("int32", ()), "done": ("uint8", ())}
 
     def create(self) -> None:
         """Makes the files, unless they are there."""
@@ -156,8 +170,9 @@ class CodeCache:
             finished.clear()
 
         try:
-            for i, (images, labels) in enumerate(on_device(loader, device)):
-                arrays = {**encode(images), "labels": labels}
+            for i, (images, _) in enumerate(on_device(loader, device)):
+                shown = torch.tensor([self.dataset.shown(index) for _, index in keys[i]])
+                arrays = {**encode(images), "image": shown}
                 for name, tensor in arrays.items():
                     kind, shape = self.shapes[name]
                     array = tensor.cpu().numpy()
@@ -184,8 +199,7 @@ class CodeCache:
 
     def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
         arrays = {name: torch.from_numpy(self._map(name)[rows].astype(np.int64)) for name in self.shapes if name != "done"}
-        labels = arrays.pop("labels")
-        return arrays, labels
+        return arrays, torch.tensor([self.dataset.label(i) for i in arrays.pop("image").tolist()])
 
     def _map(self, name: str) -> np.ndarray:
         kind, shape = self.shapes[name]

@@ -49,7 +49,7 @@ class TrainSettings:
     init_from: str | None = None  # start from the weights of this run or checkpoint, as far as they fit
     freeze: list[str] | None = None  # parts of the model that do not learn, such as [encoder, pre_quant, quantizer]
     max_train_steps: int | None = None  # give this
-    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None  # or this
+    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None  # or this; or both: the first to end
     max_minutes: float | None = None  # save and stop, for clusters with time limits; --resume auto continues
     learning_rate: float | None = None
     base_lr: float | None = None  # or this: per image, multiplied by the global batch

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     save_run(out, config, {"model": model}, {"discriminator": discriminator} if args.discriminator else {})
     if args.kind in FIRST_STAGE:
         save_run(out / "stage1", stage1_config, {"model": stage1})
-        (out / "classes.json").write_text(json.dumps([str(i) for i in range(section["num_classes"])]) + "\n")
     print(f"{out}: {section['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

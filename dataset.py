@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import atexit
 import copy
-import io
 import math
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -28,16 +26,17 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from images import decode, files_below, image_extensions, read_image
 from shapes import Shapes
-from shards import EXTENSIONS, Shards, Table, tables, tar_shards
+from shards import SPLIT, Shards, Table, tables, tar_shards
 
-BACKGROUND = (255, 255, 255)  # behind transparent images
 ENOUGH = 2  # training decodes JPEGs at 1/2, 1/4 or 1/8 if so many pixels are left for each of the smallest crop's (docs/data.md)
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
+SIDECARS = (".txt", ".json", ".csv", ".xml", ".yml", ".yaml", ".md")  # often lie beside images
 
 
 class DataError(Exception):
@@ -87,6 +86,8 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
                 raise DataError(f"no images for the {split} split in {root}")
         except (DataError, FileNotFoundError) as error:
             raise DataError(f"{error}; data.root must be {layout}") from error
+        except PermissionError as error:
+            raise DataError(f"{error}; make all of data.root readable") from error
         except ValueError as error:
             raise DataError(str(error)) from error
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
@@ -95,7 +96,8 @@ def make_dataset(name: Literal["imagenet", "ffhq", "celeba", "cifar10", "folder"
 class ImageDataset(Dataset):
     """(image, label) at [index], or at [(epoch, index)] with that epoch's augmentation.
 
-    image: float (3, H, W) in [-1, 1], or uint8. `classes` are the names of the labels. An unreadable training image is
+    image: float (3, H, W) in [-1, 1], or uint8. `classes` are the names of the labels: those that training images have, or
+    after `set_classes` a run's. Without a class, the label is -1. An unreadable training image is
     warned about once and replaced by the next readable one, until more than 1 % are unreadable; elsewhere it is an error.
     """
 
@@ -103,7 +105,7 @@ class ImageDataset(Dataset):
                  random_flip: bool = True, min_scale: float = 1.0, seed: int = 0, uint8: bool = False):
         self.source, self.image_size, self.train, self.seed, self.uint8 = source, image_size, train, seed, uint8
         self.random_crop, self.random_flip, self.min_scale = random_crop, random_flip, min_scale
-        self.classes = source.classes
+        self._number([name for name in source.classes if name is not None])
         smallest = math.sqrt(min_scale) if random_crop else 1  # the side of a training crop, as a share of the largest crop's
         side = image_size if isinstance(image_size, int) else max(image_size)
         self.least = math.ceil(ENOUGH * side / smallest) if train else 0
@@ -111,6 +113,36 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source.labels)
+
+    def label(self, index: int) -> int:
+        return self.class_of[self.source.labels[index]]
+
+    def shown(self, index: int) -> int:
+        """The image that is shown at this index: if it is known to be unreadable, another one."""
+        while self.unreadable[index]:
+            index = (index + 1) % len(self)
+        return index
+
+    def set_classes(self, names: list[str]) -> None:
+        """From now on labels are those of a run with these classes. DataError if an image has none."""
+        if self.classes == ["image"] and "image" not in names:
+            raise DataError("the run is class-conditional, and this data has no classes")
+        self._number(names)
+        for i in range(len(self)):
+            if self.label(i) < 0:
+                number = self.source.labels[i]
+                what = ("no class that training images have, so sort it into one or add images of "
+                        "its class")
+                if number >= 0:
+                    what = f"class {self.source.classes[number]!r}, which the run does not know"
+                raise DataError(f"{self.source.name(i)} is of {what}; the {len(names)} classes are, "
+                                f"or begin with, {', '.join(names[:20])}")
+
+    def _number(self, names: list[str]) -> None:
+        number = {name: i for i, name in enumerate(names)}
+        self.classes = names
+        # By the source's label; the last one is for its label -1.
+        self.class_of = [number.get(name, -1) for name in self.source.classes] + [-1]
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -121,7 +153,7 @@ class ImageDataset(Dataset):
             if not self.unreadable[this]:
                 try:
                     image = self._image(epoch, this)
-                    return (image if self.uint8 else to_float(image)), self.source.labels[this]
+                    return (image if self.uint8 else to_float(image)), self.label(this)
                 except Exception as error:  # PIL raises almost anything on a broken file
                     self._report(this, error)
         raise DataError("no image could be read")
@@ -245,8 +277,8 @@ def on_device(loader: DataLoader, device: torch.device | str) -> Iterator[tuple[
 class Source(Protocol):
     """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
 
-    labels: Sequence[int]
-    classes: list[str]  # the names of the labels
+    labels: Sequence[int]  # -1: none
+    classes: Sequence[str | None]  # the names of the labels, all different; None: of no training image
 
     def load(self, index: int) -> Image.Image | Tensor | str | bytes:
         """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor (3, H, W) of the right size, which is
@@ -303,89 +335,100 @@ class Packed:
         return self.box.name(self.rows[index])
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent; 16-bit images keep their high bytes."""
-    return decode(path)[0]
+def list_images(*folders: Path) -> list[list[Path]]:
+    """The images in each folder, but for those that one before it has (see `files_below`). Files
+    that are no images are told of."""
+    listed, others = files_below(image_extensions(), *folders)
+    others = [name for name in others if not name.lower().endswith(SIDECARS)]
+    if others:
+        warnings.warn(f"{len(others)} files in {folders[-1]} are no images that Pillow reads, and "
+                      f"are passed over, such as {min(others)}", stacklevel=2)
+    return [[folder / name for name in names] for folder, names in zip(folders, listed)]
 
 
-def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
-    `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
-        image.load()
-        turn = image.getexif().get(ExifTags.Base.Orientation)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        w, h = reduced[1][2:] if reduced else image.size
-        if reduced and turn in (5, 6, 7, 8):
-            w, h = h, w
-        left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
-        return image.convert("RGB"), (left, top, w, h)
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders for "val" and "train" in `root`, by their names (Valid, TRAINING)."""
+    splits = {}
+    for path in sorted(root.iterdir()):
+        match = SPLIT.fullmatch(path.name)
+        if match and path.is_dir():
+            first = splits.setdefault(match[1].lower(), path)
+            if not path.samefile(first):
+                raise DataError(f"{first} and {path} are for the same split; rename one of them")
+    return dict(sorted(splits.items(), reverse=True))  # validation first
 
 
-def list_images(root: Path) -> list[Path]:
-    """All image files below `root`, in order of their relative names; hidden files and folders are passed over."""
-    found = []
-    for where, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(where, f) for f in sorted(files) if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
-    return found
-
-
-def labelled(paths: list[Path], base: Path, classes: list[str] | None = None) -> tuple[list[int], list[str]]:
-    """Labels from the first-level folders below `base`, if every image is in one; otherwise all 0."""
+def top_folders(paths: list[Path], base: Path) -> list[str]:
+    """The first-level folder below `base` of each image, if all are in one; otherwise "image"."""
     parts = [p.relative_to(base).parts for p in paths]
-    if not all(len(p) > 1 for p in parts):
-        return [0] * len(paths), ["image"]
-    classes = classes or sorted({p[0] for p in parts})
-    return numbers([p[0] for p in parts], classes, lambda i: paths[i]), classes
+    return [p[0] for p in parts] if all(len(p) > 1 for p in parts) else ["image"] * len(paths)
 
 
-def numbers(found: list, classes: Sequence, name: Callable[[int], str | Path]) -> list[int]:
-    """The place of each of what was found among the classes."""
-    index = {c: i for i, c in enumerate(classes)}
-    for i, c in enumerate(found):
-        if c not in index:
+def labelled(training: Sequence[int] | Sequence[str], split: Sequence[int] | Sequence[str],
+             name: Callable[[int], str | Path] | None = None,
+             order: Sequence[str] | None = None) -> tuple[list[int], list[str | None]]:
+    """Labels of a split's images, and the names of the labels.
+
+    training    the class of each training image: a number, a word, or for all "image"
+    split       the same of the split's images; they get -1 if no training image is of their class
+    name        of the split's image i; None: a class of its own is no error (of held-out images)
+    order       of words; default: sorted
+    """
+    used = set(training)
+    if used <= {"image"}:
+        return [0] * len(split), ["image"]
+    if isinstance(training[0], str):
+        classes = [word for word in order or sorted(used) if word in used]
+        number = {word: i for i, word in enumerate(classes)}
+    elif max(used) < 10**6:
+        classes = [str(i) if i in used else None for i in range(max(used) + 1)]
+        number = {i: i for i in used}
+    else:
+        raise DataError(f"classes must be numbered from 0 to below 1,000,000; they are from {min(used)} to "
+                        f"{max(used)}")
+    for i, c in enumerate(split if name else ()):
+        if c not in number and c != "image":
             raise DataError(f"{name(i)} is of class {c!r}, which the training split does not have")
-    return [index[c] for c in found]
+    return [number.get(c, -1) for c in split], classes
 
 
-def held_out(names: Iterable[str], val_fraction: float, train: bool) -> list[int]:
-    """The indices for this split, by a hash of the names: one's place does not change when others come or go."""
+def held_out(names: Iterable[str], val_fraction: float, train: bool) -> tuple[list[int], list[int]]:
+    """The indices for training, and those for this split, by a hash of the names: one's place does
+    not change when others come or go."""
     place = [zlib.crc32(name.encode()) / 2**32 for name in names]
     limit = max(val_fraction, min(place, default=0) + 2**-32)  # at least one image for validation
-    return [i for i, x in enumerate(place) if (x >= limit) == train]
+    training = [i for i, x in enumerate(place) if x >= limit]
+    return training, training if train else [i for i, x in enumerate(place) if x < limit]
 
 
 def imagenet(root: Path, train: bool) -> Source:
-    base = root / ("train" if train else "val")
-    classes = sorted(d.name for d in (root / "train").iterdir() if d.is_dir()) if (root / "train").is_dir() else None
-    if not base.is_dir() or not classes:
-        raise DataError(f"{base if not base.is_dir() else root / 'train'} has no class folders")
-    paths = list_images(base)
-    if paths and all(p.parent == base for p in paths):
+    splits = split_folders(root)
+    for split in ("train", "val"):
+        if split not in splits:
+            raise DataError(f"{root / split} has no class folders")
+    source = folder(root, train, 0)
+    unsorted = source.classes == ["image"] if train else -1 in source.labels
+    if unsorted and source.labels:
+        base = splits["train" if train else "val"]
         raise DataError(f"the images in {base} are not sorted into class folders")
-    labels, classes = labelled(paths, base, classes)
     # Folders may be named by synset (n01440764) or by class index (0), which the .yml file translates.
     synsets, words = {}, {}
     if (root / "imagenet_idx_to_synset.yml").is_file():
         synsets = dict(re.findall(r"(\d+): *(n\d+)", (root / "imagenet_idx_to_synset.yml").read_text()))
     if (root / "synset_human.txt").is_file():
         words = dict(line.split(maxsplit=1) for line in (root / "synset_human.txt").read_text().splitlines() if " " in line)
-    names = [words.get(synsets.get(c, c), synsets.get(c, c)) for c in classes]
-    return Files([str(p) for p in paths], labels, names)
+    names = [synsets.get(c, c) for c in source.classes]
+    said = [words.get(name, name) for name in names]
+    source.classes = [word if said.count(word) == 1 else f"{word} ({name})"  # two are "crane"
+                      for word, name in zip(said, names)]
+    return source
 
 
 def ffhq(root: Path, train: bool) -> Source:
     """The lists may be in root, root/assets or ./assets. Without them the first 60,000 images in order of name are for training."""
     name, other = ("ffhqtrain.txt", "ffhqvalidation.txt") if train else ("ffhqvalidation.txt", "ffhqtrain.txt")
     lists = {f: p for f in (name, other) for d in (Path("assets"), root, root / "assets") if (p := d / f).is_file()}
-    paths = list_images(root)
+    paths, = list_images(root)
     if name in lists:
         here = {p.name: p for p in paths}
         wanted = lists[name].read_text().split()
@@ -402,11 +445,15 @@ def ffhq(root: Path, train: bool) -> Source:
 
 def celeba(root: Path, train: bool) -> Source:
     partition, images = root / "list_eval_partition.txt", root / "img_align_celeba"
+    if not partition.exists():  # from Kaggle, where there also is a folder in the folder
+        partition = partition.with_suffix(".csv")
+    if (images / images.name).is_dir():
+        images /= images.name
     for path in (partition, images):
         if not path.exists():
             raise DataError(f"there is no {path}")
-    rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
-    names = [name for name, split in rows if split == ("0" if train else "1")]
+    rows = [re.findall(r'[^\s,"]+', line) for line in partition.read_text().splitlines()]
+    names = [row[0] for row in rows if row[1:] == ["0" if train else "1"]]
     return Files([str(images / name) for name in names], [0] * len(names), ["face"], crop=(89 - 64, 121 - 64, 89 + 64, 121 + 64))
 
 
@@ -421,21 +468,26 @@ def cifar10(root: Path, train: bool) -> Source:
 
 
 def folder(root: Path, train: bool, val_fraction: float) -> Source:
-    """Folders train/ and val/ are the splits if they are there. Otherwise val_fraction of the files is held out, chosen by a hash of the
-    name. Labels are the first-level folders, if every image is in one."""
-    base = root / "train" if (root / "train").is_dir() else root
-    paths = list_images(base)
-    if not (root / "train").is_dir():
-        paths = [p for p in paths if (root / "val") not in p.parents]
-    labels, classes = labelled(paths, base)
-    if (root / "val").is_dir():
-        if not train:
-            paths = list_images(root / "val")
-            labels, classes = labelled(paths, root / "val", classes if classes != ["image"] else None)
-    elif paths:
-        keep = held_out((p.relative_to(base).as_posix() for p in paths), val_fraction, train)
-        paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-    return Files([str(p) for p in paths], labels, classes)
+    """Folders train/ and val/ are the splits if they are there; an image that both lead to is in
+    val/ alone. Otherwise val_fraction of the files is held out, chosen by a hash of the name.
+    Labels are the first-level folders, if every image is in one."""
+    splits = split_folders(root)
+    base = splits.setdefault("train", root)
+    images = dict(zip(splits, list_images(*splits.values())))
+    paths = images["train"]
+    words = training = top_folders(paths, base)
+    name = None
+    if "val" not in splits:
+        names = (p.relative_to(base).as_posix() for p in paths)
+        kept, rows = held_out(names, val_fraction, train)
+        training = [words[i] for i in kept]
+        words = [words[i] for i in rows]
+        paths = [paths[i] for i in rows]
+    elif not train:
+        paths = images["val"]
+        words = top_folders(paths, splits["val"])
+        name = paths.__getitem__
+    return Files([str(p) for p in paths], *labelled(training, words, name))
 
 
 def webdataset(root: Path, train: bool, val_fraction: float) -> Source:
@@ -447,30 +499,29 @@ def huggingface(root: Path, train: bool, val_fraction: float, image_column: str 
 
 
 def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bool, val_fraction: float) -> Source:
-    """A split of what is for training, and of what is for validation, if anything is. Classes are those of the former: its names, "0" to
-    its largest number, or its words."""
+    """A split of what is for training, and of what is for validation, if anything is."""
     if not ours or not ours.found:
         only = f": by its names all is for validation, such as {theirs.name(0)}" if theirs and theirs.found else ""
         raise DataError(f"there are no images for training{only}")
-    if isinstance(ours.found[0], str):
-        classes = sorted(set(ours.found))
-    elif min(ours.found) >= 0 and max(ours.found) < 10**6:
-        classes = range(len(ours.classes or range(max(ours.found) + 1)))
+    box, training, name = ours, ours.found, None
+    if theirs and theirs.found:
+        box = ours if train else theirs
+        rows, name = range(len(box.found)), box.name
     else:
-        raise DataError(f"classes must be numbered from 0 to below 1,000,000; they are from {min(ours.found)} to {max(ours.found)}")
-    box = theirs if theirs and theirs.found and not train else ours
-    rows = range(len(box.found)) if theirs and theirs.found else held_out(box.keys, val_fraction, train)
-    labels = numbers([box.found[row] for row in rows], classes, lambda i: box.name(rows[i]))
-    return Packed(box, rows, labels, ours.classes or [str(c) for c in classes])
+        kept, rows = held_out(ours.keys, val_fraction, train)
+        training = [ours.found[row] for row in kept]
+    split = [box.found[row] for row in rows]
+    return Packed(box, rows, *labelled(training, split, name, ours.classes))
 
 
 SOURCES = {  # a function of (root, train), and what root must be
     "imagenet": (imagenet, "a folder with train/ and val/, each with one folder of images per class (train/n01440764/x.JPEG)"),
     "ffhq": (ffhq, "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and ffhqvalidation.txt if you have them"),
-    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and list_eval_partition.txt"),
+    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and "
+                       "list_eval_partition.txt or .csv"),
     "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
                          "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
-    "folder": (folder, "a folder of images (" + " ".join(sorted(EXTENSIONS)) + "), in sub-folders or not"),
+    "folder": (folder, "a folder of images, of any kind that Pillow reads, in sub-folders or not"),
     "webdataset": (webdataset, "a folder of .tar shards, or a pattern of them (PATH/train-{000..123}.tar), with images (x.jpg) and, if you "
                                "have classes, x.cls or a folder for each"),
     "huggingface": (huggingface, "a folder that save_to_disk of the library datasets has written, or one of .parquet files"),

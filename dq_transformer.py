@@ -177,6 +177,11 @@ class DQTransformer(CodeTransformer):
             "cover": slot[covering],
         }
 
+    def start_tables(self) -> dict[str, list[int]]:
+        *_, (name, content) = self.content_emb.named_parameters()
+        return {f"content_emb.{name}": [len(content) - self.num_starts],
+                "position_emb.weight": [n + 1 for n in self.cells]}
+
     # Codes to sequences and back
 
     def order(self, codes: Codes) -> Tokens:

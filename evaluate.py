@@ -26,9 +26,11 @@ stage 2     fid, is, precision, recall      of the samples against the split, by
 recall against its images `arr_0`. Statistics that it lacks are those of its images; without images, precision and recall stay against the
 split. --save_statistics FILE.npz writes the split's statistics under these names.
 
-_std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do
-not depend on the batch size or the number of processes. Images are not augmented, in --split train either. All is kept in each run's
-metrics.json, with the `images` of `images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
+_std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. But for
+rounding, results do not depend on the batch size or the number of processes. Images are not
+augmented, in --split train either. Of a class-conditional run, samples are of each class as often as
+the split's images (`labels`: as in val). All is kept in each run's metrics.json, with the `images` of
+`images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
 `real_images` of precision and recall from `real_images_from`, a split or the reference.
 """
 
@@ -40,13 +42,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -54,16 +55,18 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import UserError, check_config, override
 from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
-from experiment import STAGE2, load_run, run_config, run_dataset, set_rate
+from experiment import (
+    PATIENCE, STAGE2, class_names, load_run, run_config, run_dataset, set_rate,
+)
 from gpt import sides
 from hub import run_folder
 from inception import (
-    FEATURES, LOGITS, check_images, distances, inception_features, load_inception, load_reference, read_npz, sample_quality,
-    save_statistics, statistics,
+    FEATURES, LOGITS, check_images, check_neighbours, distances, inception_features, load_inception, load_reference, read_npz,
+    sample_quality, save_statistics, statistics,
 )
 from launch import run_main
 from losses import load_lpips
-from sample import SampleSettings, chosen_labels, draw, load_models, sampling_arguments
+from sample import SampleSettings, draw, in_precision, load_models, sampling_arguments
 
 QUEUE = 65536
 
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--without", nargs="+", choices=("lpips", "inception"), default=[], help="leave out what needs these networks")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time, per process")
     parser.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that read images, per process")
-    parser.add_argument("--bf16", action="store_true", help="run the model in bfloat16")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="no: float32 (default: as the run was trained)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, a row for each run")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="other data; in stage 2 also sample.key=value")
     overrides = [word for word in argv or sys.argv[1:] if re.match(r"\w+\.[\w.]+=", word)]  # also after --without, which takes words
@@ -120,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         meant.add(data_key(data))
     if saved and len(meant) > 1:
         raise UserError("--save_statistics are of one data set, and these runs have several; give --run one of them")
-    state = Accelerator(mixed_precision="bf16" if args.bf16 else None,
-                        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait for the first one's FID
+    state = Accelerator(kwargs_handlers=[PATIENCE])
     networks, why = load_networks(state, args.without, with_lpips=not all(stage2.values()))
     known, results, rows = {}, {}, {}
     if saved:
@@ -170,14 +172,14 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         raise UserError(f"SSIM needs images of 11 pixels or more; these have {dataset.image_size}")
     if rate is not None:
         set_rate(model, rate)
-    model = model.to(state.device)
+    model = in_precision(model, config, state.device, args.mixed_precision)
+    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     books = len(getattr(model.quantizer, "layers", [0]))  # a residual quantizer may have a codebook for each depth
     uses = torch.zeros(books * model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
     for images, _ in batches(args, state, dataset, folder):
-        with state.autocast():
-            codes = model.encode(images)
-            reconstructions = to_uint8(model.decode(codes))
+        codes = model.encode(images)
+        reconstructions = to_uint8(model.decode(codes))
         values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
         if (levels := detail_levels(model, codes)) is not None:
             contrasts = contrast(images, images.shape[-1] // levels.shape[-1])
@@ -189,7 +191,6 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         if "inception" in networks:
             features.append(inception_features(networks["inception"], reconstructions)[0])
     uses = state.reduce(uses, "sum").cpu()
-    real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
     each, features, places = collect(state, each), collect(state, features), collect(state, places)
     if not state.is_main_process:
         return {}
@@ -281,35 +282,38 @@ def perplexity(uses: Tensor) -> float:
 @torch.no_grad()
 def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, networks: dict, known: dict, reference: dict) -> dict:
     """The metrics of a stage-2 run; on the first process."""
-    model, stage1, config, classes = load_models(folder, args.which)
+    model, stage1, config, _ = load_models(folder, args.which, state.device, args.mixed_precision)
     dataset, data = run_images(args, config, args.split, stage1)
     if sides(dataset.image_size) != sides(config["data"]["image_size"]):
         raise UserError(f"the model of {folder} draws images of {config['data']['image_size']} pixels, not {dataset.image_size}")
     validation = dataset if args.split == "val" else run_images(args, config, "val", stage1)[0]
-    if model.num_classes and len(dataset.classes) > model.num_classes:
-        raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has {len(dataset.classes)}")
-    if model.num_classes and len(validation.classes) == 1:
-        raise UserError(f"the model of {folder} is class-conditional, and this data has no classes")
-    model, stage1 = model.to(state.device), stage1.to(state.device)
+    for images in (dataset, validation) if model.num_classes else ():
+        images.set_classes(class_names(folder) or images.classes)
+        if len(images.classes) != model.num_classes:
+            raise UserError(f"the model of {folder} knows {model.num_classes} classes, and this data has "
+                            f"{len(images.classes)}")
+    real = None
+    if "inception" in networks:
+        real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True)
 
     bits = []
     for images, labels in batches(args, state, validation, f"{folder}: bits"):
-        with state.autocast():
-            bits.append(model.bits(stage1.encode(images), labels if model.num_classes else None).double().cpu())
+        bits.append(model.bits(stage1.encode(images), labels if model.num_classes else None).double().cpu())
     bits = collect(state, bits)
 
     features, seconds, count = [], 0.0, args.n or min(args.images or len(dataset), len(dataset))
     if "inception" not in networks:
         count = 0 if args.samples else min(count, args.batch_size * state.num_processes)  # for the speed alone
+    elif state.is_main_process and not args.samples:
+        check_neighbours(count, len(real["features"]))
     if args.samples:
         source = given_samples(args, state, *sides(dataset.image_size)) if count else ()
     else:
-        source = draw_samples(args, state, model, stage1, config, classes, count)
+        source = draw_samples(args, state, model, stage1, config, dataset, count)
     for images, took in source:
         seconds += took
         if "inception" in networks:
-            features.append(torch.cat(inception_features(networks["inception"], images.to(state.device)), 1))
-    real = real_side(args, state, dataset, data, networks, known, reference, neighbours=True) if "inception" in networks else None
+            features.append(torch.cat(inception_features(networks["inception"], images), 1))
     features, seconds = collect(state, features), max(gather_object([seconds]))
     if not state.is_main_process:
         return {}
@@ -318,33 +322,42 @@ def evaluate_stage2(args: argparse.Namespace, state: Accelerator, folder: str, n
         metrics |= {"images_per_second": count / seconds}
     if real is None:
         return metrics
+    if model.num_classes and not args.samples:
+        metrics["labels"] = f"as in {args.split}"
     features, logits = features.tensor_split([-LOGITS], 1)
     metrics |= sample_quality(features[:, :FEATURES], logits, real["features"]) | distances(features, real)
     return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
 
 
 def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.Module, stage1: torch.nn.Module, config: dict,
-                 classes: list[str], count: int) -> Iterator[tuple[Tensor, float]]:
-    """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took; classes in turn."""
+                 dataset: ImageDataset, count: int) -> Iterator[tuple[Tensor, float]]:
+    """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took. Labels
+    are as in the dataset."""
     given = {"sample": dict(config["sample"])}
     override(given, [o for o in args.overrides if o.startswith("sample.")])
-    labels = chosen_labels(None, classes, count) if model.num_classes else None
+    labels = spread_labels(dataset, count) if model.num_classes else None
     settings = sampling_arguments(model, check_config(given, {"sample": SampleSettings}, "the command line")["sample"], labels)
     mine = list(range(count))[state.process_index::state.num_processes]
     for i in progress(state, range(0, len(mine), args.batch_size), "sampling"):
         started = time.monotonic()
-        images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings, state.autocast)
+        images = draw(model, stage1, mine[i:i + args.batch_size], labels, args.seed, settings)
         yield torch.from_numpy(images).permute(0, 3, 1, 2), time.monotonic() - started
 
 
+def spread_labels(dataset: ImageDataset, count: int) -> Tensor:
+    """Labels (count,) in the dataset's proportions."""
+    every = sorted(dataset.label(i) for i in range(len(dataset)))
+    return torch.tensor([every[i * len(every) // count] for i in range(count)])
+
+
 def given_samples(args: argparse.Namespace, state: Accelerator, height: int, width: int) -> Iterator[tuple[Tensor, float]]:
-    """This process's share of the images in --samples, as draw_samples gives them."""
+    """This process's share of --samples, but for sample.py's grid.png, as draw_samples gives it."""
     path = Path(args.samples).expanduser()
     if path.suffix == ".npz":
         images = read_npz(path, "arr_0").get("arr_0")
         check_images(images, path, height, width)
     else:
-        images = [p for p in list_images(path) if p.name != "grid.png"]  # which sample.py writes beside them
+        images = [p for p in list_images(path)[0] if p.name != "grid.png"] if path.is_dir() else []
         if not images:
             raise UserError(f"there are no images in {path}")
     for batch in shares(args, state, images[:args.n], "samples", height, width):
@@ -468,7 +481,8 @@ LABELS = {  # and the format; those with "+" come with their spread
     "codes": ("codes per image", "+.1f"), "bits": ("bits per image", "+.1f"), "bits_per_pixel": ("bits per pixel", ".4f"),
     "kept_ratio": ("kept cells", ".1%"), "ratio_1": ("granularity 1", "+.1%"), "ratio_2": ("granularity 2", "+.1%"),
     "detail": ("codes on detail", ".1%"), "shared": ("places shared", ".1%"),
-    "samples": ("samples", "d"), "real_images": ("real images", "s"),
+    "samples": ("samples", "d"), "labels": ("their labels", "s"),
+    "real_images": ("real images", "s"),
     "fid": ("FID", ".2f"), "sfid": ("sFID", ".2f"), "is": ("Inception Score", "+.2f"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "images_per_second": ("sampled images/s", ".2f"),
 }

@@ -10,6 +10,7 @@ A run folder holds config.yaml (complete: it is enough to repeat the run), metri
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -49,6 +50,7 @@ from vqgan import VQGAN, VQVAE, sides
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
 STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer, "mask_transformer": MaskTransformer}
 MODELS = STAGE1 | STAGE2
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process may wait long for another's codes, FID or images
 
 
 class Run:
@@ -63,9 +65,11 @@ class Run:
 
     def __init__(self, config: dict[str, dict], resume: str | None = None, fsdp: bool = False):
         train = self.train = config["train"]
-        for one, other in (("learning_rate", "base_lr"), ("max_train_steps", "num_train_epochs")):
-            if (train[one] is None) == (train[other] is None):
-                raise UserError(f"give one of train.{one} and train.{other}")
+        if (train["learning_rate"] is None) == (train["base_lr"] is None):
+            raise UserError("give one of train.learning_rate and train.base_lr")
+        if train["max_train_steps"] is None and train["num_train_epochs"] is None:
+            raise UserError("give train.max_train_steps or train.num_train_epochs, or both: "
+                            "the one that ends first counts")
         self.config, self.wanted = config, resume
         self.folder = Path(train["output_dir"]).expanduser()
         check_folder(self.folder, config, resume)
@@ -89,7 +93,9 @@ class Run:
                             "processes; choose a smaller train.train_batch_size")
         self.dataset, self.global_batch = dataset, together * train["gradient_accumulation_steps"]
         self.steps_per_epoch = len(dataset) / self.global_batch
-        self.max_steps = train["max_train_steps"] or max(1, round(train["num_train_epochs"] * self.steps_per_epoch))
+        epochs = train["num_train_epochs"]
+        of_epochs = max(1, round(epochs * self.steps_per_epoch)) if epochs else math.inf
+        self.max_steps = min(train["max_train_steps"] or math.inf, of_epochs)
 
     # FSDP
 
@@ -166,7 +172,8 @@ class Run:
         train, accelerate, stop = self.train, self.accelerator, None
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
         accelerate.print(f"{self.folder}: {parameters / 1e6:.1f} M parameters, {len(self.dataset)} images, {self.world} process(es), "
-                         f"global batch {self.global_batch}, {self.max_steps} steps")
+                         f"global batch {self.global_batch}, {self.max_steps} steps "
+                         f"({self.max_steps / self.steps_per_epoch:,.1f} epochs)")
         if step >= self.max_steps:
             accelerate.print(f"{self.folder} has had its {self.max_steps} steps")
         bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not self.is_main, dynamic_ncols=True)
@@ -268,8 +275,7 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             log_with=train["log_with"],
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
             # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
-            # One process may have to wait long for another's share of an encoding.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(str(error)) from error
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
@@ -374,6 +380,12 @@ def run_config(folder: str | Path) -> dict:
     return config
 
 
+def class_names(folder: str | Path) -> list[str] | None:
+    """The names of a run's classes; None if it has none, or is a converted one, which has numbers."""
+    path = Path(folder) / "classes.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
     given = {"data": dict(config["data"])}
@@ -464,7 +476,8 @@ def compile_parts(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step)."""
+    """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step).
+    Buffers, such as statistics and a router's thresholds, are copied."""
     both = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
     for averaged, current in zip(ema.buffers(), model.buffers()):

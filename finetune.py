@@ -1,6 +1,6 @@
 """Starting from other weights, with a fresh optimizer.
 
-    init_from       train.init_from: the weights of another run, as far as they fit
+    init_from       train.init_from: the weights of another run, as far as they fit; classes by their names
     freeze          train.freeze: parts that do not learn
 
     train_stage1.py --config ... train.init_from=runs/vqgan train.freeze=[encoder,pre_quant,quantizer]       # the decoder alone
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch.nn as nn
 from safetensors.torch import load_file
+from torch import Tensor
 
 from checkpoint import list_checkpoints, newest_whole
 from config import UserError
-from experiment import Run, run_config
+from experiment import Run, class_names, run_config
+from gpt import CodeTransformer
 from hub import run_folder
 
 SHOWN = 8  # how many names a sentence lists
@@ -44,11 +46,46 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
             continue
         state, own = ({k: v for k, v in tensors.items() if not k.endswith("queue")}  # usage is counted anew
                       for tensors in (load_file(files[0]), module.state_dict()))
+        classes = ""
+        if isinstance(module, CodeTransformer):
+            classes = match_classes(run, folder, module, state)
         fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
         module.load_state_dict(fits, strict=False)
         rest = [key for key in own if key not in fits]
-        left = f"; new are {', '.join(rest[:SHOWN])}" + (f" and {len(rest) - SHOWN} more" if len(rest) > SHOWN else "") if rest else ""
-        run.accelerator.print(f"{name}: {len(fits)} of {len(own)} tensors from {files[0]}{left}")
+        run.accelerator.print(f"{name}: {len(fits)} of {len(own)} tensors from {files[0]}{new_ones(rest)}"
+                              f"{classes}")
+
+
+def match_classes(run: Run, folder: Path, model: CodeTransformer, state: dict[str, Tensor]) -> str:
+    """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start token is
+    that of the class of the same name, or the model's own if there is none. Returns words about it."""
+    settings = run_config(folder)["model"]
+    source = CodeTransformer(settings["num_classes"], settings["label_dropout"])
+    ours = run.dataset.classes[:model.num_classes]
+    ours = ours + ["the null class"] * (model.num_starts - model.num_classes)
+    theirs = class_names(folder) or [str(i) for i in range(source.num_classes)]
+    theirs += ["the null class"] * (source.num_starts - source.num_classes)
+    to = [i for i, name in enumerate(ours) if name in theirs]
+    of = [theirs.index(ours[i]) for i in to]
+    for key, before in model.start_tables().items():
+        table = model.state_dict()[key].cpu().clone()
+        other = state.pop(key, table[:0])
+        if other.shape != (sum(before) + len(before) * source.num_starts, table.shape[1]):
+            continue  # of another codebook, grid or width
+        first, other_first = 0, 0
+        for rows in before:
+            table[first:first + rows] = other[other_first:other_first + rows]
+            table[[first + rows + i for i in to]] = other[[other_first + rows + i for i in of]]
+            first += rows + model.num_starts
+            other_first += rows + source.num_starts
+        state[key] = table
+    new = [name for name in ours if name not in theirs]
+    return f"; {len(to)} of {len(ours)} start tokens{new_ones(new)}"
+
+
+def new_ones(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"; new are {', '.join(names[:SHOWN])}{more}" if names else ""
 
 
 def freeze(model: nn.Module, names: list[str] | None) -> None:

@@ -92,6 +92,10 @@ class CodeTransformer(nn.Module):
             labels = torch.where(dropped, self.num_classes, labels)
         return labels
 
+    def start_tables(self) -> dict[str, list[int]]:
+        """The tables that hold start tokens, and how many other rows come before each copy."""
+        return {"start_emb.weight": [0]}
+
     def start_sampling(self, n: int, labels: Tensor | list[int] | None,
                        cfg_scale: float) -> tuple[Tensor, Guidance]:
         """Start tokens (n,), or with guidance (2n,), the second half being the null class's."""

@@ -23,6 +23,13 @@ from config import UserError
 from dataset import ImageDataset
 
 
+def moving_tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors that change without a gradient: in parts that are in training mode."""
+    state = module.state_dict(keep_vars=True)
+    return [tensor for name, tensor in state.items()
+            if not tensor.requires_grad and module.get_submodule(name.rpartition(".")[0]).training]
+
+
 class Guard:
     """Skips, undoes and counts bad steps.
 
@@ -34,9 +41,9 @@ class Guard:
     def __init__(self, accelerator: Accelerator, folder: Path, train: dict, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]):
         self.accelerator, self.folder, self.modules, self.accumulate = accelerator, folder, modules, train["gradient_accumulation_steps"]
         self.max_row, self.max_norm = train["max_bad_steps"], train["max_grad_norm"] or math.inf
-        # What a forward pass changes: codebook and statistics.
+        # What a forward pass changes: codebook and statistics, but not those of frozen parts.
         self.moving = {name: [v for m in (module, *(stateful if name == "discriminator" else ()))
-                              for v in m.state_dict(keep_vars=True).values() if not v.requires_grad]
+                              for v in moving_tensors(m)]
                        for name, module in modules.items() if name != "ema"}
         # Bad steps since the last log line and in a row, and the step at which they were too many.
         self.count, self.row, self.too_many = torch.zeros(3, dtype=torch.long, device=accelerator.device)

@@ -38,7 +38,7 @@ def load_inception() -> torch.nn.Module:
 
 
 def inception_features(network: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of uint8 images (B, 3, H, W), on the CPU: features (B, FEATURES + SPATIAL) and logits without bias (B, 1008).
+    """Of uint8 images (B, 3, H, W): features (B, FEATURES + SPATIAL) and logits without bias (B, 1008), on the CPU.
 
     The spatial ones are of TensorFlow's mixed_6/conv, in its order (h, w, channel), or statistics of others would not fit.
     """
@@ -48,7 +48,7 @@ def inception_features(network: torch.nn.Module, images: Tensor) -> tuple[Tensor
         spatial.append(output[:, :7].permute(0, 2, 3, 1).flatten(1))
 
     with network.Mixed_6d.branch1x1.register_forward_hook(keep):
-        pool, logits = network(images)
+        pool, logits = network(images.to(next(network.parameters()).device))
     return torch.cat([pool, *spatial], 1).cpu(), logits.cpu()
 
 
@@ -82,12 +82,16 @@ def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, 
 
     logits = logits[np.lexsort(logits[:, :4].T.numpy())]  # the splits of the score then do not depend on the samples' order
     score = isc_features_to_metric(logits, splits=min(10, len(logits)))
-    if min(len(features), len(real)) < 4:
-        raise UserError(f"precision and recall look at 3 nearest neighbours and need 4 samples and 4 images; there are {len(features)} and "
-                        f"{len(real)} (--without inception leaves them out)")
+    check_neighbours(len(features), len(real))
     found = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
     return {"is": score["inception_score_mean"], "is_std": score["inception_score_std"], "precision": found["precision"],
             "recall": found["recall"], "samples": len(features)}
+
+
+def check_neighbours(samples: int, images: int) -> None:
+    if min(samples, images) < 4:
+        raise UserError(f"precision and recall look at 3 nearest neighbours and need 4 samples and 4 images; there are {samples} and "
+                        f"{images} (--without inception leaves them out)")
 
 
 def read_npz(path: str | Path, *names: str) -> dict[str, np.ndarray]:

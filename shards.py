@@ -2,15 +2,15 @@
 
     tar_shards, tables   what `root` holds for training, and for validation if its names tell
     Shards, Table        one of the two: read(row) -> an image file's bytes, or its path; name(row) for messages; keys, what the held-out
-                         rows are chosen by; found, the class of each row: a number or a word; classes, if those have names
+                         rows are chosen by; found, the class of each row: a number or a word; classes, if words have an order
 
-A wrong root is a FileNotFoundError, anything else that is wrong a ValueError, of one sentence. Neither class keeps a file's position, so
-workers may share them.
+A wrong root is a FileNotFoundError, a folder that may not be read a PermissionError, anything else
+that is wrong a ValueError, of one sentence. Neither class keeps a file's position, so workers may
+share them.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -28,9 +28,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+from images import files_below, image_extensions
+
 SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)  # the first in a path tells
-MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]*)")  # WebDataset's key, up to the first dot of the file's name, and the rest
+# WebDataset's key, up to the first dot of the file's name, and the rest. What is hidden has none, nor is a
+# leading / or ./ in it.
+MEMBER = re.compile(r"(?!(?:.*/)?\.[^./])(?:\.?/)*((?:.*/)?[^./]+)\.([^/]*)")
 
 
 def by_split(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -64,13 +67,16 @@ class Shards:
 def tar_shards(root: Path) -> tuple[Shards, Shards]:
     """The shards in a folder, at any depth, or those that a pattern names ({000..123}, {train,val})."""
     if root.is_dir():
-        base, files = root, sorted(glob.glob("**/*.tar", root_dir=root, recursive=True))
+        base, files = root, sorted(files_below({".tar"}, root)[0][0])
     else:
         base = Path(os.path.dirname(str(root).partition("{")[0]))
         files = [os.path.relpath(path, base) for path in expand(str(root))]
+        by_place = {}  # a shard that two names lead to is read once
         for name in files:
             if not (base / name).is_file():
                 raise FileNotFoundError(f"there is no shard {base / name}")
+            by_place.setdefault(os.path.realpath(base / name), name)
+        files = [*by_place.values()]
     if not files:
         raise FileNotFoundError(f"there is no .tar in {root}")
     parts = by_split(files)
@@ -106,8 +112,9 @@ def index_all(shards: list[Path]) -> list[list]:
     and kept there if it is missing or damaged, or if the shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     states = [(shard.absolute(), shard.stat()) for shard in shards]
-    paths = [cache / (hashlib.sha256(f"1 {path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
-             for path, state in states]
+    extensions = sorted(image_extensions())  # another Pillow reads other formats
+    names = [f"3 {path} {state.st_size} {state.st_mtime_ns} {extensions}" for path, state in states]
+    paths = [cache / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".json") for name in names]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]
     random.Random().shuffle(missing)  # processes that start together begin at different shards, and share the work
@@ -135,16 +142,22 @@ def _load(path: Path) -> list | None:
 def index_of(shard: Path) -> list[list]:
     """The names of a shard's images, their offsets and sizes, and the numbers in their .cls (or None), from the headers in the shard."""
     images, numbers, passed_over = {}, {}, []
+    extensions = image_extensions()
     try:
         with tarfile.open(shard, "r:", errors="replace") as tar:
-            for member in tar:
-                key, kind = found.groups() if (found := MEMBER.fullmatch(member.name)) and member.isfile() else (None, "")
-                if f".{kind.lower()}" in EXTENSIONS and key not in images:
-                    images[key] = [f"{key}.{kind}", member.offset_data, member.size]
-                elif os.path.splitext(kind)[1].lower() in EXTENSIONS or f".{kind.lower()}" in EXTENSIONS:
+            members = tar.getmembers()
+            files = {member.name: member for member in reversed(members) if member.isfile()}
+            for member in members:
+                match = None if member.isdir() else MEMBER.fullmatch(member.name)
+                key, kind = match.groups() if match else (None, "")
+                file = files.get(member.linkname if member.islnk() else member.name)
+                is_image = f".{kind.lower()}" in extensions
+                if file and is_image and key not in images:
+                    images[key] = [f"{key}.{kind}", file.offset_data, file.size]
+                elif is_image or os.path.splitext(kind)[1].lower() in extensions:
                     passed_over.append(member.name)
-                elif kind == "cls":
-                    numbers[key] = tar.extractfile(member).read(20).strip()
+                elif file and kind == "cls":
+                    numbers[key] = tar.extractfile(file).read(20).strip()
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(2**20)  # zeros, of which tarfile is content with less
     except (tarfile.TarError, OSError, ValueError) as error:
@@ -157,10 +170,13 @@ def index_of(shard: Path) -> list[list]:
         if key not in images:
             raise ValueError(f"{shard} has {key}.cls but no image of that name; add the image, or remove the .cls")
         if not text.isdigit():
-            raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}")
+            raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds {text.decode(errors='replace')!r}"
+                             + ("; -1 means no label, as in test splits: leave them out, or remove all .cls"
+                                if text == b"-1" else ""))
     if passed_over:
-        told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: a key ends at a name's first dot, and its "
-                "first image is read")
+        told = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed over: "
+                "a key ends at a name's first dot, its first image is read, and of links only hard "
+                "ones to files in the shard")
         if not images:
             raise ValueError(f"{told}; make the shard with names of one dot")
         warnings.warn(told, stacklevel=2)
@@ -174,7 +190,7 @@ class Table:
     images: Any  # a datasets.Dataset of the column of images alone, not decoded
     part: str
     found: Sequence[int] | Sequence[str]  # the column of labels, else "image"
-    classes: list[str] | None
+    classes: list[str] | None  # of a ClassLabel
 
     @property
     def keys(self) -> Iterator[str]:
@@ -196,7 +212,7 @@ def tables(root: Path, image_column: str | None, label_column: str | None) -> li
         import datasets  # optional, and takes seconds
     except ImportError:
         raise ValueError("the library that reads Hugging Face datasets is missing (pip install datasets)") from None
-    files = sorted(glob.glob("**/*.parquet", root_dir=root, recursive=True))
+    files = sorted(files_below({".parquet"}, root)[0][0])
     try:
         saved = {} if files else datasets.load_from_disk(str(root))
         saved = saved if isinstance(saved, dict) else {"train": saved}
@@ -226,9 +242,16 @@ def _table(data: Any, part: str, image_column: str | None, label_column: str | N
         return Table(images, part, ["image"] * len(data), None)
     usable = re.match("u?int|(large_)?string", getattr(columns[label_column], "dtype", ""))
     found = data.select_columns([label_column])[:][label_column] if usable else [None]
-    if None in found and asked is None:
-        warnings.warn(f"the column {label_column!r} has no number or word for each image; the images have no labels", stacklevel=2)
-        found = ["image"] * len(data)
+    wrong = None
     if None in found:
-        raise ValueError(f"the column {label_column!r} must hold a number or a word for each image; set data.label_column to another one")
-    return Table(images, part, found, getattr(columns[label_column], "names", None))
+        wrong = f"the column {label_column!r} must hold a number or a word for each image"
+    elif isinstance(found[0], int) and min(found) < 0:
+        wrong = (f"classes must be numbered from 0, those in {label_column!r} are from {min(found)} to {max(found)}; "
+                 "-1 means no label")
+    if wrong and asked is not None:
+        raise ValueError(f"{wrong}; set data.label_column to another one")
+    if wrong:
+        warnings.warn(f"{wrong}; the images of the {part} split have no labels", stacklevel=2)
+        return Table(images, part, ["image"] * len(data), None)
+    names = getattr(columns[label_column], "names", None)
+    return Table(images, part, [names[i] for i in found] if names else found, names)

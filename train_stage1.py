@@ -31,7 +31,7 @@ from vqgan import sides
 
 @dataclass
 class Stage1Settings(TrainSettings):
-    channels_last: bool = False  # the memory layout that GPUs' convolutions like
+    channels_last: bool = False  # the memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it
     calibration_images: int = 2000  # how many training images the thresholds of an entropy router are computed from
     calibration_file: str | None = None  # thresholds.json of another run, to use instead
     codebook_stats_every: int | None = None  # record usage, norms and gradients of the codes every so many steps, for visualize.py
@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
     check_image_size(config["data"]["image_size"], model, discriminator)
+    if discriminator is not None and criterion.gan_start >= run.max_steps:
+        accelerator.print("the generator does not hear the discriminator in this run: "
+                          f"loss.gan_start={criterion.gan_start} is not below "
+                          f"its {run.max_steps} steps")
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
     if discriminator is not None and criterion.adaptive_weight and not model.last_layer.requires_grad:
@@ -121,7 +125,10 @@ def main(argv: list[str] | None = None) -> None:
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts
-            run.log.add(parts | {k: v for k, v in out.info.items() if v.ndim == 0})
+            scalars = {k: v for k, v in out.info.items() if v.ndim == 0}
+            if not raw_model.quantizer.training:  # frozen: it counts no codes
+                del scalars["usage"]
+            run.log.add(parts | scalars)
         record_codebook(step + 1)
     run.close()
 

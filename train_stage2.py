@@ -24,13 +24,15 @@ from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, imag
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
 from dqvae import DQVAE
-from experiment import STAGE2, Run, asked_rate, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate
+from experiment import (
+    STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate,
+)
 from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
 from hub import run_folder
 from launch import run_main
 from mqvae import MQVAE
-from sample import SampleSettings, sampling_arguments
+from sample import SampleSettings, in_precision, precision_of, sampling_arguments
 from vqgan import VQGAN, VQVAE
 
 
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     train = config["train"]
     stage1, stage1_config, source = load_stage1(config, args.resume)
     train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
+    if train["class_conditional"]:
+        folder, resumed = stage1_folder(config, args.resume)
+        classes = class_names(folder.parent) if resumed else None
+        train_set.set_classes(classes or train_set.classes)
+        val_set.set_classes(train_set.classes)
     complete(config, stage1, train_set.classes)
     run = Run(config, args.resume, fsdp=True)
     run.plan(train_set)
@@ -96,9 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = run.prepare(model, optimizer, ema)
 
     # Codes
-    stage1 = stage1.to(device).requires_grad_(False)
-    val_codes = encode_dataset(run, stage1, val_set, train["num_validation_images"])
-    train_codes = encode_dataset(run, stage1, train_set, views=config["codes"]["cache_views"]) if config["codes"]["cache"] else None
+    stage1, precision = in_precision(stage1, stage1_config, device).requires_grad_(False), precision_of(stage1_config)
+    val_codes = encode_dataset(run, stage1, precision, val_set, train["num_validation_images"])
+    train_codes = None
+    if config["codes"]["cache"]:
+        train_codes = encode_dataset(run, stage1, precision, train_set, views=config["codes"]["cache_views"])
 
     # Resume
     run.track(model=model, ema=ema, stateful={})
@@ -106,10 +115,12 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
-        write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
+        if train["class_conditional"]:
+            write_file(run.folder / "classes.json", json.dumps(train_set.classes) + "\n")
     size, seed, rank = train["train_batch_size"], train["seed"], accelerator.process_index
     if train_codes is not None:
-        lengths = raw_model.survey(train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        parts = (train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
+        lengths = raw_model.survey({k: v.to(device) for k, v in codes.items()} for codes in parts).cpu()
         batches = code_loader(train_codes, lengths, size, seed, start * accumulate, rank, run.world, device)
         order = partial(CodeBatches.images, lengths, train_codes.views, size * run.world, seed)
     else:
@@ -207,14 +218,20 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     wanted = [c * len(data.classes) // columns for c in range(columns)] if conditional else None
     drawn = draw_columns(run, model, stage1, columns, wanted, step)
     model.train(was_training)
-    chosen = ([next((i for i in range(len(data)) if data.source.labels[i] == label), 0) for label in wanted] if wanted
+    chosen = ([next((i for i in range(len(data)) if data.label(i) == label), 0) for label in wanted] if wanted
               else [c * len(data) // columns for c in range(columns)])
     originals = torch.stack([image(data, i) for i in chosen]).to(run.accelerator.device)
     codes = stage1.encode(originals)
     shown = zip(*[originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)])
     picture = [[*cells, *(cell for number in range(c, len(drawn), columns) for cell in drawn[number])] for c, cells in enumerate(shown)]
     grid = run.log.picture(step, "samples", picture)
-    return f"{means['bits']:.1f} bits per validation image. From the top: originals, reconstructions, samples: {grid}"
+    sentence = (f"{means['bits']:.1f} bits per validation image. "
+                f"From the top: originals, reconstructions, samples: {grid}")
+    best_step, bits = run.checkpoints.best_step, -run.checkpoints.best
+    if 0 < best_step < step:
+        sentence += (f"\nThe best weights are those of step {best_step} ({bits:.1f} bits): "
+                     "sample.py --which best")
+    return sentence
 
 
 def validate(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[str, float]:

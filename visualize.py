@@ -12,7 +12,7 @@
 
 The file is RUN/figures/COMMAND.png (or .html), in the first run, unless --out is given. Images come from the validation split of the
 first run's data; --split train and data.root=... select others. PSNR, SSIM and errors are of 8-bit images. Heat maps over training need a
-run with train.codebook_stats_every=N.
+run with train.codebook_stats_every=N. Stage-1 models compute in float32, `sequence` in the run's precision, as sample.py.
 
 In `sequence`, cells that have no code yet are grey. The decoder gets a placeholder there, the code nearest to the codebook's mean, which
 can affect neighbouring cells. An MQ-VAE's images have no grey: its de-mask fills the other cells, as always.
@@ -393,8 +393,7 @@ def data_url(image: Tensor) -> str:
 
 def sequence(args: argparse.Namespace) -> None:
     """how images grow as a stage-2 run generates their codes, as a strip of frames and a GIF"""
-    model, stage1, config, classes = load_models(args.run[0], args.which)
-    model, stage1 = model.to(DEVICE), stage1.to(DEVICE)
+    model, stage1, config, classes = load_models(args.run[0], args.which, torch.device(DEVICE))
     if args.classes and not model.num_classes:
         raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
     labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None

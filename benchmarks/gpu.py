@@ -8,7 +8,7 @@ left"; the files are written after every result. Without a GPU all parts run at 
 models      each model on the device against the CPU, same weights: outputs, gradients, codes and samples; float32 (TF32 off) and bf16
 fixtures    the tests against the reference implementations, on the device
 training    train_stage1.py and train_stage2.py: bf16, fp16 with a scaler, train.compile against eager, resumed against uninterrupted,
-            and no wait for the GPU within a step between log lines
+            and no wait for the GPU within a step between log lines; evaluate.py of the runs in bf16
 stage1      steps at the papers' sizes: images/s, MFU, memory. LPIPS has random weights there, of the same arithmetic
 stage2      the same for the transformers, on random codes: tokens/s, padding
 sampling    images/s and share of the memory bandwidth: without graphs, with CUDA graphs (the default), and compiled
@@ -43,6 +43,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torchvision.models import vgg
 
+import evaluate
 import losses
 import train_stage1
 import train_stage2
@@ -290,7 +291,8 @@ def training(device: torch.device, args: argparse.Namespace) -> Checks:
            "loss.perceptual_weight=0"]
     names = ("vqgan", "mqvae", "dqvae", "dqvae_entropy")[:1 if device.type == "cpu" else 4]
     codes = {name: [f"codes.stage1=bf16_{stage1}", "model.n_embd=64", "sample.columns=2", "sample.rows=1"]
-             for name, stage1 in {"gpt": "vqgan", "stackformer": "mqvae", "dq_transformer": "dqvae"}.items() if stage1 in names}
+             for name, stage1 in {"gpt": "vqgan", "stackformer": "mqvae", "dq_transformer": "dqvae",
+                                  "mask_transformer": names[-1]}.items() if stage1 in names}  # which reads the codes of any
 
     def train(script: Any, name: str, run: str, steps: int, *words: str, resume: bool = False) -> Path:
         AcceleratorState._reset_state(True)
@@ -305,8 +307,15 @@ def training(device: torch.device, args: argparse.Namespace) -> Checks:
         return {"result": "trains" if good else "DIVERGED", "loss": round(steps[-1].get("loss", math.nan), 4),
                 "skipped steps": sum(m.get("bad_steps", 0) for m in steps)}
 
+    def evaluated(run: str, *words: str) -> dict[str, Any]:
+        AcceleratorState._reset_state(True)
+        evaluate.main(["--run", run, *words, "--without", "lpips", "inception", "--batch_size", "4", "--num_workers", "0"])
+        found = json.loads((Path(run) / "metrics.json").read_text())
+        return {"result": "ran", "bits": round(found["bits"], 1)} | ({"psnr": round(found["psnr"], 2)} if "psnr" in found else {})
+
     for name in names:
         yield f"{name}, bf16", lambda n=name: finite(train(train_stage1, n, f"bf16_{n}", 4, *gan, "train.mixed_precision=bf16"))
+        yield f"{name}, evaluated", lambda n=name: evaluated(f"bf16_{n}")
         yield f"{name}, no wait in a step", lambda n=name: without_waiting(
             lambda: train(train_stage1, n, f"quick_{n}", 4, *gan, "train.mixed_precision=bf16", "train.logging_steps=100"), device)
         if device.type == "cuda":
@@ -318,6 +327,7 @@ def training(device: torch.device, args: argparse.Namespace) -> Checks:
         for kind in ("bf16", "fp16")[:2 if device.type == "cuda" else 1]:
             yield f"{name}, {kind}", lambda n=name, k=kind: finite(
                 train(train_stage2, n, f"{k}_{n}", 2, *codes[n], f"train.mixed_precision={k}"))
+        yield f"{name}, evaluated", lambda n=name: evaluated(f"bf16_{n}", "-n", "4")
         yield f"{name}, no wait in a step", lambda n=name: without_waiting(
             lambda: train(train_stage2, n, f"quick_{n}", 4, *codes[n], "train.mixed_precision=bf16", "train.logging_steps=100"), device)
     for script, name, words in [*((train_stage1, name, gan) for name in names), *((train_stage2, name, codes[name]) for name in codes)]:

@@ -1,5 +1,8 @@
 """The configs that name a paper or a release: of the settings listed here, those that differ from it are marked as ours."""
 
+import re
+import shlex
+
 import pytest
 from conftest import ROOT
 
@@ -70,6 +73,31 @@ RELEASES = {
     "stage2/mask_transformer_imagenet_dqvae_class": {"codes.stage1": "runs/dqvae_imagenet_entropy_r50", "model.n_head": 8},
     "stage2/mask_transformer_imagenet_mqvae_class": {"codes.stage1": "runs/mqvae_imagenet_r25", "model.n_head": 16},
 }
+
+
+IMAGES = {"imagenet": 1_281_167, "ffhq": 60_000}  # for training, as they are published
+GPUS = 8
+COMMANDS = [line for path in (ROOT / "docs/training.md", ROOT / "README.md")
+            for line in re.findall(r"train_stage1\.py (--config configs/\S+\.yaml.*)", path.read_text().replace("\\\n", " "))]
+
+
+@pytest.mark.parametrize("words", [*(f"--config {path}" for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+                                     if "\ncodes:" not in path.read_text()), *COMMANDS])
+def test_the_generator_hears_the_discriminator(words):
+    """In every config, and in every command of the docs, before the run ends."""
+    _, path, *overrides = shlex.split(words, comments=True)
+    config = load_config(str(ROOT / path), [word for word in overrides if "=" in word], train_stage1.SECTIONS)
+    loss, settings = config["loss"], config["train"]
+    if settings["max_train_steps"] is None:
+        steps = settings["num_train_epochs"] * IMAGES[config["data"]["name"]] / (settings["train_batch_size"] * GPUS)
+    else:
+        steps = settings["max_train_steps"]
+        assert settings["num_train_epochs"] is None, "how many steps this is depends on the folder"
+    assert loss["disc_weight"] == 0 or (loss["gan_start"] or loss["disc_start"]) < steps
+
+
+def test_the_documented_fine_tuning_is_among_them():
+    assert any("train.freeze=[encoder,pre_quant,quantizer]" in words and "loss.gan_start=" in words for words in COMMANDS)
 
 
 @pytest.mark.parametrize("name", RELEASES)

@@ -19,9 +19,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 import evaluate
 import inception
 import sample
-from dataset import make_dataset, to_uint8
 from config import UserError
+from dataset import DataError, make_dataset, to_uint8
 from experiment import load_run
+from gpt import GPT
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,11 @@ def numbers(metrics):
 
 
 def assert_same(a, b):
+    """But for rounding, which may change a pixel by a grey level: seen in FID of a few images."""
     assert numbers(a).keys() == numbers(b).keys()
     for key, value in numbers(a).items():
-        assert value == pytest.approx(b[key], abs=1e-4, rel=1e-4), key
+        tolerance = 1e-2 if key.endswith("fid") else 1e-4
+        assert value == pytest.approx(b[key], abs=1e-4, rel=tolerance), key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,8 @@ def test_spatial_features(random_inception, monkeypatch):
     images = torch.randint(256, (2, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found, logits = inception.inception_features(network, images)
     pool, expected = network(images)
-    assert found[:, :2048].equal(pool) and logits.equal(expected) and found.shape == (2, 2048 + inception.SPATIAL)
+    torch.testing.assert_close([found[:, :2048], logits], [pool, expected])
+    assert found.shape == (2, 2048 + inception.SPATIAL)
     x = fidelity.interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False) / 128 - 1
     layers = dict(network.named_children())
     for name in list(layers)[:list(layers).index("Mixed_6d")]:
@@ -211,7 +215,8 @@ def test_stage1_against_computing_it_by_hand(tmp_path, measured, name):
     assert found["codes_std"] == pytest.approx(np.std([len(u) for u in used]))
     counts = np.bincount(sum(used, []), minlength=32)
     p = counts[counts > 0] / counts.sum()
-    assert found["usage"] == pytest.approx((counts > 0).mean()) and found["usage_65536"] == found["usage"]
+    assert found["usage"] == pytest.approx((counts > 0).mean())
+    assert found["usage_65536"] == pytest.approx(found["usage"])
     assert found["perplexity"] == pytest.approx(math.exp(-(p * np.log(p)).sum()))
     if name == "mqvae":
         assert found["kept_ratio"] == 0.25
@@ -250,7 +255,7 @@ def test_stage1_whoever_does_what(tmp_path, measured, networks, random_inception
     assert_same({k: v for k, v in whole.items() if not k.startswith("lpips")}, two)
     for name, array in np.load(tmp_path / "one.npz").items():
         assert np.allclose(array, np.load(tmp_path / "two.npz")[name], atol=1e-4), name
-    assert measured(run, "--bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
+    assert measured(run, "--mixed_precision", "bf16", "--without", "lpips", "inception")["psnr"] == pytest.approx(whole["psnr"], abs=0.5)
 
     AcceleratorState._reset_state(True)
     capsys.readouterr()
@@ -287,7 +292,8 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
         return
     drawn = measured(run, "--seed", 3)
     assert drawn["samples"] == drawn["images"] == drawn["images_in_split"] == 4 and drawn["real_images_from"] == drawn["split"] == "val"
-    assert drawn["fid"] > 0 and drawn["sfid"] > 0 and drawn["is"] >= 1 and drawn["missing"] == {}
+    assert drawn["fid"] > 0 and drawn["sfid"] > 0 and drawn["missing"] == {}
+    assert drawn["is"] > 1 - 1e-6  # of 4 samples in 10 splits, exp(0) but for rounding
     model, config = load_run(run)
     stage1, _ = load_run(run / "stage1")
     pairs = [make_dataset(**config["data"], split="val")[i] for i in range(4)]
@@ -295,10 +301,15 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
         bits = model.bits(stage1.encode(torch.stack([p[0] for p in pairs])), torch.tensor([p[1] for p in pairs]))
     assert drawn["bits"] == pytest.approx(bits.mean().item(), abs=1e-3)
     # The same images from files; shared out otherwise; in another order
-    folder = ["--run", str(run), "-n", "4", "--seed", "3", "--out"]
+    assert drawn["labels"] == "as in val"
+    labels = evaluate.spread_labels(make_dataset(**config["data"], split="val"), 4).tolist()
+    assert sorted(labels) == sorted(p[1] for p in pairs)
+    folder = ["--run", str(run), "-n", "4", "--seed", "3", "--classes", ",".join(map(str, labels)), "--out"]
     sample.main([*folder, str(tmp_path / "files")])
     sample.main([*folder, str(tmp_path / "files.npz")])
-    assert_same(drawn, measured(run, "--samples", tmp_path / "files", "--batch_size", 3))
+    from_files = measured(run, "--samples", tmp_path / "files", "--batch_size", 3)
+    assert_same(drawn, from_files)
+    assert "labels" not in from_files
     np.savez(tmp_path / "flipped.npz", np.load(tmp_path / "files.npz")["arr_0"][::-1])
     assert_same(drawn, measured(run, "--samples", tmp_path / "flipped.npz"))
     np.savez(tmp_path / "val.npz", arr_0=torch.stack([to_uint8(image) for image, _ in pairs]).permute(0, 2, 3, 1))
@@ -309,6 +320,47 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     assert greedy["samples"] == 5 and greedy["images"] == greedy["real_images"] == 4 and greedy["fid"] != drawn["fid"]
     with pytest.raises(UserError, match="need 4 samples and 4 images; there are 3 and 4"):
         measured(run, "-n", 3)
+
+
+def test_labels_as_in_the_split():
+    data = make_dataset("shapes", split="val", image_size=16, val_size=30)
+    every = [data.label(i) for i in range(30)]
+    for count in (30, 60, 7):
+        labels = evaluate.spread_labels(data, count)
+        assert len(labels) == count
+        for label in set(every):
+            assert abs((labels == label).sum() - count * every.count(label) / 30) < 1
+
+
+def test_a_run_knows_classes_by_name(tmp_path, measured, train2, monkeypatch):
+    def images(root, classes):
+        for name in classes:
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(12):
+                Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / root / name / f"{name}{i}.png")
+
+    images("all", ["ant", "bee", "cat"])
+    images("some", ["bee", "cat"])
+    images("one", ["cat"])
+    images("other", ["bee", "dog"])
+    train2(write_tiny2(tmp_path, "gpt", data=f"name: folder\n  root: {tmp_path}/all\n  val_fraction: 0.5"), "train.max_train_steps=1")
+    run, given, bits = tmp_path / "run2", set(), GPT.bits
+
+    def spy(self, codes, labels=None):
+        given.update(labels.tolist())
+        return bits(self, codes, labels)
+
+    monkeypatch.setattr(GPT, "bits", spy)
+    for root, labels in (("all", {0, 1, 2}), ("some", {1, 2}), ("one", {2})):
+        given.clear()
+        measured(run, "--without", "inception", "-n", 3, f"data.root={tmp_path}/{root}")
+        assert given == labels
+    with pytest.raises(DataError, match="is of class 'dog', which the run does not know; the 3 classes are, .* ant, bee, cat$"):
+        measured(run, "--without", "inception", f"data.root={tmp_path}/other")
+    (run / "classes.json").unlink()  # a converted run: by place
+    measured(run, "--without", "inception", "-n", 3)
+    with pytest.raises(UserError, match="knows 3 classes, and this data has 2"):
+        measured(run, "--without", "inception", f"data.root={tmp_path}/some")
 
 
 def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):
@@ -375,6 +427,17 @@ def test_reference(tmp_path, measured, networks, train2, monkeypatch, capsys):
         measured(run, *two)
     measured(run, "data.val_size=5", *two)
     assert np.allclose(np.load(tmp_path / "two.npz")["mu"], saved["mu"])
+
+
+def test_what_can_fail_is_computed_before_anything_is_sampled(tmp_path, measured, networks, train2, monkeypatch):
+    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1", "data.val_size=4")
+    monkeypatch.setattr(evaluate, "draw", lambda *_: pytest.fail("sampled in vain"))
+    monkeypatch.setattr(evaluate, "compare", lambda *_: pytest.fail("measured in vain"))
+    for count, sentence in ((1, "at least two images"), (3, "need 4 samples and 4 images; there are 4 and 3")):
+        np.savez(tmp_path / "few.npz", arr_0=np.zeros((count, 16, 16, 3), np.uint8))
+        for run in (tmp_path / "run2", tmp_path / "stage1_vqgan")[:2 if count == 1 else 1]:
+            with pytest.raises(UserError, match=sentence):
+                measured(run, "--reference", tmp_path / "few.npz")
 
 
 def test_the_training_split_is_not_augmented(tmp_path):

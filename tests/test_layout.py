@@ -49,8 +49,8 @@ def test_nothing_imports_a_name_with_an_underscore():
 
 
 def test_files_and_classes_can_be_read_in_one_go():
-    assert not [name for name in FILES if len((ROOT / f"{name}.py").read_text().splitlines()) > 500]
-    assert not [c.name for tree in FILES.values() for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.end_lineno - c.lineno >= 250]
+    assert not [name for name in FILES if len((ROOT / f"{name}.py").read_text().splitlines()) > 600]
+    assert not [c.name for tree in FILES.values() for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.end_lineno - c.lineno >= 300]
 
 
 def test_every_file_begins_with_its_map():

@@ -157,8 +157,8 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
     assert "encoding" in capfd.readouterr().err and len(list((tmp_path / stage1 / "codes").glob("val_*"))) == 2
 
 
-def test_a_cache_without_a_rate_keeps_its_name():
-    """Runs from before there were rates find their codes."""
+def test_a_cache_without_a_rate_in_float32_keeps_its_name():
+    """Runs from before there were rates and precisions find their codes."""
     import hashlib
 
     from code_cache import cache_key
@@ -173,7 +173,8 @@ def test_a_cache_without_a_rate_keeps_its_name():
             weights.update(name.encode() + tensor.numpy().tobytes())
     names = hashlib.sha256("\n".join(data.source.name(i) for i in indices).encode()).hexdigest()
     before = hashlib.sha256(json.dumps([weights.hexdigest(), names, settings, 2]).encode()).hexdigest()[:16]
-    assert cache_key(model, data, settings, indices, 2, None) == before != cache_key(model, data, settings, indices, 2, 0.5)
+    assert cache_key(model, data, settings, indices, 2, None, "no") == before != cache_key(model, data, settings, indices, 2, 0.5)
+    assert before != cache_key(model, data, settings, indices, 2, None, "bf16")
 
 
 def test_the_chosen_rate_and_size_hold_wherever_none_is_given(any_rate):

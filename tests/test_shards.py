@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics, weights
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import dataset
 import shards
@@ -114,15 +114,62 @@ def test_patterns(tmp_path):
 def test_classes_are_the_numbers_in_cls(tmp_path):
     write(tmp_path / "train-0.tar", numbered("a 3", "b 0") | {"b.json": b"{}", "b.mask.png": b"", "._c.png": b""})
     write(tmp_path / "train-1.tar", numbered("x/a 1\n"))
-    write(tmp_path / "val-0.tar", numbered("a 2"))
+    write(tmp_path / "val-0.tar", numbered("a 3"))
     with pytest.warns(UserWarning, match="train-0.tar: 1 images, such as b.mask.png, are passed over"):
         train, val = (make_dataset("webdataset", str(tmp_path), split, 8) for split in ("train", "val"))
-    assert train.classes == val.classes == ["0", "1", "2", "3"]
-    assert [train[i][1] for i in range(3)] == [3, 0, 1] and val[0][1] == 2
+    assert train.classes == val.classes == ["0", "1", "3"]  # no training image is of 2
+    assert [train[i][1] for i in range(3)] == [2, 0, 1] and val[0][1] == 2
     assert [train.source.name(i) for i in range(3)] == ["train-0.tar/a.png", "train-0.tar/b.png", "train-1.tar/x/a.png"]
-    write(tmp_path / "val-1.tar", numbered("q 4"))
-    with pytest.raises(DataError, match="val-1.tar/q.png is of class 4, which the training split does not have"):
+    write(tmp_path / "val-1.tar", numbered("q 2"))
+    with pytest.raises(DataError, match="val-1.tar/q.png is of class 2, which the training split does not have"):
         make_dataset("webdataset", str(tmp_path), "val", 8)
+
+
+def test_links_in_a_shard(tmp_path):
+    shard = write(tmp_path / "train.tar", numbered("d/a 1", "d/b 0"))
+    with tarfile.open(shard, "a") as tar:
+        for name, kind, target in (("d/c.png", tarfile.LNKTYPE, "d/a.png"),
+                                   ("d/c.cls", tarfile.LNKTYPE, "d/a.cls"),
+                                   ("d/lost.png", tarfile.LNKTYPE, "a.png"),
+                                   ("d/soft.png", tarfile.SYMTYPE, "a.png"),
+                                   ("folder.png", tarfile.DIRTYPE, "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    sentence = "2 images, such as d/lost.png, are passed over: .* of links only hard ones"
+    with pytest.warns(UserWarning, match=sentence):
+        keys, offsets, sizes, numbers = shards.index_of(shard)
+    assert keys == ["d/a.png", "d/b.png", "d/c.png"] and numbers == [1, 0, 1]
+    assert offsets[2] == offsets[0] != offsets[1] and sizes[2] == sizes[0]
+
+
+def test_links_to_shards(tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path / f"root/{part}/0.tar", {f"{i}.png": picture(i) for i in range(2)})
+    links = {"up": "..", "train/up": "..", "train/more": "../val", "val/1.tar": "../train/0.tar",
+             "all": "/"}
+    for link, target in links.items():
+        (tmp_path / "root" / link).symlink_to(target)
+    for split in ("train", "val"):
+        data = make_dataset("webdataset", str(tmp_path / "root"), split)
+        assert [data.source.name(i) for i in range(len(data))] == [f"{split}/0.tar/0.png",
+                                                                   f"{split}/0.tar/1.png"]
+    write(tmp_path / "again/train/0.tar", {f"{i}.png": picture(i) for i in range(2)})
+    (tmp_path / "again/val").symlink_to("train")
+    for root in ("again", "again/{train,val}/0.tar"):  # one of two images is held out
+        root = str(tmp_path / root)
+        data = [make_dataset("webdataset", root, split) for split in ("train", "val")]
+        assert [len(part) for part in data] == [1, 1]
+        assert data[0].source.name(0) != data[1].source.name(0)
+
+
+@pytest.mark.parametrize("prefix, classes", [("", ["a", "b"]), ("./", ["a", "b"]), ("/", ["a", "b"]), ("/data/", ["data"])])
+def test_classes_are_first_folders(tmp_path, prefix, classes):
+    names = ("a/1.png", "a/2.png", "b/1.png", ".ipynb_checkpoints/1.png", "a/.hidden/2.png", "b/._1.png", "b/v1.0/x.png")
+    write(tmp_path / "train-0.tar", {prefix + name: picture(0) for name in names})
+    write(tmp_path / "val-0.tar", {prefix + "a/3.png": picture(1)})
+    data = make_dataset("webdataset", str(tmp_path), image_size=8)
+    assert data.classes == classes and len(data) == 4
 
 
 # The index
@@ -195,8 +242,8 @@ def test_damaged_shards(tmp_path, damage, told):
 @pytest.mark.parametrize("members, told", [
     (numbered("a 1") | {"b.cls": b"1"}, "a.tar has b.cls but no image of that name; add the image"),
     (numbered("a 1", "b one"), "b.cls in .*a.tar must hold a whole number, the class; it holds 'one'"),
-    (numbered("a 1", "b -1"), "it holds '-1'"),
-    (numbered("a 1", "b 1000000"), "from 0 to below 1,000,000; they are from 1 to 1000000"),
+    (numbered("a 1", "b -1"), "it holds '-1'; -1 means no label, as in test splits: leave them out, or remove all .cls"),
+    (numbered("a 1", "b 1000000", "c 1", "d 1000000"), "from 0 to below 1,000,000; they are from 1 to 1000000"),
     (numbered("a 1") | {"b.png": picture(1)}, "a.tar has no .cls for b.png, although other images have one"),
     ({"a.txt": b""}, "no images for training; data.root must be"),
 ])
@@ -263,7 +310,8 @@ def test_code_caches_keep_their_names(tmp_path):
     before = hashlib.sha256(json.dumps([sums.hexdigest(), names, settings, 1]).encode()).hexdigest()[:16]
     unset = {"image_column": None, "label_column": None}
     assert cache_key(model, data, settings | unset, [0], 1, None) == before
-    assert cache_key(model, data, settings | unset | {"label_column": "x"}, [0], 1, None) != before
+    assert cache_key(model, data, settings | unset | {"label_column": "x"}, [0], 1, None) == before  # labels are not in the cache
+    assert cache_key(model, data, settings | unset | {"image_column": "x"}, [0], 1, None) != before
     write(tmp_path / "a/0.tar", numbered("a 0", "b 0", "c 0"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write(tmp_path / "c/1.tar", numbered("a 0", "b 0", "c 0"))
@@ -327,18 +375,57 @@ def test_huggingface_columns_and_splits(datasets, tmp_path, monkeypatch):
     train, val = make(), make("val")
     names = [data.source.name(i) for data in (train, val) for i in range(len(data))]
     assert len(set(names)) == 40 and 5 < len(val) < 20 and train.classes == ["image"]
-    assert make(label_column="word").classes == ["x", "y"] and make(label_column="number").classes == ["0", "1", "2"]
+    assert make(label_column="word").classes == ["x", "y"] and make(label_column="number").classes == ["0", "2"]
     data = make("val", label_column="number")
-    assert [data[i][1] for i in range(len(data))] == [int(data.source.name(i).split()[1]) % 2 * 2 for i in range(len(data))]
+    assert [data[i][1] for i in range(len(data))] == [int(data.source.name(i).split()[1]) % 2 for i in range(len(data))]
     for columns, told in (({"image_column": "pixels"}, "no column 'pixels' in the train split; data.image_column must be one of photo, w"),
                           ({"label_column": "class"}, "no column 'class' in the train split; data.label_column must be one of photo, w"),
                           ({"image_column": "number"}, "the column 'number' holds no images"),
                           ({"label_column": "hole"}, "the column 'hole' must hold a number or a word for each image"),
-                          ({"label_column": "below"}, "classes must be numbered from 0 .* from -1 to 3"),
+                          ({"label_column": "below"}, "must be numbered from 0, .* from -1 to 3; -1 means no label; set data.label_column"),
                           ({"label_column": "photo"}, "the column 'photo' must hold a number")):
         with pytest.raises(DataError, match=told) as error:
             make(**columns)
         assert "\n" not in str(error.value)
+
+
+def test_links_to_tables(datasets, tmp_path):
+    table = rows(datasets, [picture(i) for i in range(4)], [0, 1, 0, 1])
+    (tmp_path / "snapshot/data").mkdir(parents=True)
+    table.to_parquet(str(tmp_path / "blob"))  # as the Hub's cache has it
+    links = {"data/train-0.parquet": "../../blob", "data/up": "..", "validation": "data",
+             "data/val-0.parquet": "../../blob"}
+    for link, target in links.items():
+        (tmp_path / "snapshot" / link).symlink_to(target)
+    root = str(tmp_path / "snapshot")
+    data = [make_dataset("huggingface", root, split, 8) for split in ("train", "val")]
+    names = [part.source.name(i) for part in data for i in range(len(part))]
+    assert len(names) == len(set(names)) == 4
+
+
+def test_huggingface_labels_are_names(datasets, tmp_path):
+    """In the order of the training split, and only those that it uses; -1 is no label."""
+    def table(names, labels):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        images = [{"bytes": picture(i), "path": None} for i in range(len(labels))]
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
+
+    def labels(split):
+        data = make_dataset("huggingface", str(tmp_path / "disk"), split, 8)
+        assert data.classes == ["dog", "cat"]
+        return [data[i][1] for i in range(len(data))]
+
+    train = table(["eel", "dog", "cat"], [2, 1, 2, 1])
+    datasets.DatasetDict(train=train, validation=table(["cat", "dog"], [0, 1, 1])).save_to_disk(str(tmp_path / "disk"))
+    assert labels("train") == [1, 0, 1, 0] and labels("val") == [1, 0, 0]
+    shutil.rmtree(tmp_path / "disk")
+    datasets.DatasetDict(train=train, validation=table(["cat", "dog"], [-1, -1, -1])).save_to_disk(str(tmp_path / "disk"))
+    with pytest.warns(UserWarning, match="'label' are from -1 to -1; -1 means no label; the images of the val split have no labels"):
+        assert labels("val") == [-1] * 3
+    shutil.rmtree(tmp_path / "disk")
+    datasets.DatasetDict(train=train, validation=table(["cat", "eel"], [0, 1])).save_to_disk(str(tmp_path / "disk"))
+    with pytest.raises(DataError, match="row 1 of the val split is of class 'eel', which the training split does not have"):
+        labels("val")
 
 
 def test_huggingface_without_the_library_and_broken_files(datasets, tmp_path, monkeypatch):
@@ -412,8 +499,14 @@ def test_training_alone_decodes_at_reduced_scale(tmp_path, monkeypatch, size, op
         write(tmp_path / f"tar/{split}.tar", {"a.jpg": photo((560, 400))})
         (tmp_path / "folder" / split).mkdir(parents=True)
         (tmp_path / "folder" / split / "a.jpg").write_bytes(photo((560, 400)))
-    decoded, transpose = [], ImageOps.exif_transpose
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or transpose(image))
+    decoded, decode = [], dataset.decode
+
+    def watched(file, least):
+        image, place = decode(file, least)
+        decoded.append(image.size)
+        return image, place
+
+    monkeypatch.setattr(dataset, "decode", watched)
     for name, root in (("folder", "folder"), ("webdataset", "tar")):
         for split in ("train", "val"):
             data = make_dataset(name, str(tmp_path / root), split, size, **options)

@@ -64,6 +64,30 @@ def test_settings(train, tmp_path, settings):
     load_run(tmp_path / "run")
 
 
+def test_steps_or_epochs_the_one_that_ends_first(train, tmp_path, capfd):
+    """40 images in batches of 4: 10 steps are an epoch."""
+    for steps, epochs, end in ((6, 0.3, 3), (6, 5, 6), (6, "null", 6), ("null", 0.2, 2)):
+        run = tmp_path / f"{steps}_{epochs}"
+        train(f"train.max_train_steps={steps}", f"train.num_train_epochs={epochs}", f"train.output_dir={run}")
+        assert metrics(run)[-1]["step"] == end
+        assert f"global batch 4, {end} steps ({end / 10} epochs)" in capfd.readouterr().out
+    with pytest.raises(UserError, match="give train.max_train_steps or train.num_train_epochs, or both"):
+        train("train.max_train_steps=null")
+
+
+@pytest.mark.parametrize("words, told, hears", [
+    (["loss.disc_start=6"], True, False),
+    (["loss.disc_start=0", "loss.gan_start=9"], True, False),
+    (["loss.disc_start=3", "train.num_train_epochs=0.3"], True, False),
+    (["loss.disc_start=6", "loss.disc_weight=0"], False, False),
+    (["loss.disc_start=5"], False, True)])
+def test_a_generator_that_never_hears_the_discriminator(train, tmp_path, capfd, words, told, hears):
+    train(*words)
+    sentence = "the generator does not hear the discriminator in this run: loss.gan_start="
+    assert (sentence in capfd.readouterr().out) == told
+    assert any("gan_weight" in line for line in metrics(tmp_path / "run")) == hears
+
+
 def test_accumulation_equals_a_larger_batch(train, tmp_path):
     """Both optimizers, and the EMA codebook with restarts; the weight of the GAN loss fixed, since it is per forward."""
     same = ["model.quantizer.codebook_size=256", "loss.adaptive_weight=false", "train.adam_epsilon=1e-3", "train.max_train_steps=3"]

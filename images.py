@@ -1,0 +1,113 @@
+"""Image files: which there are, and their pixels.
+
+    files_below          the files in folders, at any depth
+    image_extensions     which of them are images
+    read_image, decode   one of them as 8-bit RGB, whatever it is
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
+
+BACKGROUND = (255, 255, 255)  # behind transparent images
+NOT_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
+PASSED_OVER = (".", "__MACOSX", "lost+found")  # files and folders whose names begin so
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
+# A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+
+@functools.cache
+def image_extensions() -> set[str]:
+    """The extensions (".jpg") of what this Pillow reads, without documents, films and data."""
+    formats = Image.registered_extensions()
+    readable = {"MPO", *Image.OPEN} - NOT_IMAGES  # "JPEG" opens MPO
+    return {extension for extension, name in formats.items() if name in readable}
+
+
+def files_below(extensions: set[str], *folders: Path) -> tuple[list[list[str]], list[str]]:
+    """The files with such an extension in each folder, at any depth: their relative names, in
+    order. And the names of all other files.
+
+    A file is listed once: in the first folder that leads to it, under its own name rather than a
+    link's. A link to a folder that it is in is not followed. PermissionError if a folder cannot be
+    read.
+    """
+    listed, others = [], []
+    places = set()  # the paths of all folders and files so far, without links
+    for top in folders:
+        names, links = [], []
+        pending = [("", os.path.realpath(top), True)]
+        while pending:
+            name, place, is_folder = pending.pop()
+            if not is_folder and os.path.splitext(name)[1].lower() not in extensions:
+                others.append(name)
+            elif place not in places:
+                places.add(place)
+                if not is_folder:
+                    names.append(name)
+                for entry in os.scandir(place) if is_folder else ():
+                    is_link = entry.is_symlink()
+                    target = os.path.realpath(entry.path) if is_link else entry.path
+                    is_around = f"{place}/".startswith(os.path.join(target, ""))
+                    if not is_around and not entry.name.startswith(PASSED_OVER):
+                        item = os.path.join(name, entry.name), target, entry.is_dir()
+                        (links if is_link else pending).append(item)
+            if not pending:
+                pending, links = sorted(links, reverse=True), []
+        # A folder's files, those of its sub-folders, the next folder: "a/b" is before "a-b".
+        names.sort(key=lambda name: (os.path.dirname(name).replace("/", "\0"), name))
+        listed.append(names)
+    return listed, others
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent."""
+    return decode(path)[0]
+
+
+def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
+    `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
+        image.load()
+        turn = None
+        with suppress(Exception):  # a broken EXIF block
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+        if image.mode[0] in "IF":
+            image = to_8_bits(image)
+        elif image.has_transparency_data:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        image = image.convert("RGB")
+        if turn in TURNS:
+            image = image.transpose(Image.Transpose[TURNS[turn]])
+        w, h = reduced[1][2:] if reduced else image.size
+        if reduced and turn in (5, 6, 7, 8):
+            w, h = h, w
+        left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
+        return image, (left, top, w, h)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits (the high ones) or of floats from 0 to 1. ValueError for other
+    numbers: nobody knows their white. What a PNG says is transparent becomes white."""
+    values = np.asarray(image)
+    if image.mode != "F" and (image.mode, image.format) != ("I", "TIFF"):
+        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # 12 or 16
+        grey = (values >> bits - 8).astype(np.uint8)
+        grey[values == image.info.get("transparency")] = BACKGROUND[0]
+    elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+        grey = (values * 255).round().astype(np.uint8)
+    else:
+        raise ValueError("its pixels are not of 8 or 16 bits or floats from 0 to 1; convert it")
+    return Image.fromarray(grey)
