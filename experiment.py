@@ -376,9 +376,9 @@ def run_config(folder: str | Path) -> dict:
 
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
-    given = {"data": dict(config["data"])}
-    override(given, overrides)
-    dataset = build(make_dataset, check_config(given, {"data": make_dataset}, "the command line")["data"], split=split)
+    given, sections = {"data": dict(config["data"])}, {"data": make_dataset}
+    override(given, overrides, sections)
+    dataset = build(make_dataset, check_config(given, sections, "the command line")["data"], split=split)
     set_image_size(model, dataset.image_size)
     return dataset
 

@@ -33,7 +33,7 @@ import train_stage1
 import train_stage2
 import visualize
 from code_cache import CodeCache
-from config import UserError, load_config, parse_yaml, read_yaml, setting_names
+from config import TextLoader, UserError, check_config, load_config, parse_yaml, read_yaml, setting_names
 from dataset import DataError, ImageDataset, make_dataset
 from guard import Guard
 from losses import PatchGAN
@@ -619,7 +619,9 @@ def test_any_words_are_a_config_or_one_sentence(words):
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            assert repr(parse_yaml(yaml.safe_dump(found, sort_keys=False))) == repr(found)  # what is saved can be read
+            saved = yaml.safe_dump(found, sort_keys=False)
+            assert repr(parse_yaml(saved)) == repr(found)  # what is saved can be read
+            assert repr(check_config(parse_yaml(saved, TextLoader), sections, "saved")) == repr(found)  # also as a config
 
 
 KEYS2 = sorted({k for name in train_stage2.STAGE2 for k in everything(train_stage2.SECTIONS, name)})
