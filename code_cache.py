@@ -84,7 +84,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     names = [dataset.source.name(i) for i in indices]
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
-    names = "\n".join(names).encode()
+    names = os.fsencode("\n".join(names))
     if data.get("name") == "webdataset":  # many have shards and keys of the same names
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()

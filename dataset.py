@@ -357,7 +357,7 @@ def numbers(found: list, classes: Sequence, name: Callable[[int], str | Path]) -
 
 def held_out(names: Iterable[str], val_fraction: float, train: bool) -> list[int]:
     """The indices for this split, by a hash of the names: one's place does not change when others come or go."""
-    place = [zlib.crc32(name.encode()) / 2**32 for name in names]
+    place = [zlib.crc32(os.fsencode(name)) / 2**32 for name in names]
     limit = max(val_fraction, min(place, default=0) + 2**-32)  # at least one image for validation
     return [i for i, x in enumerate(place) if (x >= limit) == train]
 

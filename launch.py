@@ -30,6 +30,7 @@ from gpt import NotFinite
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script. If it is one of several processes, ends this process."""
     _start_cpu_processes()
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names need not be UTF-8
     threading.excepthook = _thread_ended
     status = 0
     try:
@@ -73,6 +74,8 @@ class _Unfailing:
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback."""
     if isinstance(error, (UserError, DataError, NotFinite)):
+    if isinstance(error, UnicodeEncodeError):
+        return f"error: the name {error.object!r} is not UTF-8, which is needed here; choose another"
         return f"error: {error}"
     if isinstance(error, SafetensorError):
         return f"error: {error}; what was saved before is whole"

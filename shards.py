@@ -106,7 +106,7 @@ def index_all(shards: list[Path]) -> list[list]:
     and kept there if it is missing or damaged, or if the shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     states = [(shard.absolute(), shard.stat()) for shard in shards]
-    paths = [cache / (hashlib.sha256(f"1 {path} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32] + ".json")
+    paths = [cache / (hashlib.sha256(os.fsencode(f"1 {path} {state.st_size} {state.st_mtime_ns}")).hexdigest()[:32] + ".json")
              for path, state in states]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]

@@ -44,6 +44,7 @@ from figures import DEVICE, NAMES, batches, distinct, load, pixels, pyplot, row,
 from gpt import sides
 from hub import run_folder
 from launch import run_main
+from log import printable
 from losses import load_lpips
 from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
@@ -417,7 +418,7 @@ def sequence(args: argparse.Namespace) -> None:
     figure, axes = tiles(2 * args.n, len(titles), height=1.32)
     for i, (upper, lower) in enumerate(axes.reshape(args.n, 2, -1)):
         images, maps = zip(*(frame[:, i] for frame in frames[between - 1::between]))
-        row(upper, images, f"image {i}" if labels is None else classes[labels[i]], titles if i == 0 else None)
+        row(upper, images, f"image {i}" if labels is None else printable(classes[labels[i]]), titles if i == 0 else None)
         row(lower, maps, "")
         for ax, number in zip(lower, done[between - 1::between]):
             ax.set_xlabel(f"step {number[i]}" if trace else f"{number[i]} codes")

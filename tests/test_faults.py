@@ -594,6 +594,23 @@ def test_hostile_yaml_is_refused(tmp_path, text, told):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
+    """In both stages, with a tracker, and where they are printed."""
+    folder = tmp_path / os.fsdecode(b"f\xe9es")
+    for i in range(20):
+        (folder / os.fsdecode(b"caf\xe9")).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (i, 9 * i, 0)).save(folder / os.fsdecode(b"caf\xe9/im\xe9ge%d.png" % i))
+    given = ["train.max_train_steps=1", "train.log_with=tensorboard"]
+    train(*given, "data.name=folder", f"data.root={folder}", "data.val_fraction=0.3")
+    config = write_tiny2(tmp_path, "gpt", train="train_batch_size: 4\n  learning_rate: 1.0e-3\n  dataloader_num_workers: 0")
+    train2(config, *given, f"codes.stage1={tmp_path}/run")
+    assert yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["data"]["root"] == str(folder)
+    with pytest.raises(SystemExit, match="error: the name .* is not UTF-8"):
+        launch.run_main(lambda: train(*given, f"train.output_dir={folder}/run"))
+    (tmp_path / "say.py").write_text("import launch, sys\nlaunch.run_main(lambda: print(sys.argv[1]))")
+    assert forked(tmp_path, tmp_path / "say.py", folder.name, PYTHONIOENCODING="utf-8") == "f\\udce9es\n"
+
+
 def everything(sections, name):
     """All keys that a config with this model may set."""
     return [k for section, t in sections.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
