@@ -83,7 +83,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
-                        "or start if there is none; or the path of a checkpoint folder")
+                        "or start if there is none; or a checkpoint folder, by its path or name")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoints, list_checkpoints, newest_whole, whole_state, write_file, write_weights
+from checkpoint import Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file, write_weights
 from config import UserError, build, check_config, flatten, mapping, override, read_yaml
 from dataset import ImageDataset, make_dataset
 from dq_transformer import DQTransformer
@@ -67,6 +67,7 @@ class Run:
             if (train[one] is None) == (train[other] is None):
                 raise UserError(f"give one of train.{one} and train.{other}")
         self.config, self.wanted = config, resume
+        resume = self.wanted = wanted_checkpoint(resume, self.folder)
         self.folder = Path(train["output_dir"]).expanduser()
         check_folder(self.folder, config, resume)
         self.accelerator = make_accelerator(train, self.folder, fsdp)
@@ -301,10 +302,11 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
     if (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} holds an exported run, which cannot be trained on; choose another train.output_dir, and set "
                         f"train.init_from={folder}")
-    if resume is None and list_checkpoints(folder / "checkpoints"):
+    own = list_checkpoints(folder / "checkpoints")
+    if resume is None and own:
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
     source = folder if resume == "auto" else Path(resume or "").parent.parent
-    if resume not in (None, "auto") and source.resolve() != folder.resolve() and list_checkpoints(folder / "checkpoints"):
+    if resume and own and source.resolve() != folder.resolve():
         raise UserError(f"{folder} already holds checkpoints of another run than {source}; choose another train.output_dir")
     if resume is None or not (source / "config.yaml").is_file():
         return
