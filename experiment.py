@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, gather_object, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -262,6 +262,9 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this code is not made for."""
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    instead = "which is not supported; use --multi_gpu, or in stage 2 --use_fsdp --fsdp_version 2"
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        raise UserError(f"accelerate was asked for a parallelism config, {instead}")
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
     try:
         accelerator = Accelerator(
@@ -272,11 +275,22 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             # One process may have to wait long for another's share of an encoding.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
-        raise UserError(str(error)) from error
+        raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"accelerate was asked for {kind.value}, which is not supported; use --multi_gpu, or in stage 2 --use_fsdp "
-                        "--fsdp_version 2")
+    ours, theirs = train["gradient_accumulation_steps"], accelerator.gradient_accumulation_steps
+    precision = accelerator.mixed_precision
+    for refused, why in (
+            (kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM), f"{kind.value}, {instead}"),
+            (accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+             "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true"),
+            (theirs != ours, f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the config says "
+                             f"train.gradient_accumulation_steps={ours}; leave accelerate's out"),
+            (precision not in ("no", "fp16", "bf16"), f"mixed_precision={precision}, which is not supported; use bf16")):
+        if refused:
+            raise UserError(f"accelerate was asked for {why}")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        accelerator.print(f"train.mixed_precision={precision} is used, not accelerate's {launched}")
     if kind == DistributedType.FSDP:
         for refused, why in ((not fsdp, "but stage 1 needs the whole model in every process; use --multi_gpu"),
                              (plugin.fsdp_version != 2, "version 1, which is not supported; add --fsdp_version 2"),

@@ -5,17 +5,19 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY_MODELS, command, forked, metrics, start, weights, write_tiny
 from PIL import Image
 
 import experiment
+from checkpoint import wanted_checkpoint, write_weights
 from dataset import DataError
 from config import UserError
-from checkpoint import wanted_checkpoint, write_weights
 from experiment import load_run
 from mqvae import MQVAE
 
@@ -410,8 +412,6 @@ def test_a_run_of_any_rate_resumes_exactly(train, tmp_path):
     assert len(set(kept)) > 3 and kept == [line["kept_ratio"] for line in metrics(tmp_path / "run") if "kept_ratio" in line]
 
 
-def test_a_run_is_not_continued_over_another(train, tmp_path):
-    train("train.max_train_steps=3")
 @pytest.mark.parametrize("words, meant", [
     (["auto", "latest", "RUN", "RUN/", "RUN/checkpoints"], "auto"),
     (["step_00000003", "RUN/checkpoints/step_00000003", "RUN/checkpoints/step_00000003/"], "RUN/checkpoints/step_00000003"),
@@ -457,6 +457,8 @@ def test_the_config_s_precision_wins_and_says_so(train, monkeypatch, tmp_path, c
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["mixed_precision"] == "bf16"
 
 
+def test_a_run_is_not_continued_over_another(train, tmp_path):
+    train("train.max_train_steps=3")
     train("train.max_train_steps=3", f"train.output_dir={tmp_path}/other")
     with pytest.raises(UserError, match="already holds checkpoints of another run than"):
         train(f"train.output_dir={tmp_path}/other", resume=f"{tmp_path}/run/checkpoints/step_00000003")
