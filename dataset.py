@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -303,12 +303,12 @@ class Packed:
         return self.box.name(self.rows[index])
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, background: Any = BACKGROUND) -> Image.Image:
     """The image as 8-bit RGB, upright (EXIF), over white where it is transparent; 16-bit images keep their high bytes."""
-    return decode(path)[0]
+    return decode(path, background=background)[0]
 
 
-def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
+def decode(file: str | Path | bytes, least: int = 0, background: Any = BACKGROUND) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
     `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -320,7 +320,7 @@ def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         w, h = reduced[1][2:] if reduced else image.size
         if reduced and turn in (5, 6, 7, 8):
             w, h = h, w
