@@ -288,6 +288,8 @@ def make_file(path: Path, size: int) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows has this for open files alone
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,7 +10,6 @@ train_stage2.py.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -126,7 +125,9 @@ class CodeCache:
         """Makes the files, unless they are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            with suppress(OSError):  # some file systems have no locks
+            with suppress(ImportError, OSError):  # Windows and some file systems have no such locks
+                import fcntl
+
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
             for name, (kind, shape) in self.shapes.items():
                 size = self.rows * np.dtype(kind).itemsize * math.prod(shape)

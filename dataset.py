@@ -37,6 +37,7 @@ from shards import EXTENSIONS, Shards, Table, tables, tar_shards
 
 BACKGROUND = (255, 255, 255)  # behind transparent images
 ENOUGH = 2  # training decodes JPEGs at 1/2, 1/4 or 1/8 if so many pixels are left for each of the smallest crop's (docs/data.md)
+SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows has none
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
 
 
@@ -224,14 +225,15 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     """Schedulers and Ctrl-C signal every process, but the training process must save before its workers end. A second SIGTERM, from the
     training process, ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @atexit.register
 def end_workers() -> None:
     """At exit Python sends its workers one SIGTERM, which they ignore, and would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

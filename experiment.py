@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file, write_weights
 from config import UserError, build, check_config, flatten, mapping, override, read_yaml
-from dataset import ImageDataset, make_dataset
+from dataset import SIGUSR1, ImageDataset, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT
@@ -66,9 +65,9 @@ class Run:
         for one, other in (("learning_rate", "base_lr"), ("max_train_steps", "num_train_epochs")):
             if (train[one] is None) == (train[other] is None):
                 raise UserError(f"give one of train.{one} and train.{other}")
-        self.config, self.wanted = config, resume
-        resume = self.wanted = wanted_checkpoint(resume, self.folder)
+        self.config = config
         self.folder = Path(train["output_dir"]).expanduser()
+        resume = self.wanted = wanted_checkpoint(resume, self.folder)
         check_folder(self.folder, config, resume)
         self.accelerator = make_accelerator(train, self.folder, fsdp)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -79,7 +78,7 @@ class Run:
         self.started = time.monotonic()
         self.log = Log(self.accelerator, self.folder)
         self._signal: str | None = None
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
 
     def plan(self, dataset: ImageDataset) -> None:
         """How many steps, on how many images each."""
@@ -262,10 +261,10 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this code is not made for."""
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
     instead = "which is not supported; use --multi_gpu, or in stage 2 --use_fsdp --fsdp_version 2"
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         raise UserError(f"accelerate was asked for a parallelism config, {instead}")
-    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
@@ -493,7 +492,11 @@ def perplexities(values: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU, or of this process where there is none."""
+    """GiB: of the GPU, or of this process where there is none. NaN, which is not logged, where this cannot be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
