@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, covered, draw, filter_logits, sides,
-    uniforms)
+    HUGE, Blocks, CodeHead, CodeTransformer, Count, Guidance, Probability, check_known, check_sampling, covered, draw, filter_logits,
+    sides, uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -231,7 +231,7 @@ class MaskTransformer(CodeTransformer):
         if not self.num_codes:
             return draw(filter_logits(logits.flatten(0, 1), temperature), numbers.flatten()).view_as(layout)
         wanted = self.num_codes - (layout * ~open_).sum(1)
-        score = logits[..., 1].float() - logits[..., 0].float() + temperature * torch.logit(numbers, 1e-7)
+        score = logits[..., 1].float() - logits[..., 0].float() + min(temperature, HUGE) * torch.logit(numbers, 1e-7)
         return lowest((-score).masked_fill(~open_, math.inf), wanted).long()
 
 
@@ -336,7 +336,7 @@ class Unmask:
         self.done += 1
         share = self.done / self.steps
         sure = logits.float().log_softmax(-1).gather(-1, tokens[self.open].unsqueeze(-1)).squeeze(-1)
-        noise = -self.temperature * (1 - share) * (-numbers.clamp(min=1e-20).log()).log()    # Gumbel
+        noise = -min(self.temperature, HUGE) * (1 - share) * (-numbers.clamp(min=1e-20).log()).log()    # Gumbel
         confidence = noise.masked_scatter(self.open, sure + noise[self.open])
         left = (self.total * math.cos(math.pi / 2 * share)).long().clamp(min=self.steps - self.done)  # each later step keeps one or more
         self.open = lowest(confidence.masked_fill(~self.open, math.inf), left.minimum(self.open.sum(1) - 1))
