@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are loaded, the same with and without shards.
 
     Checkpoints     of a run: save, load, best weights
-    newest_whole    the newest checkpoint that is not damaged
+    wanted_checkpoint, newest_whole     the one that --resume means; the newest one that is not damaged
     write_weights   a checkpoint folder of weights alone
     write_file      a file, whole or not at all; make_file: one that has all its space
     whole_state     all weights of a module, also of one that FSDP has sharded
@@ -196,6 +196,21 @@ class Checkpoints:
             self.best, self.best_step = score, step
 
 
+def wanted_checkpoint(resume: str | None, run: Path) -> str | None:
+    """What --resume means for this run folder: None, "auto", or the path of a checkpoint. `latest` and the run's own folders are "auto";
+    a checkpoint's name alone is one of this run."""
+    if resume is None:
+        return None
+    own = run / "checkpoints"
+    path = Path(resume).expanduser().absolute()
+    if resume in ("auto", "latest") or path.resolve() in (run.resolve(), own.resolve()):
+        return "auto"
+    for place in (path, own / resume):
+        if (place / "checkpoint.json").is_file():
+            return str(place)
+    raise UserError(f"--resume takes auto or a checkpoint, such as {own}/step_00001000; in {resume}, checkpoint.json is missing")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
@@ -275,6 +290,8 @@ def make_file(path: Path, size: int) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows has this for open files alone
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

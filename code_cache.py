@@ -10,7 +10,6 @@ train_stage2.py.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -92,7 +91,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     names = [dataset.source.name(i) for i in indices]
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
-    names = "\n".join(names).encode()
+    names = os.fsencode("\n".join(names))
     if data.get("name") == "webdataset":  # many have shards and keys of the same names
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()
@@ -140,7 +139,9 @@ class CodeCache:
         """Makes the files, unless they are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            with suppress(OSError):  # some file systems have no locks
+            with suppress(ImportError, OSError):  # Windows and some file systems have no such locks
+                import fcntl
+
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another run may want the same codes
             for name, (kind, shape) in self.shapes.items():
                 size = self.rows * np.dtype(kind).itemsize * math.prod(shape)

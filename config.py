@@ -6,7 +6,8 @@
     TrainSettings       the section `train`, common to both stages
 
 A section is described by the signature of what takes its keys: their types, defaults and ranges. An int is from 1 to 2^31 and a float
-finite and not negative, unless the annotation says otherwise: Annotated[int, (low, high)], both included.
+finite and not negative, unless the annotation says otherwise: Annotated[int, (low, high)], both included. A value without quotes means
+what its setting's type makes of its text: 010 is ten, and a folder may be called 2023 or on.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     parser.add_argument("--config", required=True, help="a YAML file, such as configs/quickstart/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
     parser.add_argument("--resume", metavar="auto|CHECKPOINT", help="auto: go on from the newest checkpoint of the run folder, "
-                        "or start if there is none; or the path of a checkpoint folder")
+                        "or start if there is none; or a checkpoint folder, by its path or name")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
@@ -94,8 +95,8 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
                 out: the script knows it); or to a dict of such, from which the section's key `name` chooses
     inherit     may add to what the user gave, in place, before it is checked
     """
-    given = read_yaml(path)
-    override(given, overrides)
+    given = read_yaml(path, TextLoader)
+    override(given, overrides, sections)
     given["train"] = mapping(given.get("train"), "train")
     if given["train"].get("output_dir") is None:
         given["train"]["output_dir"] = f"runs/{Path(path).stem}"
@@ -104,8 +105,11 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
     return check_config(given, sections, path)
 
 
-def override(given: dict, overrides: list[str]) -> None:
-    """Sets key.sub=value in what was given, in place."""
+def override(given: dict, overrides: list[str], sections: dict[str, Any]) -> None:
+    """Sets key.sub=value in what was given, in place. `sections` as in load_config; of these, a text setting takes its value literally."""
+    texts = {
+        f"{name}.{key}" for name, target in sections.items() if not isinstance(target, dict)
+        for key, (kind, _) in signature(target).items() if kind in (str, str | None)}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -119,9 +123,19 @@ def override(given: dict, overrides: list[str]) -> None:
             if not isinstance(section, dict):
                 raise UserError(f"{key} cannot be set: {parent} is not a section")
         try:
-            section[last] = parse_yaml(value)
-        except ValueError:
-            raise UserError(f"the value of {text!r} is not valid YAML") from None
+            section[last] = literal(value) if key in texts else parse_yaml(value, TextLoader)
+        except ValueError as error:
+            raise UserError(f"the value of {text!r} is not {error}") from None
+
+
+def literal(text: str) -> str | None:
+    """Text from the command line as it was typed. Quotes around all of it go; nothing, and null, are None."""
+    if text in ("", "null"):
+        return None
+    if text[0] in "'\"" and text[0] == text[-1]:
+        with suppress(ValueError):
+            return str(parse_yaml(text))
+    return text
 
 
 def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dict[str, dict]:
@@ -132,7 +146,7 @@ def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dic
     targets, config = {}, {}
     for name, target in sections.items():
         if isinstance(target, dict):
-            choice = given.get(name, {}).get("name") if isinstance(given.get(name, {}), dict) else None
+            choice = mapping(given.get(name), name).get("name")
             if choice not in list(target):
                 raise UserError(f"{name}.name must be one of {', '.join(target)}; it is {choice!r}")
             target = target[choice]
@@ -140,7 +154,7 @@ def check_config(given: dict, sections: dict[str, Any], path: str | Path) -> dic
     valid = [key for name, target in targets.items() for key in setting_names(target, name)]
     for name, target in targets.items():
         section = dict(mapping(given.get(name), name))
-        choice = {"name": section.pop("name")} if isinstance(sections[name], dict) else {}
+        choice = {"name": str(section.pop("name"))} if isinstance(sections[name], dict) else {}
         config[name] = choice | _fill(target, section, name, valid)
     if "image_size" in config.get("model", {}) and "image_size" not in given["model"]:
         config["model"]["image_size"] = copy.copy(config["data"]["image_size"])  # of one list, YAML would write an alias
@@ -209,7 +223,7 @@ def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
             filled[key] = None  # the model has a default of its own
         elif nested:
             section = dict(mapping(given[key], f"{where}.{key}"))
-            name = {"name": section.pop("name")} if nested in QUANTIZERS.values() and "name" in section else {}
+            name = {"name": str(section.pop("name"))} if nested in QUANTIZERS.values() and "name" in section else {}
             filled[key] = name | _fill(nested, section, f"{where}.{key}", valid)
         elif key in given:
             filled[key] = _checked(given[key], kind, f"{where}.{key}")
@@ -219,6 +233,7 @@ def _fill(target: Callable, given: dict, where: str, valid: list[str]) -> dict:
 
 
 DEFAULT_RANGE = {int: (1, 2**31), float: (0, 1e300)}
+FROM_TEXT = {int: int, float: float, str: str, bool: lambda text: yaml.SafeLoader.bool_values[text.lower()]}
 
 
 def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> Any:
@@ -232,18 +247,16 @@ def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> 
         kinds = [a for a in args if a is not type(None)]
         return _checked(value, next((k for k in kinds if (typing.get_origin(k) is list) == isinstance(value, list)), kinds[0]), where)
     if origin is Literal:
-        if value is False and "no" in args:  # which YAML reads as false
-            return "no"
-        if value in args and not isinstance(value, bool):
-            return value
+        if value in args:
+            return args[args.index(value)]
         raise UserError(f"{where} must be one of {', '.join(map(str, args))}; it is {value!r}")
     if origin is list and isinstance(value, list):
         return [_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML reads 1e-4, without a dot, as a string
-    if origin is list or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    if isinstance(value, Plain) or kind is float and type(value) in (int, str):
+        with suppress(ValueError, KeyError, OverflowError):
+            value = FROM_TEXT[kind](value)
+    if type(value) is not kind:
+        name = kind.__name__ if origin is None else str(kind)
         raise UserError(f"{where} must be {name}; it is {value!r}")
     low, high = limits or DEFAULT_RANGE.get(kind, (None, None))
     if low is not None and not low <= value <= high:
@@ -254,18 +267,47 @@ def _checked(value: Any, kind: Any, where: str, limits: tuple | None = None) -> 
 MAX_YAML, MAX_DEPTH = 10**6, 20  # characters, and sections in sections
 
 
-def read_yaml(path: str | Path) -> dict:
+class Plain(str):
+    """A scalar without quotes, of which only its setting's type says what it means."""
+
+
+class Loader(yaml.SafeLoader):
+    """yaml.SafeLoader that refuses a key that stands twice in a mapping, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in names:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands there a second time", problem_mark=key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class TextLoader(Loader):
+    """Loader of a user's config, in which scalars without quotes, but null, are Plain."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()}
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = super().construct_scalar(node)
+        return text if node.style else Plain(text)
+
+
+def read_yaml(path: str | Path, loader: type[Loader] = Loader) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
-            return mapping(parse_yaml(file.read(MAX_YAML + 1)), str(path))
+            return mapping(parse_yaml(file.read(MAX_YAML + 1), loader), str(path))
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path} is not {'text' if isinstance(error, UnicodeDecodeError) else error}") from None
 
 
-def parse_yaml(text: str) -> Any:
-    """yaml.safe_load without aliases, ten lines of which can make a billion values. ValueError, to be read after "is not"."""
+def parse_yaml(text: str, loader: type[Loader] = Loader) -> Any:
+    """yaml.load without aliases, ten lines of which can make a billion values. ValueError, to be read after "is not"."""
     if len(text) > MAX_YAML:
         raise ValueError(f"a config: it has more than {MAX_YAML} characters")
     depth, problem = 0, None
@@ -276,10 +318,12 @@ def parse_yaml(text: str) -> Any:
                 problem = f"a config: it has aliases, or more than {MAX_DEPTH} sections in each other"
                 break
         else:
-            return yaml.safe_load(text)
+            return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         # PyYAML raises these too, for dates that do not exist or !!bool 3.
-        problem = "valid YAML" + (f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else "")
+        problem = "valid YAML"
+        if getattr(error, "problem_mark", None):
+            problem += f" at line {error.problem_mark.line + 1} ({error.problem[:200]})"
     raise ValueError(problem)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import train_stage1
 import train_stage2
-from config import UserError, check_config, parse_yaml, read_yaml
+from config import UserError, check_config, override, read_yaml
 from experiment import load_run, save_run
 from launch import run_main
 from reference import FIRST_STAGE, KINDS, from_reference
@@ -96,12 +96,7 @@ def _run_config(section: dict, size: int, args: argparse.Namespace, sections: di
     """The complete config of a run with this model. The data can be named later."""
     given = {"model": dict(section), "data": {"name": "folder", "image_size": size},
              "train": {"output_dir": str(Path(args.out).expanduser()), "learning_rate": 1e-4, "max_train_steps": 1}}
-    for setting in args.data:
-        key, _, value = setting.partition("=")
-        try:
-            given["data"][key] = parse_yaml(value)
-        except ValueError:
-            raise UserError(f"the value of {setting!r} is not valid YAML") from None
+    override(given, [f"data.{setting}" for setting in args.data], sections)
     return check_config(given, sections, "--data")
 
 

@@ -14,6 +14,7 @@ import atexit
 import copy
 import math
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -35,6 +36,7 @@ from shapes import Shapes
 from shards import SPLIT, Shards, Table, tables, tar_shards
 
 ENOUGH = 2  # training decodes JPEGs at 1/2, 1/4 or 1/8 if so many pixels are left for each of the smallest crop's (docs/data.md)
+SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows has none
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
 SIDECARS = (".txt", ".json", ".csv", ".xml", ".yml", ".yaml", ".md")  # often lie beside images
 
@@ -256,14 +258,15 @@ def _leave_signals_to_the_trainer(_: int) -> None:
     """Schedulers and Ctrl-C signal every process, but the training process must save before its workers end. A second SIGTERM, from the
     training process, ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @atexit.register
 def end_workers() -> None:
     """At exit Python sends its workers one SIGTERM, which they ignore, and would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -395,7 +398,7 @@ def labelled(training: Sequence[int] | Sequence[str], split: Sequence[int] | Seq
 def held_out(names: Iterable[str], val_fraction: float, train: bool) -> tuple[list[int], list[int]]:
     """The indices for training, and those for this split, by a hash of the names: one's place does
     not change when others come or go."""
-    place = [zlib.crc32(name.encode()) / 2**32 for name in names]
+    place = [zlib.crc32(os.fsencode(name)) / 2**32 for name in names]
     limit = max(val_fraction, min(place, default=0) + 2**-32)  # at least one image for validation
     training = [i for i, x in enumerate(place) if x >= limit]
     return training, training if train else [i for i, x in enumerate(place) if x < limit]

@@ -54,7 +54,9 @@ from tqdm import tqdm
 
 from checkpoint import write_file
 from config import UserError, check_config, override
-from dataset import ImageDataset, eval_loader, list_images, read_image, to_float, to_uint8
+from dataset import (
+    ImageDataset, eval_loader, list_images, make_dataset, read_image, to_float, to_uint8,
+)
 from experiment import (
     PATIENCE, STAGE2, class_names, load_run, run_config, run_dataset, set_rate,
 )
@@ -334,7 +336,8 @@ def draw_samples(args: argparse.Namespace, state: Accelerator, model: torch.nn.M
     """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch took. Labels
     are as in the dataset."""
     given = {"sample": dict(config["sample"])}
-    override(given, [o for o in args.overrides if o.startswith("sample.")])
+    overrides = [o for o in args.overrides if o.startswith("sample.")]
+    override(given, overrides, {"sample": SampleSettings})
     labels = spread_labels(dataset, count) if model.num_classes else None
     settings = sampling_arguments(model, check_config(given, {"sample": SampleSettings}, "the command line")["sample"], labels)
     mine = list(range(count))[state.process_index::state.num_processes]
@@ -407,7 +410,7 @@ def run_images(args: argparse.Namespace, config: dict, split: str, model: torch.
     overrides = [o for o in args.overrides if config["model"]["name"] not in STAGE2 or not o.startswith("sample.")]
     overrides += ["data.random_crop=false", "data.random_flip=false"]
     given = {"data": dict(config["data"])}
-    override(given, overrides)
+    override(given, overrides, {"data": make_dataset})
     return run_dataset(config, overrides, split, model), given["data"]
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -27,15 +26,15 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, gather_object, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoints, list_checkpoints, newest_whole, whole_state, write_file, write_weights
+from checkpoint import Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file, write_weights
 from config import UserError, build, check_config, flatten, mapping, override, read_yaml
-from dataset import ImageDataset, make_dataset
+from dataset import SIGUSR1, ImageDataset, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT
@@ -70,8 +69,9 @@ class Run:
         if train["max_train_steps"] is None and train["num_train_epochs"] is None:
             raise UserError("give train.max_train_steps or train.num_train_epochs, or both: "
                             "the one that ends first counts")
-        self.config, self.wanted = config, resume
+        self.config = config
         self.folder = Path(train["output_dir"]).expanduser()
+        resume = self.wanted = wanted_checkpoint(resume, self.folder)
         check_folder(self.folder, config, resume)
         self.accelerator = make_accelerator(train, self.folder, fsdp)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -82,7 +82,7 @@ class Run:
         self.started = time.monotonic()
         self.log = Log(self.accelerator, self.folder)
         self._signal: str | None = None
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
 
     def plan(self, dataset: ImageDataset) -> None:
         """How many steps, on how many images each."""
@@ -269,6 +269,9 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
+    instead = "which is not supported; use --multi_gpu, or in stage 2 --use_fsdp --fsdp_version 2"
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        raise UserError(f"accelerate was asked for a parallelism config, {instead}")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
@@ -277,11 +280,22 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
-        raise UserError(str(error)) from error
+        raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"accelerate was asked for {kind.value}, which is not supported; use --multi_gpu, or in stage 2 --use_fsdp "
-                        "--fsdp_version 2")
+    ours, theirs = train["gradient_accumulation_steps"], accelerator.gradient_accumulation_steps
+    precision = accelerator.mixed_precision
+    for refused, why in (
+            (kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM), f"{kind.value}, {instead}"),
+            (accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+             "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true"),
+            (theirs != ours, f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the config says "
+                             f"train.gradient_accumulation_steps={ours}; leave accelerate's out"),
+            (precision not in ("no", "fp16", "bf16"), f"mixed_precision={precision}, which is not supported; use bf16")):
+        if refused:
+            raise UserError(f"accelerate was asked for {why}")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        accelerator.print(f"train.mixed_precision={precision} is used, not accelerate's {launched}")
     if kind == DistributedType.FSDP:
         for refused, why in ((not fsdp, "but stage 1 needs the whole model in every process; use --multi_gpu"),
                              (plugin.fsdp_version != 2, "version 1, which is not supported; add --fsdp_version 2"),
@@ -307,10 +321,11 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
     if (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} holds an exported run, which cannot be trained on; choose another train.output_dir, and set "
                         f"train.init_from={folder}")
-    if resume is None and list_checkpoints(folder / "checkpoints"):
+    own = list_checkpoints(folder / "checkpoints")
+    if resume is None and own:
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
     source = folder if resume == "auto" else Path(resume or "").parent.parent
-    if resume not in (None, "auto") and source.resolve() != folder.resolve() and list_checkpoints(folder / "checkpoints"):
+    if resume and own and source.resolve() != folder.resolve():
         raise UserError(f"{folder} already holds checkpoints of another run than {source}; choose another train.output_dir")
     if resume is None or not (source / "config.yaml").is_file():
         return
@@ -388,9 +403,9 @@ def class_names(folder: str | Path) -> list[str] | None:
 
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
-    given = {"data": dict(config["data"])}
-    override(given, overrides)
-    dataset = build(make_dataset, check_config(given, {"data": make_dataset}, "the command line")["data"], split=split)
+    given, sections = {"data": dict(config["data"])}, {"data": make_dataset}
+    override(given, overrides, sections)
+    dataset = build(make_dataset, check_config(given, sections, "the command line")["data"], split=split)
     set_image_size(model, dataset.image_size)
     return dataset
 
@@ -490,7 +505,11 @@ def perplexities(values: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU, or of this process where there is none."""
+    """GiB: of the GPU, or of this process where there is none. NaN, which is not logged, where this cannot be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -529,6 +529,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": others, "weight_decay": 0.0}]
 
 
+TINY, HUGE = 1e-30, 1e30  # settings of sampling beyond these would be 0 and infinite in float32
+
+
 class NotFinite(ValueError):
     """Logits are NaN or infinite."""
 
@@ -557,7 +560,7 @@ class Guidance:
         if not self.finite:
             raise NotFinite("the model's logits are not finite, so nothing can be sampled: either "
                             "its weights are not (use an earlier checkpoint), or half precision "
-                            "overflowed (use float32)")
+                            "overflowed (use float32), or cfg_scale is far too large")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -572,20 +575,21 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                   top_p: float | None = None) -> Tensor:
-    """Logits (B, V), divided by the temperature, float32; -inf for excluded tokens. Temperature 0
-    leaves only the most likely."""
+    """Logits (B, V) below the highest, divided by the temperature, float32; -inf for excluded
+    tokens. Temperature 0 leaves only the most likely."""
     logits = logits.float()
     if temperature == 0:
         top_k = 1
         temperature = 1.0
-    logits = logits / temperature
+    logits = logits - logits.amax(-1, keepdim=True)  # a low temperature must not make it infinite
+    logits = logits / min(max(temperature, TINY), HUGE)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        reached = p.cumsum(-1) - p >= top_p  # by the tokens before
+        reached = p.cumsum(-1) - p >= max(top_p, TINY)  # by the tokens before
         ordered = ordered.masked_fill(reached, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return logits

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-BACKGROUND = (255, 255, 255)  # behind transparent images
+BACKGROUND = "white"  # behind transparent images
 NOT_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
 PASSED_OVER = (".", "__MACOSX", "lost+found")  # files and folders whose names begin so
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
@@ -69,14 +69,16 @@ def files_below(extensions: set[str], *folders: Path) -> tuple[list[list[str]], 
     return listed, others
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, upright (EXIF), over white where it is transparent."""
-    return decode(path)[0]
+def read_image(path: str | Path, background: str = BACKGROUND) -> Image.Image:
+    """The image as 8-bit RGB, upright (EXIF), over this colour where it is transparent."""
+    return decode(path, background=background)[0]
 
 
-def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded at 1/2, 1/4 or 1/8, but to at least
-    `least` pixels a side (0: whole); its last pixels then go beyond the picture."""
+def decode(file: str | Path | bytes, least: int = 0,
+           background: str = BACKGROUND) -> tuple[Image.Image, tuple[float, ...]]:
+    """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded
+    at 1/2, 1/4 or 1/8, but to at least `least` pixels a side (0: whole); its last pixels then go
+    beyond the picture."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         reduced = image.draft("RGB", (least, least)) if least else None  # None: no JPEG
         image.load()
@@ -87,7 +89,7 @@ def decode(file: str | Path | bytes, least: int = 0) -> tuple[Image.Image, tuple
             image = to_8_bits(image)
         elif image.has_transparency_data:
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         image = image.convert("RGB")
         if turn in TURNS:
             image = image.transpose(Image.Transpose[TURNS[turn]])
@@ -105,7 +107,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode != "F" and (image.mode, image.format) != ("I", "TIFF"):
         bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # 12 or 16
         grey = (values >> bits - 8).astype(np.uint8)
-        grey[values == image.info.get("transparency")] = BACKGROUND[0]
+        grey[values == image.info.get("transparency")] = 255
     elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
         grey = (values * 255).round().astype(np.uint8)
     else:

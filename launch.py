@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import get_cpu_distributed_information
 from safetensors import SafetensorError
@@ -31,6 +30,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Runs a script. If it is one of several processes, ends this process."""
     _start_cpu_processes()
     threading.excepthook = _thread_ended
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names need not be UTF-8
     status = 0
     try:
         with redirect_stdout(_Unfailing(sys.stdout)), redirect_stderr(_Unfailing(sys.stderr)):
@@ -74,6 +74,8 @@ def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback."""
     if isinstance(error, (UserError, DataError, NotFinite)):
         return f"error: {error}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"error: the name {error.object!r} is not UTF-8, which is needed here; choose another"
     if isinstance(error, SafetensorError):
         return f"error: {error}; what was saved before is whole"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -103,6 +105,8 @@ def _start_cpu_processes() -> None:
     launched_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     if not launched_for_cpu or "RANK" in os.environ or get_cpu_distributed_information().world_size > 1:
         return
+    import psutil
+
     launcher = argparse.ArgumentParser(add_help=False)
     launcher.add_argument("--num_processes", "--num-processes", type=int)
     number = launcher.parse_known_args(psutil.Process().parent().cmdline())[0].num_processes

@@ -1,6 +1,7 @@
 """What a run writes while it trains: metrics.jsonl, the tracker's log, pictures. A full disk costs a line or a picture, not the run.
 
-    Log     add scalars at every step, write their means; picture
+    Log         add scalars at every step, write their means; picture
+    printable   a file's name as any text that can be written
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Log:
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.is_file() and step else []
             write_file(path, "".join(line + "\n" for line in lines if _step(line) <= step))
-        settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+        settings = {k: v if isinstance(v, (int, float)) else printable(str(v)) for k, v in settings.items()}
         self.accelerator.init_trackers("minVQ", settings, {"tensorboard": {"purge_step": step + 1}})
 
     def close(self) -> None:
@@ -100,6 +101,11 @@ class Log:
         except OSError as error:
             warnings.warn(f"{what} could not be written ({error.strerror or error}); training goes on: make room in {self.folder}",
                           stacklevel=3)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for the bytes of a file's name that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _step(line: str) -> float:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Guidance, Probability,
+    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Guidance, Probability,
     check_grids, check_known, check_sampling, covered, divided, draw, filter_logits, sides,
     uniforms)
 
@@ -324,9 +324,9 @@ class MaskTransformer(CodeTransformer):
         if not self.num_codes:
             filtered = filter_logits(logits.flatten(0, 1), temperature)
             return draw(filtered, numbers.flatten()).view_as(layout)
-        wanted = self.num_codes - (layout * ~open_).sum(1)       # (n,)
+        wanted = self.num_codes - (layout * ~open_).sum(1)              # (n,)
         score = logits[..., 1].float() - logits[..., 0].float()
-        score = score + temperature * torch.logit(numbers, 1e-7)
+        score = score + min(temperature, HUGE) * torch.logit(numbers, 1e-7)
         return lowest((-score).masked_fill(~open_, math.inf), wanted).long()
 
 
@@ -498,7 +498,7 @@ class Unmask:
         drawn = tokens[self.open].unsqueeze(-1)                         # (m, 1)
         sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
         gumbel = -(-numbers.clamp(min=1e-20).log()).log()               # (n, T)
-        noise = self.temperature * (1 - share) * gumbel
+        noise = min(self.temperature, HUGE) * (1 - share) * gumbel
         confidence = noise.masked_scatter(self.open, sure + noise[self.open])
         left = (self.total * math.cos(math.pi / 2 * share)).long()
         left = left.clamp(min=self.steps - self.done)  # each later step decides one or more

@@ -171,7 +171,10 @@ def edit(args: argparse.Namespace, stage1: torch.nn.Module, config: dict) -> Edi
     grid = stage1.grid if "positions" in codes else tuple(codes["indices"].shape[1:3])
     if args.mask is not None:
         load_image(args.mask, size)  # or one sentence
-        white, (width, height) = read_image(args.mask).convert("L").point(lambda v: 255 * (v > 127)), read_image(args.image).size
+        # Of a transparent layer, white strokes are drawn anew; if there is none, its black strokes stay.
+        layers = [read_image(args.mask, colour).convert("L").point(lambda v: 255 * (v > 127)) for colour in ("black", "white")]
+        white = next((layer for layer in layers if layer.getbbox()), layers[0])
+        width, height = read_image(args.image).size
         if white.size != (width, height):
             raise UserError(f"{args.mask} is {white.width} x {white.height} pixels, but {args.image} is {width} x {height}")
         crop = min(width, height * size[1] / size[0]), min(height, width * size[0] / size[1])  # as that of the image

@@ -114,7 +114,8 @@ def index_all(shards: list[Path]) -> list[list]:
     states = [(shard.absolute(), shard.stat()) for shard in shards]
     extensions = sorted(image_extensions())  # another Pillow reads other formats
     names = [f"3 {path} {state.st_size} {state.st_mtime_ns} {extensions}" for path, state in states]
-    paths = [cache / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".json") for name in names]
+    paths = [cache / (hashlib.sha256(os.fsencode(name)).hexdigest()[:32] + ".json")
+             for name in names]
     found = [_load(path) for path in paths]
     missing = [i for i, index in enumerate(found) if index is None]
     random.Random().shuffle(missing)  # processes that start together begin at different shards, and share the work

@@ -19,7 +19,7 @@ import openmp  # noqa: F401, before torch
 import torch
 from accelerate.utils import gather_object
 
-from checkpoint import write_file
+from checkpoint import wanted_checkpoint, write_file
 from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, image
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
@@ -152,19 +152,19 @@ def inherit_data(given: dict, resume: str | None) -> None:
 
 def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
     """Where the stage-1 model is, and whether that is the resumed run's own copy."""
-    own = Path(str(config["train"]["output_dir"])).expanduser() / "stage1"
+    run = Path(str(config["train"]["output_dir"])).expanduser()
+    resume, own = wanted_checkpoint(resume, run), run / "stage1"
     copy_ = own if resume == "auto" else Path(resume or "").parent.parent / "stage1"
     if resume and (copy_ / "config.yaml").is_file():
         return copy_, True
-    folder = mapping(config.get("codes"), "codes").get("stage1")
-    folder = run_folder(folder) if folder else folder
-    if not folder or not (Path(str(folder)).expanduser() / "config.yaml").is_file():
-        raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {folder!r}"
-                        + (", which has no config.yaml" if folder else ""))
-    theirs = Path(str(folder)).expanduser().resolve()
-    if own.resolve() in (theirs, *theirs.parents):
+    asked = mapping(config.get("codes"), "codes").get("stage1")
+    folder = Path(run_folder(str(asked))).expanduser()
+    if not asked or not (folder / "config.yaml").is_file():
+        raise UserError(f"codes.stage1 must be the run folder of a trained stage-1 model; it is {asked!r}"
+                        + (", which has no config.yaml" if asked else ""))
+    if own.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"codes.stage1={folder} is where this run would put its copy of the stage-1 model; choose another train.output_dir")
-    return Path(str(folder)).expanduser(), False
+    return folder, False
 
 
 def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict, Path]:

@@ -44,6 +44,7 @@ from figures import DEVICE, NAMES, batches, distinct, load, pixels, pyplot, row,
 from gpt import sides
 from hub import run_folder
 from launch import run_main
+from log import printable
 from losses import load_lpips
 from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
@@ -105,7 +106,7 @@ def recon(args: argparse.Namespace) -> None:
     images = torch.cat([*batches(dataset, args.n, "images")])
     outs = [model(images) for model, _, _ in runs]
     errors = [error_map(images, out.images) for out in outs]
-    top = max(e.flatten().quantile(0.995).item() for e in errors)  # outliers must not darken the maps
+    top = max(e.flatten().kthvalue(math.ceil(0.995 * e.numel())).values.item() for e in errors)  # outliers must not darken the maps
     figure, axes = tiles(1 + 2 * len(runs), len(images), images)
     row(axes[0], pixels(images), "original")
     for (model, name, kind), out, error, (upper, lower) in zip(runs, outs, errors, axes[1:].reshape(len(runs), 2, -1)):
@@ -416,7 +417,7 @@ def sequence(args: argparse.Namespace) -> None:
     figure, axes = tiles(2 * args.n, len(titles), height=1.32)
     for i, (upper, lower) in enumerate(axes.reshape(args.n, 2, -1)):
         images, maps = zip(*(frame[:, i] for frame in frames[between - 1::between]))
-        row(upper, images, f"image {i}" if labels is None else classes[labels[i]], titles if i == 0 else None)
+        row(upper, images, f"image {i}" if labels is None else printable(classes[labels[i]]), titles if i == 0 else None)
         row(lower, maps, "")
         for ax, number in zip(lower, done[between - 1::between]):
             ax.set_xlabel(f"step {number[i]}" if trace else f"{number[i]} codes")

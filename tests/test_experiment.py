@@ -6,7 +6,7 @@ import yaml
 from conftest import ROOT
 
 import train_stage2
-from config import UserError, build, load_config
+from config import UserError, build, load_config, read_yaml
 from experiment import learning_rate_at, load_run
 from train_stage1 import SECTIONS
 from vqgan import VQGAN
@@ -21,11 +21,11 @@ def test_config_is_complete_and_typed(tiny):
     assert config["model"]["quantizer"] == {
         "codebook_size": 64, "dim": 8, "beta": 0.25, "legacy": False, "l2_norm": False, "ema_decay": 0.9, "ema_eps": 1e-5,
         "restart": True, "entropy_weight": 0.0, "entropy_temperature": 0.01, "queue_size": 65536, "rotation": False}
-    assert config["train"]["learning_rate"] == 1e-4  # which YAML reads as a string
+    assert config["train"]["learning_rate"] == 1e-4  # of which YAML makes a string
     assert config["model"]["image_size"] == 8  # follows the data
     assert load(tiny, "model.image_size=32")["model"]["image_size"] == 32
     assert yaml.safe_load(yaml.safe_dump(config)) == config
-    assert load(tiny, "train.mixed_precision=no")["train"]["mixed_precision"] == "no"  # which YAML reads as false
+    assert load(tiny, "train.mixed_precision=no")["train"]["mixed_precision"] == "no"  # of which YAML makes false
     settings = dict(config["model"])
     settings.pop("name")
     assert isinstance(build(VQGAN, settings), VQGAN)
@@ -42,6 +42,37 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     assert load(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize("text", [
+    "/data/shoot #2", "/data/a=b", "/data/100%", "~/photos", "~", "2023", "2024-05-01", "007", "1e3", "1_0", "0x1f", "1:30", "on", "True",
+    "no", "/data/set: new", "[faces]", "{faces}", "C:\\images", "it's", "'", "'a' and 'b'", "*", "@home", "Null", "a\udce9"])
+def test_a_text_setting_takes_the_text(tiny, tmp_path, text):
+    config = load(tiny, "data.name=folder", f"data.root={text}")
+    assert config["data"]["root"] == text
+    tiny.write_text(yaml.safe_dump(config))  # as in a run folder
+    assert load(tiny) == config == read_yaml(tiny)
+    if text.isprintable():
+        quoted = "'" + text.replace("'", "''") + "'"
+        assert load(tiny, f"data.root={quoted}")["data"]["root"] == text
+    assert load(tiny, "data.root=null")["data"]["root"] is load(tiny, "data.root=")["data"]["root"] is None
+    assert load(tiny, "data.root='null'")["data"]["root"] == "null"
+
+
+@pytest.mark.parametrize("scalar, key, value", [
+    ("2023", "data.root", "2023"), ("2024-05-01", "data.root", "2024-05-01"), ("on", "data.root", "on"), ("'on' # yes", "data.root", "on"),
+    ("~", "data.root", None), ("'~'", "data.root", "~"), ("[on, 1, '2']", "train.freeze", ["on", "1", "2"]), ("010", "train.seed", 10),
+    ("010", "train.learning_rate", 10.0), ("1_000", "train.seed", 1000), ("1e-4", "train.learning_rate", 1e-4),
+    ("on", "train.use_ema", True), ("No", "train.use_ema", False), ("no", "train.mixed_precision", "no"),
+    ("[010, 2]", "model.ch_mult", [10, 2])])
+def test_a_scalar_is_read_by_the_type_of_its_setting(tmp_path, scalar, key, value):
+    section, name = key.split(".")
+    text = f"{section}:\n  {name}: {scalar}\n" + ("  name: vqgan" if section == "model" else "model: {name: vqgan}")
+    (tmp_path / "c.yaml").write_text(text)
+    found = load(tmp_path / "c.yaml")[section][name]
+    assert found == value and type(found) is type(value)
+    if section != "data":
+        assert load(tmp_path / "c.yaml", f"{key}={scalar}")[section][name] == value
+
+
 @pytest.mark.parametrize("override, sentence", [
     ("train.train_batchsize=4", "unknown key train.train_batchsize; the nearest valid one is train.train_batch_size"),
     ("model.quantizer.codebook_sizes=4", "nearest valid one is model.quantizer.codebook_size"),
@@ -50,12 +81,12 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("model.name=vqgn", "model.name must be one of vqgan, vqvae, mqvae, dqvae; it is 'vqgn'"),
     ("model.name=[vqgan]", "model.name must be one of"),
     ("train.train_batch_size=four", "train.train_batch_size must be int; it is 'four'"),
-    ("train.train_batch_size=4.5", "train.train_batch_size must be int; it is 4.5"),
-    ("train.train_batch_size=true", "train.train_batch_size must be int; it is True"),
+    ("train.train_batch_size=4.5", "train.train_batch_size must be int; it is '4.5'"),
+    ("train.train_batch_size=true", "train.train_batch_size must be int; it is 'true'"),
     ("train.learning_rate=fast", "train.learning_rate must be float; it is 'fast'"),
-    ("train.use_ema=1", "train.use_ema must be bool; it is 1"),
+    ("train.use_ema=1", "train.use_ema must be bool; it is '1'"),
     ("train.seed=null", "train.seed must be int; it is None"),
-    ("model.ch_mult=2", "model.ch_mult must be list[int]; it is 2"),
+    ("model.ch_mult=2", "model.ch_mult must be list[int]; it is '2'"),
     ("model.ch_mult=[1,x]", "model.ch_mult[1] must be int; it is 'x'"),
     ("model.quantizer=5", "model.quantizer must be a section"),
     ("model.z_channels=0", "model.z_channels must be between 1 and 2147483648; it is 0"),
@@ -67,15 +98,18 @@ def test_a_resolved_config_resolves_to_itself(tiny, tmp_path):
     ("discriminator.num_layers=0", "discriminator.num_layers must be between 1 and"),
     ("data.max_objects=4", "data.max_objects must be between 1 and 3; it is 4"),
     ("data.min_scale=0", "data.min_scale must be between 1e-06 and 1; it is 0"),
-    ("train.learning_rate=.inf", "train.learning_rate must be between 0 and 1e+300; it is inf"),
-    ("train.learning_rate=.nan", "it is nan"),
+    ("train.learning_rate=inf", "train.learning_rate must be between 0 and 1e+300; it is inf"),
+    ("train.learning_rate=nan", "it is nan"),
     ("train.adam_beta1=1", "train.adam_beta1 must be between 0 and"),
     ("loss.gan=hing", "loss.gan must be one of hinge, vanilla, non_saturating; it is 'hing'"),
     ("train.seed", "'train.seed' is not of the form key.sub=value"),
     ("train.seed=[", "not valid YAML"),
     ("train.seed.sub=1", "must be int"),
-    ("train.learning_rate=" + "9" * 400, "train.learning_rate must be float"),
-    ("train.learning_rate=1" + ":59" * 200 + ".5", "not valid YAML"),
+    ("train.learning_rate=" + "9" * 400, "train.learning_rate must be between 0 and 1e+300; it is inf"),
+    ("train.learning_rate=1:30", "train.learning_rate must be float; it is '1:30'"),  # 90, to YAML
+    ("train.seed=0x10", "train.seed must be int; it is '0x10'"),
+    ("train.seed='5'", "train.seed must be int; it is '5'"),
+    ("model.quantizer={dim: 4, dim: 8}", "not valid YAML at line 1 (dim stands there a second time)"),
 ])
 def test_mistakes_are_one_sentence(tiny, override, sentence):
     with pytest.raises(UserError) as error:
@@ -85,7 +119,9 @@ def test_mistakes_are_one_sentence(tiny, override, sentence):
 
 @pytest.mark.parametrize("text, sentence", [
     ("model: [", "not valid YAML at line"), ("- 1", "must be a section"), ("train: 3", "train must be a section"),
-    ("", "model.name must be one of"), ("train: {}\non: 3", "unknown section True")])
+    ("", "model.name must be one of"), ("train: {}\non: 3", "unknown section 'on'"),
+    ("model: {name: vqgan}\ntrain: {seed: 1}\ndata: {}\ntrain: {}", r"c.yaml is not valid YAML at line 4 \(train stands there a second"),
+    ("model:\n  name: vqgan\n  ch: 1\n  name: mqvae", r"at line 4 \(name stands there a second")])
 def test_files_that_are_no_config(tmp_path, text, sentence):
     (tmp_path / "c.yaml").write_text("model: {name: vqgan}\n" + text if text.startswith("train") else text)
     with pytest.raises(UserError, match=sentence):

@@ -33,7 +33,7 @@ import train_stage1
 import train_stage2
 import visualize
 from code_cache import CodeCache
-from config import UserError, load_config, parse_yaml, read_yaml, setting_names
+from config import TextLoader, UserError, check_config, load_config, parse_yaml, read_yaml, setting_names
 from dataset import DataError, ImageDataset, make_dataset
 from guard import Guard
 from losses import PatchGAN
@@ -594,6 +594,23 @@ def test_hostile_yaml_is_refused(tmp_path, text, told):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
+    """In both stages, with a tracker, and where they are printed."""
+    folder = tmp_path / os.fsdecode(b"f\xe9es")
+    for i in range(20):
+        (folder / os.fsdecode(b"caf\xe9")).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (i, 9 * i, 0)).save(folder / os.fsdecode(b"caf\xe9/im\xe9ge%d.png" % i))
+    given = ["train.max_train_steps=1", "train.log_with=tensorboard"]
+    train(*given, "data.name=folder", f"data.root={folder}", "data.val_fraction=0.3")
+    config = write_tiny2(tmp_path, "gpt", train="train_batch_size: 4\n  learning_rate: 1.0e-3\n  dataloader_num_workers: 0")
+    train2(config, *given, f"codes.stage1={tmp_path}/run")
+    assert yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["data"]["root"] == str(folder)
+    with pytest.raises(SystemExit, match="error: the name .* is not UTF-8"):
+        launch.run_main(lambda: train(*given, f"train.output_dir={folder}/run"))
+    (tmp_path / "say.py").write_text("import launch, sys\nlaunch.run_main(lambda: print(sys.argv[1]))")
+    assert forked(tmp_path, tmp_path / "say.py", folder.name, PYTHONIOENCODING="utf-8") == "f\\udce9es\n"
+
+
 def everything(sections, name):
     """All keys that a config with this model may set."""
     return [k for section, t in sections.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
@@ -619,7 +636,9 @@ def test_any_words_are_a_config_or_one_sentence(words):
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            assert repr(parse_yaml(yaml.safe_dump(found, sort_keys=False))) == repr(found)  # what is saved can be read
+            saved = yaml.safe_dump(found, sort_keys=False)
+            assert repr(parse_yaml(saved)) == repr(found)  # what is saved can be read
+            assert repr(check_config(parse_yaml(saved, TextLoader), sections, "saved")) == repr(found)  # also as a config
 
 
 KEYS2 = sorted({k for name in train_stage2.STAGE2 for k in everything(train_stage2.SECTIONS, name)})

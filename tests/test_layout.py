@@ -2,7 +2,7 @@
 
 import ast
 
-from conftest import ROOT
+from conftest import ROOT, forked
 
 FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
@@ -63,6 +63,24 @@ def test_scripts_set_openmp_before_torch_is_loaded():
         imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
         heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))
         assert imported.index("openmp") < imported.index(heavy), name
+
+
+def test_help_needs_nothing_that_windows_lacks(tmp_path):
+    (tmp_path / "help.py").write_text("""
+import importlib, signal, sys
+sys.modules["resource"] = sys.modules["fcntl"] = None
+del signal.SIGUSR1, signal.SIGCHLD
+from experiment import peak_memory
+for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "push_to_hub"):
+    try:
+        importlib.import_module(name).main(["--help"])
+    except SystemExit as end:
+        print(name, end.code)
+print("memory", peak_memory())
+""")
+    told = forked(tmp_path, tmp_path / "help.py")
+    assert told.count("usage: ") == 7 and all(f"{name} 0\n" in told for name in ("train_stage1", "train_stage2", "sample", "convert"))
+    assert told.endswith("memory nan\n")
 
 
 def test_what_is_slow_is_imported_when_it_is_used():

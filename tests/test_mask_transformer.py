@@ -97,6 +97,23 @@ def test_a_sample_does_not_depend_on_the_batch(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_extreme_temperatures(name):
+    model, labels = make_mask(name), torch.arange(4)
+
+    def sample(**settings):
+        return model.sample(4, labels, steps=4, generator=[torch.Generator().manual_seed(i) for i in range(4)], **settings)
+
+    greedy = sample(temperature=0)
+    for coldest in (1e-38, 1e-300):
+        assert all(torch.equal(v, greedy[k]) for k, v in sample(temperature=coldest).items())
+    hot = sample(temperature=1e300, choice_temperature=1e300)
+    check_valid(model, hot)
+    assert len(hot["indices"].unique()) > K / 2
+    for place in ("positions", "grain"):  # the layout is random, too
+        assert place not in hot or not torch.equal(hot[place][0], hot[place][1])
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_padded_row_equals_the_row_alone(name):
     model, codes, labels = make_mask(name), codes_for(name), torch.arange(6) % CLASSES
     masked, together, bits = random_mask(model, 6), None, model.bits(codes, labels)

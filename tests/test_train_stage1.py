@@ -5,14 +5,17 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY_MODELS, command, forked, metrics, start, weights, write_tiny
 from PIL import Image
 
 import experiment
+from checkpoint import wanted_checkpoint, write_weights
 from dataset import DataError
 from config import UserError
 from experiment import load_run
@@ -431,6 +434,51 @@ def test_a_run_of_any_rate_resumes_exactly(train, tmp_path):
     assert all(torch.equal(one[k], other[k]) for k in one)
     kept = [line["kept_ratio"] for line in metrics(tmp_path / "whole") if "kept_ratio" in line]
     assert len(set(kept)) > 3 and kept == [line["kept_ratio"] for line in metrics(tmp_path / "run") if "kept_ratio" in line]
+
+
+@pytest.mark.parametrize("words, meant", [
+    (["auto", "latest", "RUN", "RUN/", "RUN/checkpoints"], "auto"),
+    (["step_00000003", "RUN/checkpoints/step_00000003", "RUN/checkpoints/step_00000003/"], "RUN/checkpoints/step_00000003"),
+    (["last", "true", "3", "OTHER", "step_00000009", "RUN/checkpoints/step_00000009", "OTHER/step_00000003", ""], None)])
+def test_what_can_be_resumed(tmp_path, words, meant):
+    run = tmp_path / "run"
+    write_weights(run / "checkpoints/step_00000003", {"model": {"w": torch.zeros(1)}})
+    for word in words:
+        word = word.replace("RUN", str(run)).replace("OTHER", str(tmp_path))
+        if meant:
+            assert wanted_checkpoint(word, run) == meant.replace("RUN", str(run))
+        else:
+            with pytest.raises(UserError, match="--resume takes auto or a checkpoint, such as .*; in .*, checkpoint.json is missing"):
+                wanted_checkpoint(word, run)
+    assert wanted_checkpoint(None, run) is None
+
+
+def test_latest_is_auto_and_a_name_is_of_this_run(train, tmp_path):
+    train("train.max_train_steps=4", "train.checkpointing_steps=2", resume="latest")
+    train("train.max_train_steps=6", resume="step_00000002")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name, value, sentence", [
+    ("DYNAMO_BACKEND", "EAGER", "asked for torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true"),
+    ("DYNAMO_BACKEND", "FAST", "accelerate cannot start as it was asked to"),
+    ("GRADIENT_ACCUMULATION_STEPS", "2", "gradient_accumulation_steps=2 .* config says train.gradient_accumulation_steps=1"),
+    ("GRADIENT_ACCUMULATION_STEPS", "auto", "accelerate cannot start as it was asked to"),
+    ("MIXED_PRECISION", "half", "mixed_precision=half, which is not supported"),
+    ("USE_PARALLELISM_CONFIG", "true", "a parallelism config, which is not supported"),
+    ("USE_DEEPSPEED", "true", "accelerate cannot start as it was asked to .*DeepSpeed"),
+    ("DYNAMO_BACKEND", "NO", None), ("GRADIENT_ACCUMULATION_STEPS", "1", None), ("MIXED_PRECISION", "no", None)])
+def test_what_accelerate_was_told(train, monkeypatch, name, value, sentence):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+        train("train.max_train_steps=1")
+
+
+def test_the_config_s_precision_wins_and_says_so(train, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    train("train.max_train_steps=1", "train.mixed_precision=bf16")
+    assert "train.mixed_precision=bf16 is used, not accelerate's fp16" in capfd.readouterr().out
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["mixed_precision"] == "bf16"
 
 
 def test_a_run_is_not_continued_over_another(train, tmp_path):

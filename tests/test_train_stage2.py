@@ -542,6 +542,27 @@ KEEPS = {"gpt": "0,0,1,0.5", "stackformer": "0,0,1,0.5", "dq_transformer": "coar
          "mask_vqgan": "0,0,0.5,0.5 0.5,0.5,1,1", "mask_mqvae": "0,0,0.5,1", "mask_dqvae": "MASK"}
 
 
+def test_a_mask_may_be_a_transparent_layer(tmp_path):
+    model, config = load_run(save_stage1(tmp_path, "vqgan"))
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    new = np.zeros((16, 16), np.uint8)
+    new[8:] = 255                                                                            # the lower half
+    black, white = np.zeros_like(new), np.full_like(new, 255)
+    layers = {"opaque": [new, new, new, white], "white strokes": [white, white, white, new],
+              "faint strokes": [white, white, white, new // 4],
+              "black strokes": [black, black, black, 255 - new], "all transparent": [white, white, white, black],
+              "black under transparency": [new, new, new, new]}
+    for name, layer in layers.items():
+        Image.fromarray(np.dstack(layer)).save(tmp_path / f"{name}.png")
+        args = SimpleNamespace(image=str(tmp_path / "photo.png"), keep=None, mask=str(tmp_path / f"{name}.png"))
+        if name in ("all transparent", "faint strokes"):
+            with pytest.raises(UserError, match="nothing stays"):
+                sample.edit(args, model, config)
+        else:
+            known = sample.edit(args, model, config).known[0]
+            assert known[:4].all() and not known[4:].any(), name
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
     train2(write_tiny2(tmp_path, name), "train.max_train_steps=1", "sample.cfg_scale=2")

@@ -204,6 +204,21 @@ def test_a_sample_does_not_depend_on_the_batch(name):
     assert not all(torch.equal(eight["indices"][0], eight["indices"][i]) for i in range(1, 8))
 
 
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual", "gpt_factors"])
+def test_extreme_settings_of_sampling(name):
+    model, labels = make(name, CLASSES), torch.arange(4)
+
+    def sample(**settings):
+        return model.sample(4, labels, generator=[torch.Generator().manual_seed(i) for i in range(4)], **settings)
+
+    greedy = sample(temperature=0)
+    for coldest in (1e-38, 1e-300):
+        assert all(torch.equal(v, greedy[k]) for k, v in sample(temperature=coldest).items())
+    assert len(sample(temperature=1e300)["indices"].unique()) > K / 2  # not always the first, nor the last
+    with pytest.raises(NotFinite, match="cfg_scale is far too large"):
+        sample(cfg_scale=1e300)
+
+
 @pytest.mark.parametrize("name", ["dual", "triple", "triple_region_first"])
 def test_padding_changes_nothing(name):
     model = make(name, CLASSES)
@@ -420,7 +435,13 @@ def test_filters():
     assert filter_logits(logits, top_p=0.65).isfinite().sum() == 2
     assert filter_logits(logits, top_p=1.0).isfinite().sum() == 4
     assert filter_logits(logits, temperature=0).isfinite().tolist() == [[True, False, False, False, False]]
-    torch.testing.assert_close(filter_logits(logits, temperature=0.5)[:, :4], 2 * logits[:, :4])
+    torch.testing.assert_close(filter_logits(logits, temperature=0.5)[:, :4], 2 * (logits[:, :4] - 3))
+    for coldest in (1e-30, 1e-38, 1e-40, 1e-300):  # of which float32 makes 0, or infinite logits
+        for scale in (1, -1, 1e8, 1e30):
+            cold, greedy = (filter_logits(scale * logits[:, :4], t).softmax(-1) for t in (coldest, 0))
+            assert torch.equal(cold, greedy)
+    torch.testing.assert_close(filter_logits(logits, 1e300).softmax(-1)[0], torch.tensor([0.25] * 4 + [0]))
+    assert filter_logits(logits, top_p=1e-300).isfinite().sum() == 1
     tied = filter_logits(torch.zeros(1, 5), top_k=2)
     assert tied.isfinite().sum() == 2  # never more than k
     # draw follows the distribution and never selects an excluded token

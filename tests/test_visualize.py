@@ -101,6 +101,16 @@ def test_error_map():
     assert visualize.error_map(a, b).tolist() == [[[0, 170], [10, 0]]]
 
 
+def test_errors_of_more_pixels_than_torch_takes_quantiles_of(tmp_path, monkeypatch):
+    errors = torch.zeros(2, 2049, 4096)
+    errors[0, 0, :2000] = 9.0  # fewer than 0.5 %
+    monkeypatch.setattr(visualize, "error_map", lambda *_: errors)
+    caught, draw = [], visualize.row
+    monkeypatch.setattr(visualize, "row", lambda *args, **more: caught.append(more.get("vmax")) or draw(*args, **more))
+    visualize.main(["recon", "--run", str(save_stage1(tmp_path, "vqgan")), "-n", "2", "--dpi", "30"])
+    assert caught[-1] == 0
+
+
 def test_examples_go_from_the_fewest_codes_to_the_most():
     counts = torch.tensor([5, 9, 1, 7, 3, 3])
     assert counts[visualize.examples(counts, 4)].tolist() == [1, 3, 5, 9]
