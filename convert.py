@@ -74,10 +74,14 @@ def _first_stage(args: argparse.Namespace, given: dict, state: dict[str, Tensor]
         config = _run_config(first, first["image_size"], args, train_stage1.SECTIONS)
     else:
         raise UserError(f"{args.checkpoint} does not hold the weights of the first stage; convert them first and give the run as --stage1")
-    classes, settings_of = train_stage2.READS[section["name"]]
-    if not isinstance(model, classes) or section["codebook_size"] != model.quantizer.codebook_size or any(
-            section[k] != v for k, v in settings_of(model, config["data"]["image_size"]).items()):
-        raise UserError(f"the first stage's codes are not those that this {section['name']} generates")
+    try:
+        kind = train_stage2.STAGE2[section["name"]]
+        wanted = kind.settings_for(model, config["data"]["image_size"])
+    except ValueError as error:
+        raise UserError(f"the first stage does not fit: {error}") from error
+    if any(section[key] != value for key, value in wanted.items()):
+        raise UserError("the first stage's codes are not those that this "
+                        f"{section['name']} generates")
     return model, config
 
 

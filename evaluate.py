@@ -176,20 +176,20 @@ def evaluate_stage1(args: argparse.Namespace, state: Accelerator, folder: str, n
         set_rate(model, rate)
     model = in_precision(model, config, state.device, args.mixed_precision)
     real = real_side(args, state, dataset, data, networks, known, reference) if "inception" in networks else None
-    books = len(getattr(model.quantizer, "layers", [0]))  # a residual quantizer may have a codebook for each depth
+    books = model.quantizer.codebooks  # a residual quantizer may have one for each depth
     uses = torch.zeros(books * model.quantizer.codebook_size, dtype=torch.int64, device=state.device)
     each, features, places = [], [], []
     for images, _ in batches(args, state, dataset, folder):
         codes = model.encode(images)
         reconstructions = to_uint8(model.decode(codes))
-        values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | code_counts(model, codes)
+        values = compare(to_uint8(images), reconstructions, networks.get("lpips")) | model.counts(codes)
         if (levels := detail_levels(model, codes)) is not None:
             contrasts = contrast(images, images.shape[-1] // levels.shape[-1])
             values["detail"] = torch.stack([on_detail(x, c) for x, c in zip(levels.flatten(1), contrasts)])
             places.append((levels > 0).flatten(1).sum(0, keepdim=True).double().cpu())
         each.append(torch.stack([v.double() for v in values.values()], 1).cpu())
         offsets = model.quantizer.codebook_size * torch.arange(books, device=state.device) if books > 1 else 0
-        uses += torch.bincount((codes["indices"] + offsets)[spent(model, codes)], minlength=len(uses))
+        uses += torch.bincount((codes["indices"] + offsets)[model.spent(codes)], minlength=len(uses))
         if "inception" in networks:
             features.append(inception_features(networks["inception"], reconstructions)[0])
     uses = state.reduce(uses, "sum").cpu()
@@ -222,23 +222,6 @@ def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[
     _, ssim = structural_similarity_index_measure(y, x, data_range=255.0, reduction="none", return_full_image=True)
     ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))  # where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
     return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips(to_float(a), to_float(b)).flatten()} if lpips else {})
-
-
-def spent(model: torch.nn.Module, codes: dict[str, Tensor]) -> Tensor:
-    """Which of codes["indices"] are paid for, bool of its shape: of a DQ-VAE's coarse code, the first cell that it is repeated over."""
-    if "grain" in codes:
-        return model.first_cells(model.to_finest(codes["grain"])).bool()
-    return torch.ones_like(codes["indices"], dtype=torch.bool)
-
-
-def code_counts(model: torch.nn.Module, codes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How many codes and bits, and the shares of cells or regions that the model decides about, each (B,)."""
-    counts = {"codes": spent(model, codes).flatten(1).sum(1), "bits": model.bits(codes)}
-    if "positions" in codes:
-        counts["kept_ratio"] = counts["codes"] / math.prod(model.grid)
-    if "grain" in codes:
-        counts |= {f"ratio_{g}": (codes["grain"] == g).float().mean((1, 2)) for g in range(1, model.grains)}
-    return counts
 
 
 def detail_levels(model: torch.nn.Module, codes: dict[str, Tensor]) -> Tensor | None:

@@ -44,7 +44,7 @@ from log import Log
 from mask_transformer import MaskTransformer
 from mqvae import MQVAE
 from stackformer import Stackformer
-from vqgan import VQGAN, VQVAE, sides
+from vqgan import VQGAN, VQVAE
 
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
 STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer, "mask_transformer": MaskTransformer}
@@ -412,31 +412,18 @@ def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module
 
 def set_image_size(model: nn.Module, size: int | list[int]) -> None:
     """Tells a stage-1 model the size of its images; UserError if it cannot take them."""
-    grid = tuple(side // model.factor for side in sides(size))
-    if sides(size) != tuple(side * model.factor for side in grid):
-        raise UserError(f"data.image_size must be divisible by {model.factor}, the model's downsampling factor; it is {size}")
-    if hasattr(model, "grid"):  # an MQ-VAE's codes do not tell
-        model.grid = grid
+    try:
+        model.set_image_size(size)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from error
 
 
 def set_rate(model: nn.Module, rate: float | list[float]) -> None:
-    """Chooses the rate of a stage-1 model wherever none is given: the share of an MQ-VAE's cells, or of a DQ-VAE's regions for each
-    granularity but the coarsest. (One number, their sum, stands for the same place in each of the model's ranges.)"""
-    key, range_ = next((key for key in ("topk_ratio", "ratios") if hasattr(model, key)), None), rate_range(model)
-    if key is None:
-        raise UserError(f"a {type(model).__name__} has one rate only; MQ-VAE and DQ-VAE can be trained for a range")
-    if isinstance(rate, list) and key != "ratios":
-        raise UserError(f"several ratios are for a DQ-VAE; a {type(model).__name__} has one")
-    if key == "ratios" and not isinstance(rate, list):
-        where = (rate - range_[0]) / (range_[1] - range_[0]) if range_ else 0
-        rate = [round(low + where * (high - low) if range_ else rate * r / sum(model.ratios), 9)
-                for r, (low, high) in zip(model.ratios, model.ranges)]
-    size = [side * model.factor for side in model.grid] if hasattr(model, "grid") else sides(model.image_size)
+    """Chooses the rate of a stage-1 model wherever none is given; UserError if it cannot be."""
     try:
-        model.encode(torch.zeros(1, 3, *size, device=model.last_layer.device), rate)  # checks it
+        model.set_rate(rate)
     except ValueError as error:
         raise UserError(f"this rate cannot be chosen: {error}") from error
-    setattr(model, key, rate)
 
 
 def asked_rate(codes: dict) -> float | list[float] | None:
@@ -445,13 +432,6 @@ def asked_rate(codes: dict) -> float | list[float] | None:
     if ratio is not None and ratios is not None:
         raise UserError("give codes.ratio or codes.ratios, not both")
     return ratio if ratios is None else ratios
-
-
-def rate_range(model: nn.Module) -> tuple[float, float] | None:
-    """The lowest and highest rate, as one number, that a stage-1 model was trained for, if it was for a range."""
-    ranges = getattr(model, "ranges", [getattr(model, "ratio_range", (0, 0))])
-    low, high = (sum(ends) for ends in zip(*ranges))
-    return (low, high) if low < high else None
 
 
 def make_model(config: dict) -> nn.Module:

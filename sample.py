@@ -191,7 +191,7 @@ def edit(args: argparse.Namespace, stage1: torch.nn.Module, config: dict) -> Edi
         for left, top, right, bottom in rectangles(args.keep):
             keep[:, round(top * size[0]):round(bottom * size[0]), round(left * size[1]):round(right * size[1])] = True
     known = torch.zeros(1, *grid, dtype=torch.bool, device=device)
-    for g, side in enumerate(getattr(stage1, "factors", [size[0] // grid[0]])):  # of a code of each granularity, in pixels
+    for g, side in enumerate(stage1.factors):  # of a code of each granularity, in pixels
         whole = F.interpolate(F.max_pool2d((~keep).float(), side).unsqueeze(1), grid).squeeze(1) == 0
         known |= whole & (F.interpolate(codes["grain"].unsqueeze(1).float(), grid).squeeze(1) == g if "grain" in codes else True)
     if known.all() or not known.any():

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts, rate_range, set_image_size
+from experiment import STAGE1, Run, compile_parts, set_image_size
 from finetune import freeze, init_from
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     # Resume
     run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
     start = run.resume()
-    if start == 0 and hasattr(raw_model, "calibrate"):
+    if start == 0:
         calibrate(run, raw_model, train_set)
     record_codebook = codebook_recorder(run, raw_model.quantizer, start)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
@@ -100,9 +100,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
-        raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
+        raw_model.schedule(step, run.max_steps, train["seed"])
         for _ in range(accumulate):
-            raw_model.seed = 1_000_003 * train["seed"] + step  # for those of any rate
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
                 # Generator
@@ -136,8 +135,6 @@ def main(argv: list[str] | None = None) -> None:
 def check_image_size(size: int | list[int], model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
-    if sides(getattr(model, "image_size", size)) != sides(size):
-        raise UserError(f"data.image_size and model.image_size must be the same for this model; they are {size} and {model.image_size}")
     if discriminator is not None:
         try:
             copy.deepcopy(discriminator).to("meta")(torch.zeros(2, 3, *sides(size), device="meta"))  # shapes only
@@ -162,7 +159,8 @@ def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
             found = json.loads(Path(path).expanduser().read_text())
             model.set_thresholds(found["thresholds"], found["patch_size"])
             for key, asked in (("ratios", model.ratios), ("image_size", model.image_size)):
-                if found[key] != asked and not (key == "ratios" and rate_range(model)):  # percentiles are for any ratios
+                any_rate = key == "ratios" and model.rate_range  # percentiles are for any ratios
+                if found[key] != asked and not any_rate:
                     raise ValueError(f"they are for {key} {found[key]}, but the config asks for {asked}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"no thresholds from train.calibration_file={path}: {error}" if path else str(error)) from error
@@ -177,7 +175,7 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
     """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64 (K,) of the last codes (see
     VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
     every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
-    if every is not None and not hasattr(quantizer, "codebook"):
+    if every is not None and not quantizer.has_codebook:
         raise UserError(f"train.codebook_stats_every needs a codebook of learned vectors, which {type(quantizer).__name__} does not have")
     if every is None or not run.is_main:
         return lambda step: None

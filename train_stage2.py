@@ -8,7 +8,6 @@ stage1/, so that it is all that sampling needs. The loop knows no model by name.
 
 import copy
 import json
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,6 @@ from checkpoint import wanted_checkpoint, write_file
 from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, image
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import TrainBatches, make_dataset, train_loader
-from dqvae import DQVAE
 from experiment import (
     STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate,
 )
@@ -31,9 +29,7 @@ from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
 from hub import run_folder
 from launch import run_main
-from mqvae import MQVAE
 from sample import SampleSettings, in_precision, precision_of, sampling_arguments
-from vqgan import VQGAN, VQVAE
 
 
 @dataclass
@@ -56,20 +52,6 @@ class Stage2Settings(TrainSettings):
 
 
 SECTIONS = {"model": STAGE2, "codes": CodeSettings, "data": make_dataset, "sample": SampleSettings, "train": Stage2Settings}
-
-# Which stage-1 models a transformer reads the codes of, and what it must know of them.
-READS = {
-    "gpt": ((VQGAN, VQVAE), lambda m, size: {"grid": grid(size, m.factor)}),
-    "stackformer": ((MQVAE,), lambda m, size: {"grid": grid(size, m.factor), "num_codes": int(m.topk_ratio * math.prod(m.grid))}),
-    "dq_transformer": ((DQVAE,), lambda m, size: {"grids": [grid(size, f) for f in m.factors]}),
-    "mask_transformer": ((VQGAN, VQVAE, MQVAE, DQVAE), lambda m, size: {
-        "grids": [grid(size, f) for f in getattr(m, "factors", [m.factor])],
-        "num_codes": int(m.topk_ratio * math.prod(m.grid)) if isinstance(m, MQVAE) else None}),
-}
-
-
-def grid(size: int | list[int], factor: int) -> int | list[int]:
-    return size // factor if isinstance(size, int) else [side // factor for side in size]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,12 +153,6 @@ def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict
     """The stage-1 model, in eval mode, its config, and the folder that they are from."""
     folder, is_copy = stage1_folder(config, resume)
     model, stage1_config = load_run(folder, "latest" if is_copy else config["codes"]["which"])
-    kinds = READS[config["model"]["name"]][0]
-    if not isinstance(model, kinds):
-        raise UserError(f"{folder} holds a {stage1_config['model']['name']}, but {config['model']['name']} reads the codes of "
-                        f"{' or '.join(k.__name__.lower() for k in kinds)}")
-    if hasattr(model.quantizer, "depth"):
-        raise UserError(f"{folder} holds a model with {model.quantizer.depth} codes per cell (residual), which no transformer here reads")
     set_image_size(model, config["data"]["image_size"])
     if (rate := asked_rate(config["codes"])) is not None:
         set_rate(model, rate)
@@ -190,13 +166,18 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
     if conditional and len(classes) < 2:
         raise UserError("train.class_conditional=true needs images with labels, but this data has none; docs/data.md says how "
                         "each kind of data names them")
-    found = READS[name][1](stage1, size) | {"codebook_size": stage1.quantizer.codebook_size, "num_classes": len(classes) * conditional}
-    if found.get("num_codes") == 0:
-        raise UserError(f"{stage1.topk_ratio} of the cells of images of data.image_size={size} pixels is less than one")
-    for key, value in found.items():
+    try:
+        settings = STAGE2[name].settings_for(stage1, size)
+    except ValueError as error:
+        raise UserError(f"codes.stage1 does not fit: {error}") from error
+    settings["num_classes"] = len(classes) if conditional else 0
+    if settings.get("num_codes") == 0:
+        raise UserError(f"{stage1.topk_ratio} of the cells of images of data.image_size={size} "
+                        "pixels is less than one")
+    for key, value in settings.items():
         if config["model"].get(key) not in (value, 0, None):
             raise UserError(f"model.{key} follows from the stage-1 run and the data; it is {value}, not {config['model'][key]}")
-    config["model"] |= found
+    config["model"] |= settings
     if sample["cfg_scale"] != 1 and not (conditional and config["model"]["label_dropout"] > 0):
         raise UserError("sample.cfg_scale other than 1 needs train.class_conditional=true and model.label_dropout above 0")
     sampling_arguments(STAGE2[name], sample)

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from config import UserError
 from dataset import ImageDataset, to_float, to_uint8
-from evaluate import code_counts, compare, spent
-from experiment import own_folder, rate_range, set_rate
+from evaluate import compare
+from experiment import own_folder, set_rate
 from figures import DEVICE, NAMES, batches, distinct, load, pixels, pyplot, row, save, tiles
 from gpt import sides
 from hub import run_folder
@@ -156,8 +156,8 @@ def rate(args: argparse.Namespace) -> None:
 
 def steps(model: torch.nn.Module):
     """Sets a model to five rates of the range that it was trained for, one after the other, or to None, its only rate."""
-    found = rate_range(model)
-    for rate in [None] if found is None else np.linspace(*found, 5).tolist():
+    rates = np.linspace(*model.rate_range, 5).tolist() if model.rate_range else [None]
+    for rate in rates:
         if rate is not None:
             set_rate(model, round(rate, 6))
         yield rate
@@ -166,7 +166,7 @@ def steps(model: torch.nn.Module):
 def ladder(args: argparse.Namespace) -> None:
     """images at five rates of a stage-1 run that was trained for a range, under their maps"""
     [(model, name, kind)], dataset = load(args)
-    if rate_range(model) is None:
+    if model.rate_range is None:
         raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as model.topk_ratio=[0.1,0.9] for an MQ-VAE")
     images = torch.cat([*batches(dataset, args.n, "images")])
     figure, axes = tiles(2 * len(images), 6, images, height=1.32)
@@ -181,14 +181,14 @@ def ladder(args: argparse.Namespace) -> None:
             (shown,) = [v for k, v in out.info.items() if k in ("kept_map", "grain_map")]
             row(pair[0, column:column + 1], pixels(shown), "", titles=["" if i else f"{step:.0%}"])
             row(pair[1, column:column + 1], pixels(out.images), "", titles=[f"{out.info['bits']:.0f} bits, {psnr:.1f} dB"])
-    what = "regions refined" if hasattr(model, "grains") else "cells kept"
+    what = "regions refined" if "grain" in model.code_names else "cells kept"
     save(figure, args, f"{name} ({kind}) at five rates: share of {what} (maps above, reconstructions below)")
 
 
 def codes(args: argparse.Namespace) -> None:
     """where a stage-1 run spends its codes: kept cells, granularities, or the codes themselves"""
     [(model, name, kind)], dataset = load(args)
-    if hasattr(model, "grains"):
+    if "grain" in model.code_names:
         return save(draw_grains(args, model, dataset, f"{name} ({kind})"), args)
     images = torch.cat([*batches(dataset, args.n, "images")])
     out = model(images)
@@ -207,7 +207,7 @@ def codes(args: argparse.Namespace) -> None:
 
 def draw_grains(args: argparse.Namespace, model: torch.nn.Module, dataset: ImageDataset, name: str) -> Any:
     """The granularities that a DQ-VAE chooses, and a histogram of its code lengths."""
-    counts = torch.cat([code_counts(model, model.encode(images))["codes"].cpu() for images in batches(dataset, args.images, "codes")])
+    counts = torch.cat([model.counts(model.encode(images))["codes"].cpu() for images in batches(dataset, args.images, "codes")])
     picked = examples(counts, args.n)
     images = torch.stack([dataset[i * len(dataset) // len(counts)][0] for i in picked])  # uint8, and spread, as `batches` had them
     images = to_float(images).to(DEVICE)
@@ -241,7 +241,7 @@ def examples(counts: Tensor, n: int) -> list[int]:
 def code_colours(model: torch.nn.Module, indices: Tensor) -> Tensor:
     """Colours (..., 3, h, w) in [-1, 1] of codes (..., h, w): ranks along the codebook's first three principal components."""
     every = torch.arange(model.quantizer.codebook_size, device=indices.device)
-    if hasattr(model.quantizer, "depth"):  # the sums that occur, instead of all codes
+    if model.quantizer.depth:  # the sums that occur, instead of all codes
         every = indices.flatten(0, -2)
         indices = torch.arange(len(every), device=every.device).view(indices.shape[:-1])
     vectors = model.quantizer.lookup(every)
@@ -254,7 +254,7 @@ def code_colours(model: torch.nn.Module, indices: Tensor) -> Tensor:
 def codebook(args: argparse.Namespace) -> None:
     """the codebook of a stage-1 run: usage, norms and gradient norms of the codes, also over training"""
     [(model, name, kind)], dataset = load(args)
-    if not hasattr(model.quantizer, "codebook"):
+    if not model.quantizer.has_codebook:
         raise UserError(f"the {type(model.quantizer).__name__} of {args.run[0]} has no single codebook of learned vectors to draw; "
                         "`visualize.py codes` and evaluate.py show which codes it uses")
     history = read_history(Path(args.run[0]))
@@ -266,7 +266,7 @@ def codebook(args: argparse.Namespace) -> None:
     quantizer, uses = model.quantizer, 0
     for images in batches(dataset, args.images, "usage"):
         found = model.encode(images)
-        uses = uses + torch.bincount(found["indices"][spent(model, found)], minlength=quantizer.codebook_size).cpu()
+        uses = uses + torch.bincount(found["indices"][model.spent(found)], minlength=quantizer.codebook_size).cpu()
 
     figure, axes = pyplot().subplots(2 if history else 1, 3, figsize=(9.5, 5.6 if history else 2.9), squeeze=False)
     (ax, norm_ax, gradient_ax), K, used = axes[0], len(uses), int((uses > 0).sum())
@@ -368,16 +368,16 @@ def interactive(args: argparse.Namespace) -> None:
     for image in torch.cat([*batches(dataset, args.n, "images")]).split(1):
         codes = model.encode(image)
         decoded, maps = model.decode(codes), list(model.maps(codes, image).values())
-        panes, counts = (image, decoded, maps[0] if maps else code_colours(model, codes["indices"])), code_counts(model, codes)
+        panes, counts = (image, decoded, maps[0] if maps else code_colours(model, codes["indices"])), model.counts(codes)
         shown = {key: value[0].tolist() for key, value in codes.items()}
-        if hasattr(model.quantizer, "depth"):
+        if model.quantizer.depth:
             shown = {"indices": [["+".join(map(str, cell)) for cell in line] for line in shown["indices"]]}
         records.append({"panes": [data_url(pane[0]) for pane in panes], "codes": shown,
                         "count": int(counts["codes"]), "bits": round(counts["bits"].item(), 1),
                         "psnr": round(compare(to_uint8(image), to_uint8(decoded))["psnr"].item(), 2)})
     what = "granularities" if "grain" in codes else "kept cells" if "positions" in codes else "codes"
     data = {"size": sides(dataset.image_size), "grid": model.grid if "positions" in codes else codes["indices"].shape[1:3],
-            "grains": GRAINS[getattr(model, "grains", 1)], "titles": ["original", "reconstruction", what], "images": records}
+            "grains": GRAINS[len(model.factors)], "titles": ["original", "reconstruction", what], "images": records}
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = page.replace("{{TITLE}}", html.escape(f"{name}: {kind}")).replace("{{K}}", str(model.quantizer.codebook_size))
     page = page.replace("{{DATA}}", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
@@ -462,7 +462,7 @@ def partial_images(stage1: torch.nn.Module, codes: dict[str, Tensor], ranks: Ten
         return stage1.decode({key: value[there].view(len(value), -1) for key, value in codes.items()})
     there = ranks < done.view(-1, 1, 1)
     quantizer = stage1.quantizer
-    middle = quantizer.codebook.mean(0) if hasattr(quantizer, "codebook") else torch.zeros(quantizer.dim, device=ranks.device)
+    middle = quantizer.codebook.mean(0) if quantizer.has_codebook else torch.zeros(quantizer.dim, device=ranks.device)
     placeholder = quantizer.nearest(middle.unsqueeze(0))
     images = stage1.decode(codes | {"indices": torch.where(there, codes["indices"], placeholder)})
     return torch.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, images, GREY)

@@ -67,6 +67,10 @@ class Tokenizer(nn.Module):
         """Computes what encoding must know of training images, and returns it for a file."""
         return {}
 
+    def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
+        """Sets what `calibrate` would compute; ValueError if it computes nothing."""
+        raise ValueError("thresholds are for a DQ-VAE with an entropy router")
+
     def set_image_size(self, size: int | list[int]) -> None:
         """Announces the images' size, a side or [height, width]; ValueError if it does not fit."""
         if any(side % self.factor for side in sides(size)):

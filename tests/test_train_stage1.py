@@ -175,7 +175,9 @@ def agree(self):
     torch.distributed.all_gather(noise, torch.rand(1))
     assert noise[0] != noise[1]  # but each draws its own noise
     rates = [torch.zeros(1) for _ in range(2)]
-    torch.distributed.all_gather(rates, torch.tensor([float(self.modules["model"].seed)]))
+    model = self.modules["model"]
+    drawn = sum(model.training_ratios) if hasattr(model, "training_ratios") else model.training_ratio
+    torch.distributed.all_gather(rates, torch.tensor([drawn]))
     assert rates[0] == rates[1]
     print("agreed", flush=True)
     close(self)
@@ -339,8 +341,8 @@ def test_resuming_another_model_is_refused(train, tmp_path, change, told):
 
 def test_mqvae_knows_how_far_its_training_is(train, tmp_path, monkeypatch):
     """Also in a run that continues."""
-    config, seen, ours = write_tiny(tmp_path, model=TINY_MODELS["mqvae"]), [], MQVAE._train_ours
-    monkeypatch.setattr(MQVAE, "_train_ours", lambda self, *given: seen.append(self.progress) or ours(self, *given))
+    config, seen, ours = write_tiny(tmp_path, model=TINY_MODELS["mqvae"]), [], MQVAE.explore
+    monkeypatch.setattr(MQVAE, "explore", lambda self, *given: seen.append(self.progress) or ours(self, *given))
     train("train.max_train_steps=10", config=config)
     assert seen == [i / 10 for i in range(10)]
     seen.clear()

@@ -354,7 +354,7 @@ def test_length_batches():
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    (["codes.stage1=STAGE1_mqvae"], "holds a mqvae, but gpt reads the codes of vqgan or vqvae"),
+    (["codes.stage1=STAGE1_mqvae"], "codes.stage1 does not fit: a GPT reads the codes indices; a MQVAE has indices, positions"),
     (["codes.stage1=/nowhere"], "has no config.yaml"),
     (["codes.stage1=null"], "codes.stage1 must be the run folder"),
     (["model.codebook_size=64"], "model.codebook_size follows from the stage-1 run and the data; it is 32, not 64"),

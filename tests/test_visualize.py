@@ -14,7 +14,6 @@ from PIL import Image, ImageSequence
 import visualize
 from config import UserError, build
 from dataset import DataError, make_dataset, to_uint8
-from evaluate import code_counts
 from experiment import STAGE2, load_run
 from sample import chosen_labels, draw, load_models, sampling_arguments
 
@@ -121,7 +120,7 @@ def test_a_repeated_code_counts_once(tmp_path):
     model, _ = load_run(save_stage1(tmp_path, "dqvae_triple"))
     grain = torch.tensor([[[0, 1], [2, 0]]])
     codes = {"indices": torch.zeros(1, 8, 8, dtype=torch.int64), "grain": grain}
-    assert code_counts(model, codes)["codes"].tolist() == [1 + 4 + 16 + 1]
+    assert model.counts(codes)["codes"].tolist() == [1 + 4 + 16 + 1]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -222,7 +221,7 @@ def test_the_page_has_the_codes(tmp_path, name):
         codes = model.encode(images[i * 4 // 3][0][None])
         assert record["codes"] == {k: v[0].tolist() for k, v in codes.items()}
         assert record["bits"] == pytest.approx(model.bits(codes).item(), abs=0.1)
-        assert record["count"] == code_counts(model, codes)["codes"].item()
+        assert record["count"] == model.counts(codes)["codes"].item()
 
 
 def test_the_page_in_a_browser(tmp_path):
