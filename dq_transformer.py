@@ -39,7 +39,9 @@ from gpt import (
     Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, check_grids,
     check_known, check_sampling, code_ends, covered, divided, draw, filter_logits, sides, uniforms)
 
-START, CODE, END = 0, 1, 2  # kinds of tokens
+START = 0  # kinds of tokens
+CODE = 1
+END = 2
 
 
 class Tokens(NamedTuple):
