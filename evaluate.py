@@ -26,9 +26,10 @@ stage 2     fid, is, precision, recall      of the samples against the split, by
 recall against its images `arr_0`. Statistics that it lacks are those of its images; without images, precision and recall stay against the
 split. --save_statistics FILE.npz writes the split's statistics under these names.
 
-_std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. Results do
-not depend on the batch size or the number of processes. Images are not augmented, in --split train either. All is kept in each run's
-metrics.json, with the `images` of `images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
+_std is the spread over images (of `is`: over ten splits). FID depends on the number of images; compare equal numbers only. But for
+rounding, results do not depend on the batch size or the number of processes. Images are not
+augmented, in --split train either. All is kept in each run's metrics.json, with the `images` of
+`images_in_split` of `split` of `dataset` that were measured (in stage 2 for `bits`), and with the
 `real_images` of precision and recall from `real_images_from`, a split or the reference.
 """
 
