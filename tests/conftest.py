@@ -13,8 +13,10 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each, also for the processes that they start
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
@@ -56,6 +58,19 @@ TINY_MODELS = {
                     f"  decoder_ch_mult: [1, 1]\n{NET}",
     "dqvae_entropy": f"name: dqvae\n  router: entropy\n  factors: [4, 2]\n  ch_mult: [1, 1, 1]\n  decoder_ch_mult: [1, 1]\n{NET}",
 }
+
+
+def share_of_others(one, other):
+    """The share of integers that differ between two dicts of codes, the largest over their tensors.
+    Rows alone and in a batch round differently, so that choices between near ties may too."""
+    assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
+    return max((one[k] != other[k]).float().mean().item() for k in one)
+
+
+def same_pictures(one, other):
+    """Whether two PNGs differ by rounding alone: by a grey level, or in some codes' pixels."""
+    one, other = (np.asarray(Image.open(path), dtype=np.int64) for path in (one, other))
+    return one.shape == other.shape and (abs(one - other) > 1).mean() < 0.2
 
 
 def write_tiny(folder, **sections):

@@ -95,9 +95,11 @@ def numbers(metrics):
 
 
 def assert_same(a, b):
+    """But for rounding, which may change a pixel by a grey level: seen in FID of a few images."""
     assert numbers(a).keys() == numbers(b).keys()
     for key, value in numbers(a).items():
-        assert value == pytest.approx(b[key], abs=1e-4, rel=1e-4), key
+        tolerance = 1e-2 if key.endswith("fid") else 1e-4
+        assert value == pytest.approx(b[key], abs=1e-4, rel=tolerance), key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +175,8 @@ def test_spatial_features(random_inception, monkeypatch):
     images = torch.randint(256, (2, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found, logits = inception.inception_features(network, images)
     pool, expected = network(images)
-    assert found[:, :2048].equal(pool) and logits.equal(expected) and found.shape == (2, 2048 + inception.SPATIAL)
+    torch.testing.assert_close([found[:, :2048], logits], [pool, expected])
+    assert found.shape == (2, 2048 + inception.SPATIAL)
     x = fidelity.interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False) / 128 - 1
     layers = dict(network.named_children())
     for name in list(layers)[:list(layers).index("Mixed_6d")]:
@@ -211,7 +214,8 @@ def test_stage1_against_computing_it_by_hand(tmp_path, measured, name):
     assert found["codes_std"] == pytest.approx(np.std([len(u) for u in used]))
     counts = np.bincount(sum(used, []), minlength=32)
     p = counts[counts > 0] / counts.sum()
-    assert found["usage"] == pytest.approx((counts > 0).mean()) and found["usage_65536"] == found["usage"]
+    assert found["usage"] == pytest.approx((counts > 0).mean())
+    assert found["usage_65536"] == pytest.approx(found["usage"])
     assert found["perplexity"] == pytest.approx(math.exp(-(p * np.log(p)).sum()))
     if name == "mqvae":
         assert found["kept_ratio"] == 0.25
@@ -287,7 +291,8 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
         return
     drawn = measured(run, "--seed", 3)
     assert drawn["samples"] == drawn["images"] == drawn["images_in_split"] == 4 and drawn["real_images_from"] == drawn["split"] == "val"
-    assert drawn["fid"] > 0 and drawn["sfid"] > 0 and drawn["is"] >= 1 and drawn["missing"] == {}
+    assert drawn["fid"] > 0 and drawn["sfid"] > 0 and drawn["missing"] == {}
+    assert drawn["is"] > 1 - 1e-6  # of 4 samples in 10 splits, exp(0) but for rounding
     model, config = load_run(run)
     stage1, _ = load_run(run / "stage1")
     pairs = [make_dataset(**config["data"], split="val")[i] for i in range(4)]

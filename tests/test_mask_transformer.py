@@ -86,7 +86,9 @@ def test_what_is_known_stays(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sample_does_not_depend_on_the_batch(name):
-    model, labels, settings = make_mask(name), torch.arange(6) % CLASSES, {"cfg_scale": 2.0, "top_p": 0.9, "steps": 4}
+    """In float64: rounding then decides nothing that is drawn."""
+    model, labels = make_mask(name).double(), torch.arange(6) % CLASSES
+    settings = {"cfg_scale": 2.0, "top_p": 0.9, "steps": 4}
     together = model.sample(6, labels, generator=[torch.Generator().manual_seed(i) for i in range(6)], **settings)
     for i in range(6):
         alone = model.sample(1, labels[i:i + 1], generator=torch.Generator().manual_seed(i), **settings)
@@ -111,8 +113,9 @@ def test_a_padded_row_equals_the_row_alone(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_step_keeps_one(name):
-    """With as many steps as codes and temperature 0, a step keeps the code that the model is most confident of, given those before."""
-    model, trace = make_mask(name), []
+    """With as many steps as codes and temperature 0, a step keeps the code that the model is most
+    confident of, given those before. In float64, where rounding decides nothing."""
+    model, trace = make_mask(name).double(), []
     n = model.num_codes or model.places.cells
     codes = model.sample(1, [2], steps=n, temperature=0, choice_temperature=0, trace=trace)
     when, fixed = trace[0].flatten(1), torch.zeros(1, *model.places.grids[-1], dtype=torch.bool)
@@ -276,12 +279,13 @@ def test_it_memorises(name):
     codes, labels = codes_for(name, 16), torch.arange(16)
     assert memorise(model, codes, labels, 1e-3, 1000, choice_temperature=0)
     many = {k: v.repeat_interleave(8, 0) for k, v in codes.items()}  # now the known part must say which image it is
-    known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.7
+    known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.9
     rest = model.eval().sample(128, temperature=0, codes=many, known=known)
     same = torch.stack([(rest[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
     nothing = model.sample(128, temperature=0)
     chance = torch.stack([(nothing[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
-    assert same > 0.15 and same > 2 * chance, (same, chance)  # a model that does not see it draws one of 16
+    # A model that does not see it draws one of 16; seen were .48 to .87
+    assert same > 0.2 and same > 2 * chance, (same, chance)
 
 
 def test_guidance_grows(monkeypatch):
@@ -337,7 +341,7 @@ assert model.eval().sample(2, torch.tensor([0, 2]), cfg_scale=2.0)["indices"].sh
 @pytest.mark.parametrize("name", ["gpt", "stackformer", "gpt_factors"])
 def test_what_comes_first_stays(name):
     """Cells up to some cell, another one for each image; the rest is drawn as if the model had drawn the first ones itself."""
-    model, n = make(name, CLASSES), 5
+    model, n = make(name, CLASSES).double(), 5  # float64: given and drawn codes round differently
     codes, labels = random_codes(model, n), torch.arange(n)
     first = torch.tensor([0, 3, 8, 15, 16])
     known = (torch.arange(16) < first.unsqueeze(1)).view(n, *model.grid)
@@ -366,7 +370,7 @@ def test_what_comes_first_stays(name):
 
 @pytest.mark.parametrize("name", ["dual", "dual_region_first", "triple", "dual_factors"])
 def test_coarse_codes_stay(name):
-    model, n = make(name, CLASSES), 6
+    model, n = make(name, CLASSES).double(), 6  # as above
     codes, labels = random_codes(model, n), torch.arange(n) % CLASSES
     grain = F.interpolate(codes["grain"].unsqueeze(1).float(), model.grids[-1]).squeeze(1)
     for level in range(model.grains):

@@ -40,7 +40,7 @@ def test_contract(name):
         again = quantizer(z)
         assert torch.equal(again[0], z_q) and torch.equal(quantizer.nearest(z), indices) and torch.equal(quantizer.lookup(indices), z_q)
     rows = [quantizer(row) for row in z]
-    assert torch.equal(torch.stack([row[0] for row in rows]), z_q)
+    torch.testing.assert_close(torch.stack([row[0] for row in rows]), z_q)  # SimVQ's product rounds
     # Every gradient that should be there
     quantizer.train()
     z_q, _, losses, _ = quantizer(z)

