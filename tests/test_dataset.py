@@ -315,9 +315,10 @@ def test_splits_by_other_names(tmp_path, name, train, val):
 
 
 def test_classes_are_no_splits(tmp_path):
-    for name in ("train_station/0.png", "valley/1.png", "trainers/2.png", "validated/3.png"):
-        save(tmp_path / name)
-    assert len(listed(tmp_path)) == 4
+    for name in ("train_station", "valley", "trainers", "validated"):
+        for i in range(4):
+            save(tmp_path / name / f"{i}.png")
+    assert len(listed(tmp_path)) == 16
     classes = make_dataset("folder", str(tmp_path)).classes
     assert classes == ["train_station", "trainers", "validated", "valley"]
 

@@ -301,12 +301,13 @@ def test_it_memorises(name):
     codes, labels = codes_for(name, 16), torch.arange(16)
     assert memorise(model, codes, labels, 1e-3, 1000, choice_temperature=0)
     many = {k: v.repeat_interleave(8, 0) for k, v in codes.items()}  # now the known part must say which image it is
-    known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.7
+    known = torch.rand(128, *model.places.grids[-1], generator=torch.Generator().manual_seed(0)) < 0.9
     rest = model.eval().sample(128, temperature=0, codes=many, known=known)
     same = torch.stack([(rest[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
     nothing = model.sample(128, temperature=0)
     chance = torch.stack([(nothing[k] == many[k]).flatten(1).all(1) for k in codes]).all(0).float().mean()
-    assert same > 0.15 and same > 2 * chance, (same, chance)  # a model that does not see it draws one of 16
+    # A model that does not see it draws one of 16; seen were .48 to .87
+    assert same > 0.2 and same > 2 * chance, (same, chance)
 
 
 def test_guidance_grows(monkeypatch):
