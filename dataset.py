@@ -36,6 +36,7 @@ from images import decode, files_below, image_extensions, read_image
 from shapes import Shapes
 from shards import SPLIT, Shards, Table, by_folder, tables, tar_shards
 
+Part = Shards | Table
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
 Batches = Iterator[tuple[Tensor, Tensor]]  # images float (B, 3, H, W) in [-1, 1], labels int64 (B,)
@@ -97,11 +98,11 @@ def make_dataset(
     else:
         settings = {"folder": [val_fraction], "webdataset": [val_fraction],
                     "huggingface": [val_fraction, image_column, label_column]}
-        source = _source(name, root, train, *settings.get(name, []))
+        source = _source(name, root, split, *settings.get(name, []))
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
 
 
-def _source(name, root, train, *settings):
+def _source(name, root, split, *settings):
     """The images of a split. DataError if `root` does not hold any."""
     make, layout = SOURCES[name]
     try:
@@ -110,9 +111,8 @@ def _source(name, root, train, *settings):
         root = Path(root).expanduser()
         if not root.is_dir() and name != "webdataset":
             raise DataError(f"there is no folder {root}")
-        source = make(root, train, *settings)
+        source = make(root, split == "train", *settings)
         if len(source.labels) == 0:
-            split = "train" if train else "val"
             raise DataError(f"no images for the {split} split in {root}")
         return source
     except (DataError, FileNotFoundError) as error:
@@ -144,9 +144,7 @@ class ImageDataset(Dataset):
 
     def __post_init__(self):
         self._number([name for name in self.source.classes if name is not None])
-        self.sides = self.image_size  # height, width
-        if isinstance(self.image_size, int):
-            self.sides = [self.image_size, self.image_size]
+        self.sides = np.broadcast_to(self.image_size, 2).tolist()  # height, width
         self.least = 0  # pixels a side, to which JPEGs may be reduced; 0: whole
         if self.train:
             smallest = math.sqrt(self.min_scale) if self.random_crop else 1  # crop's side
@@ -176,7 +174,7 @@ class ImageDataset(Dataset):
                 reason = ("no class that training images have, so sort it into one or add images "
                           "of its class")
                 if label >= 0:
-                    reason = (f"class {self.source.classes[label]!r}, which the run does not know")
+                    reason = f"class {self.source.classes[label]!r}, which the run does not know"
                 raise DataError(f"{self.source.name(i)} is of {reason}; the {len(names)} classes "
                                 f"are, or begin with, {', '.join(names[:20])}")
 
@@ -262,7 +260,7 @@ def train_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, num_work
     """
     dataset.uint8 = True
     batches = TrainBatches(len(dataset), batch_size, seed, start, rank, world)
-    return _load(dataset, batches, num_workers, device)
+    return _batches(dataset, batches, num_workers, device)
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None,
@@ -279,10 +277,10 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(rank, count, world)]
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    return _load(dataset, batches, num_workers, device)
+    return _batches(dataset, batches, num_workers, device)
 
 
-def _load(dataset, batches, num_workers, device):
+def _batches(dataset, batches, num_workers, device):
     settings = worker_settings(num_workers, device)
     return on_device(DataLoader(dataset, batch_sampler=batches, **settings), device)
 
@@ -368,10 +366,10 @@ class Files:
     classes: list[str]
     crop: tuple[int, int, int, int] | None = None
 
-    def load(self, index: int) -> Image.Image | str:
+    def load(self, index):
         return read_image(self.paths[index]).crop(self.crop) if self.crop else self.paths[index]
 
-    def name(self, index: int) -> str:
+    def name(self, index):
         return self.paths[index]
 
 
@@ -383,10 +381,10 @@ class Arrays:
     labels: list[int]
     classes: list[str]
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index):
         return Image.fromarray(self.arrays[index])
 
-    def name(self, index: int) -> str:
+    def name(self, index):
         return str(index)
 
 
@@ -394,15 +392,15 @@ class Arrays:
 class Packed:
     """Some rows of what lies in shards or in a table."""
 
-    box: Shards | Table
+    box: Part
     rows: Sequence[int]
     labels: list[int]
     classes: list[str | None]
 
-    def load(self, index: int) -> bytes | str:
+    def load(self, index):
         return self.box.read(self.rows[index])
 
-    def name(self, index: int) -> str:
+    def name(self, index):
         return self.box.name(self.rows[index])
 
 
@@ -447,8 +445,9 @@ def ffhq(root: Path, train: bool) -> Files:
     lists = {}
     for place in (Path("assets"), root, root / "assets"):
         lists |= {path.name: path for path in place.glob("ffhq*.txt")}
-    names = ["ffhqtrain.txt", "ffhqvalidation.txt"]
-    name, other = names if train else names[::-1]
+    name, other = "ffhqtrain.txt", "ffhqvalidation.txt"
+    if not train:
+        name, other = other, name
     paths, = list_images(root)
     if name in lists:
         by_name = {path.name: path for path in paths}
@@ -479,7 +478,7 @@ def celeba(root: Path, train: bool) -> Files:
     rows = [re.findall(r'[^\s,"]+', line) for line in partition.read_text().splitlines()]
     number = "0" if train else "1"
     paths = [images / row[0] for row in rows if row[1:] == [number]]
-    return _faces(paths, (89 - 64, 121 - 64, 89 + 64, 121 + 64))
+    return _faces(paths, (25, 57, 153, 185))  # 128 x 128 around x 89, y 121
 
 
 def _faces(paths, crop=None):
@@ -543,48 +542,57 @@ def huggingface(root: Path, train: bool, val_fraction: float, image_column: str 
     return packed(*tables(root, image_column, label_column), train, val_fraction)
 
 
-def packed(ours: Shards | Table | None, theirs: Shards | Table | None, train: bool,
+def packed(training: Part | None, validation: Part | None, train: bool,
            val_fraction: float) -> Packed:
     """A split of what is for training, and of what is for validation, if anything is."""
-    if not ours:
-        reason = f": by its names all is for validation, such as {theirs.name(0)}" if theirs else ""
+    if not training:
+        reason = ""
+        if validation:
+            reason = f": by its names all is for validation, such as {validation.name(0)}"
         raise DataError(f"there are no images for training{reason}")
-    return _split(ours, theirs, train, val_fraction)
+    return _split(training, validation, train, val_fraction)
 
 
-def _split(ours, theirs, train, val_fraction):
-    """The training images of `ours`, or the validation images: `theirs`. Without theirs, these are
-    a share of ours, held out by a hash of the keys: an image's place does not change when others
-    come or go."""
-    part = theirs if theirs and not train else ours
-    training = range(len(ours.labels))
+def _split(training, validation, train, val_fraction):
+    """The images for training, or those for validation. Where validation is None, a share of the
+    training images is held out."""
+    part = validation if validation and not train else training
     rows = range(len(part.labels))
-    if not theirs:
-        places = np.array([zlib.crc32(os.fsencode(key)) for key in ours.keys]) / 2**32
-        # At least one image is held out.
-        held_out = places < max(val_fraction, places.min(initial=1) + 2**-32)
-        training = np.flatnonzero(~held_out)
+    labels = training.labels
+    if not validation:
+        held_out = _held_out(training.keys, val_fraction)
         rows = np.flatnonzero(held_out != train).tolist()
-    used = {ours.labels[row] for row in training}
+        labels = [labels[row] for row in np.flatnonzero(~held_out)]
+    used = set(labels)
     if used <= {"image"}:
         return Packed(part, rows, [0] * len(rows), ["image"])
-    # Numbers are labels already, words are in order.
-    order = ours.order or sorted(used)
+    order = _order(used, training.order)
+    numbers = {label: i for i, label in enumerate(order) if label in used}
+    labels = [part.labels[row] for row in rows]
+    for row, label in zip(rows, labels):
+        if validation and label not in numbers and label != "image":
+            raise DataError(f"{part.name(row)} is of class {label!r}, which the training split "
+                            "does not have")
+    classes = [str(label) if label in used else None for label in order]
+    return Packed(part, rows, [numbers.get(label, -1) for label in labels], classes)
+
+
+def _held_out(keys, val_fraction):
+    """Which images are for validation, by a hash: one's place does not change when others come or
+    go. At least one is."""
+    places = np.array([zlib.crc32(os.fsencode(key)) for key in keys]) / 2**32
+    return places < max(val_fraction, places.min(initial=1) + 2**-32)
+
+
+def _order(used, order):
+    """All labels: words in this order, or sorted; numbers from 0."""
     largest = max(used)
-    if isinstance(largest, int):
-        if largest >= 10**6:
-            raise DataError("classes must be numbered from 0 to below 1,000,000; they are from "
-                            f"{min(used)} to {largest}")
-        order = range(largest + 1)
-    numbers = {word: i for i, word in enumerate(order) if word in used}
-    labels = []
-    for row in rows:
-        word = part.labels[row]
-        if theirs and word not in numbers and word != "image":
-            raise DataError(f"{part.name(row)} is of class {word!r}, which the training split does "
-                            "not have")
-        labels.append(numbers.get(word, -1))
-    return Packed(part, rows, labels, [str(word) if word in used else None for word in order])
+    if isinstance(largest, str):
+        return order or sorted(used)
+    if largest >= 10**6:
+        raise DataError("classes must be numbered from 0 to below 1,000,000; they are from "
+                        f"{min(used)} to {largest}")
+    return range(largest + 1)
 
 
 SOURCES = {  # a function of (root, train), and what root must be

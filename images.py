@@ -107,7 +107,7 @@ def decode(file: str | Path | bytes, least: int = 0,
     return image, (left, top, width, height)
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
+def to_8_bits(image):
     """A grey image of 16 bits (the high ones) or of floats from 0 to 1. ValueError for other
     numbers: nobody knows their white. What a PNG says is transparent becomes white."""
     values = np.asarray(image)

@@ -24,25 +24,29 @@ CLASSES = [f"{texture} {form}" for form in FORMS for texture in TEXTURES]
 RADII = {1: (0.25, 0.34), 2: (0.17, 0.21), 3: (0.14, 0.17)}  # by the number of objects
 
 
+@dataclass
 class Shapes:
     """The images of a split, a Source for dataset.py. Validation images are never among the
     training images."""
 
+    train: bool
+    image_size: int
+    seed: int
+    size: int  # how many images
+    max_objects: int = 3
     classes = CLASSES
 
-    def __init__(self, train: bool, image_size: int, seed: int, size: int, max_objects: int = 3):
-        self.first = 0 if train else 2**31
-        self.image_size = image_size
-        self.seed = seed
-        self.max_objects = max_objects
-        self.labels = _Labels(seed, self.first, size)
+    def __post_init__(self):
+        first = 0 if self.train else 2**31
+        self.numbers = range(first, first + self.size)
+        self.labels = _Labels(self.seed, self.numbers)
 
-    def load(self, index: int) -> Tensor:
-        number = self.first + index
+    def load(self, index):
+        number = self.numbers[index]
         return draw_shapes(self.seed, number, self.image_size, self.max_objects)[0]
 
-    def name(self, index: int) -> str:
-        return f"shapes image {self.first + index}"
+    def name(self, index):
+        return f"shapes image {self.numbers[index]}"
 
 
 @dataclass
@@ -50,16 +54,13 @@ class _Labels:
     """A list of labels that is not held in memory."""
 
     seed: int
-    first: int
-    size: int
+    numbers: range  # of the images
 
     def __len__(self):
-        return self.size
+        return len(self.numbers)
 
     def __getitem__(self, index):
-        if index >= self.size:
-            raise IndexError(index)  # or going through them would not end
-        return _start(self.seed, self.first + index)[1]
+        return _start(self.seed, self.numbers[index])[1]
 
 
 def _start(seed, index):

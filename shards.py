@@ -8,7 +8,7 @@
                          labels      the class of each row: a number, or a word. "image" for all
                                      that have none (see by_folder)
                          order       of the words, if they have one
-                         What holds no image is None, or false.
+                         Nothing (false) where there are no images.
     index_all            where the images in shards are, kept in a cache
 
 A wrong root is a FileNotFoundError, a folder that may not be read a PermissionError, anything else
@@ -26,7 +26,7 @@ import re
 import tarfile
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -73,13 +73,13 @@ class Shards:
     labels: Sequence[int] | Sequence[str]  # the numbers in .cls, or else folders
     order = None
 
-    def read(self, row: int) -> bytes:
+    def read(self, row):
         file, offset, size = self.places[row].tolist()
         with open(self.base / self.files[file], "rb") as shard:
             shard.seek(offset)
             return shard.read(size)
 
-    def name(self, row: int) -> str:
+    def name(self, row):
         return f"{self.files[self.places[row, 0]]}/{self.keys[row]}"
 
 
@@ -105,7 +105,7 @@ def tar_shards(root: Path) -> list[Shards]:
     keys, offsets, sizes, labels = ([*chain(*column)] for column in zip(*indices))
     counts = [len(index[0]) for index in indices]
     places = np.array([np.repeat(range(len(files)), counts), offsets, sizes], np.int64).T
-    if labels.count(None) == len(labels):
+    if set(labels) <= {None}:
         labels = by_folder(keys)
     elif None in labels:
         row = labels.index(None)
@@ -134,40 +134,32 @@ def index_all(shards: list[Path]) -> list[list]:
     where nothing can be written. It is made and kept there if it is missing or damaged, or if the
     shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
-    extensions = sorted(image_extensions())  # another Pillow reads other formats
-    paths = []
-    for shard in shards:
-        state = shard.stat()
-        name = f"3 {shard.absolute()} {state.st_size} {state.st_mtime_ns} {extensions}"
-        paths.append(cache / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json")
-    indices = [_load(path) for path in paths]
-    missing = [i for i, index in enumerate(indices) if index is None]
     # Processes that start together begin at different shards, and share the work.
-    random.Random().shuffle(missing)
-    for i in tqdm(missing, "index of the shards", unit="shard", delay=2, dynamic_ncols=True,
-                  disable=os.environ.get("RANK", "0") != "0"):
-        indices[i] = _load(paths[i])
-        if indices[i] is None:
-            indices[i] = index_of(shards[i])
-            _keep(indices[i], paths[i])
-    return indices
+    shuffled = random.Random().sample(shards, len(shards))
+    bar = tqdm(shuffled, "index of the shards", unit="shard", delay=2, dynamic_ncols=True,
+               disable=os.environ.get("RANK", "0") != "0")
+    indices = {shard: _index(shard, cache) for shard in bar}
+    return [indices[shard] for shard in shards]
 
 
-def _load(path):
+def _index(shard, cache):
+    state = shard.stat()
+    extensions = sorted(image_extensions())  # another Pillow reads other formats
+    name = f"3 {shard.absolute()} {state.st_size} {state.st_mtime_ns} {extensions}"
+    path = cache / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):  # missing, or damaged
         return json.loads(path.read_bytes())
-
-
-def _keep(index, path):
+    index = index_of(shard)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may write the same
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(index))
         os.replace(unfinished, path)
     except OSError as error:
-        warnings.warn(f"the index of the shards cannot be kept in {path.parent} "
-                      f"({error.strerror}) and is made again at every start; set XDG_CACHE_HOME to "
-                      "a folder that can be written", stacklevel=3)
+        warnings.warn(f"the index of the shards cannot be kept in {cache} ({error.strerror}) and "
+                      "is made again at every start; set XDG_CACHE_HOME to a folder that can be "
+                      "written", stacklevel=2)
+    return index
 
 
 def index_of(shard: Path) -> list[list]:
@@ -237,16 +229,16 @@ class Table:
     order: list[str] | None = None  # of a ClassLabel
 
     @property
-    def keys(self) -> Iterator[str]:
+    def keys(self):
         return map(str, range(len(self.labels)))
 
-    def read(self, row: int) -> bytes | str:
+    def read(self, row):
         image, = self.images[row].values()
         if image is None:
             raise ValueError("the row is empty")
         return image["path"] if image["bytes"] is None else image["bytes"]
 
-    def name(self, row: int) -> str:
+    def name(self, row):
         return f"row {row} of the {self.split} split"
 
 
