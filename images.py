@@ -11,6 +11,7 @@ import functools
 import io
 import os
 from contextlib import suppress
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +43,36 @@ def files_below(extensions: set[str], *folders: Path) -> tuple[list[list[str]], 
     read.
     """
     listed, others = [], []
-    places = set()  # the paths of all folders and files so far, without links
+    visited = set()  # the paths of folders and files, without links
     for top in folders:
-        names, links = [], []
-        pending = [("", os.path.realpath(top), True)]
+        names = []
+        # A heap of (links on the way, name, path, whether it is a folder): fewest links first.
+        pending = [(0, "", os.path.realpath(top), True)]
         while pending:
-            name, place, is_folder = pending.pop()
+            links, name, path, is_folder = heappop(pending)
             if not is_folder and os.path.splitext(name)[1].lower() not in extensions:
                 others.append(name)
-            elif place not in places:
-                places.add(place)
-                if not is_folder:
+            elif path not in visited:
+                visited.add(path)
+                if is_folder:
+                    for item in _entries(links, name, path):
+                        heappush(pending, item)
+                else:
                     names.append(name)
-                for entry in os.scandir(place) if is_folder else ():
-                    is_link = entry.is_symlink()
-                    target = os.path.realpath(entry.path) if is_link else entry.path
-                    is_around = f"{place}/".startswith(os.path.join(target, ""))
-                    if not is_around and not entry.name.startswith(PASSED_OVER):
-                        item = os.path.join(name, entry.name), target, entry.is_dir()
-                        (links if is_link else pending).append(item)
-            if not pending:
-                pending, links = sorted(links, reverse=True), []
         # A folder's files, those of its sub-folders, the next folder: "a/b" is before "a-b".
         names.sort(key=lambda name: (os.path.dirname(name).replace("/", "\0"), name))
         listed.append(names)
     return listed, others
+
+
+def _entries(links, folder, path):
+    """What is in a folder."""
+    for entry in os.scandir(path):
+        is_link = entry.is_symlink()
+        target = os.path.realpath(entry) if is_link else entry.path
+        is_around = f"{path}/".startswith(os.path.join(target, ""))
+        if not is_around and not entry.name.startswith(PASSED_OVER):
+            yield links + is_link, os.path.join(folder, entry.name), target, entry.is_dir()
 
 
 def read_image(path: str | Path, background: str = BACKGROUND) -> Image.Image:
@@ -91,25 +97,25 @@ def decode(file: str | Path | bytes, least: int = 0,
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         image = image.convert("RGB")
-        if turn in TURNS:
-            image = image.transpose(Image.Transpose[TURNS[turn]])
-        w, h = reduced[1][2:] if reduced else image.size
-        if reduced and turn in (5, 6, 7, 8):
-            w, h = h, w
-        left, top = (image.width - w) * (turn in (2, 3, 6, 7)), (image.height - h) * (turn in (3, 4, 7, 8))
-        return image, (left, top, w, h)
+    width, height = reduced[1][2:] if reduced else image.size
+    if turn in TURNS:
+        image = image.transpose(Image.Transpose[TURNS[turn]])
+    if turn in (5, 6, 7, 8):
+        width, height = height, width
+    left = (image.width - width) * (turn in (2, 3, 6, 7))
+    top = (image.height - height) * (turn in (3, 4, 7, 8))
+    return image, (left, top, width, height)
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
+def to_8_bits(image):
     """A grey image of 16 bits (the high ones) or of floats from 0 to 1. ValueError for other
     numbers: nobody knows their white. What a PNG says is transparent becomes white."""
     values = np.asarray(image)
-    if image.mode != "F" and (image.mode, image.format) != ("I", "TIFF"):
-        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # 12 or 16
-        grey = (values >> bits - 8).astype(np.uint8)
-        grey[values == image.info.get("transparency")] = 255
-    elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
-        grey = (values * 255).round().astype(np.uint8)
-    else:
+    if image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
         raise ValueError("its pixels are not of 8 or 16 bits or floats from 0 to 1; convert it")
+    bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # 12 or 16
+    grey = (values >> bits - 8).astype(np.uint8)
+    grey[values == image.info.get("transparency")] = 255
     return Image.fromarray(grey)
