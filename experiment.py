@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file, write_weights
-from config import UserError, build, check_config, flatten, mapping, override, read_yaml
+from config import UserError, build, check_config, choose, flatten, mapping, override, read_yaml
 from dataset import SIGUSR1, ImageDataset, make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
@@ -43,6 +43,7 @@ from hub import run_folder
 from log import Log
 from mask_transformer import MaskTransformer
 from mqvae import MQVAE
+from quantizers import QUANTIZERS
 from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE
 
@@ -437,6 +438,10 @@ def asked_rate(codes: dict) -> float | list[float] | None:
 def make_model(config: dict) -> nn.Module:
     """The model of a config, untrained."""
     settings = dict(config["model"])
+    if quantizer := dict(settings.get("quantizer") or {}):
+        quantizer_class = choose(QUANTIZERS, quantizer, "model.quantizer", QUANTIZERS["vq"])
+        quantizer.pop("name", None)
+        settings["quantizer"] = build(quantizer_class, quantizer)
     return build(MODELS[settings.pop("name")], settings)
 
 

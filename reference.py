@@ -1,14 +1,21 @@
 """Maps the tensor names and settings of the reference releases to ours. Needs only the models.
 
     from_reference(kind, state_dict, config)    the model of a release, in eval mode
+    KINDS                                       kind to a function of the release's config: the
+                                                section `model` of ours, and the rules
+    Rule                                        what one of the release's tensors becomes
 
-For each key of a release there is a rule that renames it, or a pattern in DROP. Any other key is an error that names it.
+The rules are tables of THEIR_NAME OUR_NAME, in which # is a number and * any text. A tensor that no
+rule renames is an error that names it, unless DROP has its name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
@@ -21,29 +28,54 @@ from mqvae import MQVAE
 from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE, VectorQuantizer
 
-MODELS = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE, "gpt": GPT, "stackformer": Stackformer,
-          "dq_transformer": DQTransformer}
+MODELS = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE, "gpt": GPT,
+          "stackformer": Stackformer, "dq_transformer": DQTransformer}
 
-# (pattern of the release's name, our name) or (pattern, our name, change of the tensor). Our name may end in "#i of n": n tensors of the
-# release form one here. Several rules may match one tensor; each takes its part.
-Rule = tuple
+# Tensors that reconstruction does not need.
+DROP = (
+    "loss.*",  # discriminator and LPIPS
+    "*.num_batches_tracked",  # BatchNorm's counter
+    "*.temb_proj.*",  # time embedding in MQ-VAE's de-mask blocks, never used
+    "quantize.codebook_used",  # LlamaGen's record of the codes in use
+    "*.attn.mask",  # the causal mask, a constant
+)
 
-# Keys that reconstruction does not need.
-DROP = [
-    r"loss\..*",  # discriminator and LPIPS
-    r".*\.num_batches_tracked",  # BatchNorm's counter
-    r".*\.temb_proj\..*",  # time embedding in MQ-VAE's de-mask blocks, never used
-    r"quantize\.codebook_used",  # LlamaGen's record of the codes in use
-    r".*\.attn\.mask",  # the causal mask, a constant
-]
+# Our tensors that a release may lack.
+OPTIONAL = ("thresholds", "*num_batches_tracked", "quantizer.ema_*", "quantizer.queue")
+
+
+@dataclass
+class Rule:
+    """Each tensor with a name like `theirs` becomes the one called `ours`: all of it, or one of
+    several parts that are concatenated. Several rules may match one tensor."""
+
+    theirs: str
+    ours: str
+    part: int = 0
+    parts: int = 1
+    change: Callable[[Tensor], Tensor] = torch.atleast_1d
+
+    def applied(self, name: str) -> Rule | None:
+        """The rule for the tensor of this name alone; None if it is not about it."""
+        pattern = re.escape(self.theirs).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)")
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            return None
+        groups = iter(match.groups())
+        return replace(self, theirs=name, ours=re.sub("[#*]", lambda _: next(groups), self.ours))
+
+
+Conversion = tuple[dict, list[Rule]]  # the section `model` of our config, and the rules
 
 
 def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
-    """The model of a release, in eval mode. ValueError names every key that is unknown, missing or misshapen.
+    """The model of a release, in eval mode. ValueError names every key that is unknown, missing or
+    misshapen.
 
     kind          one of KINDS
     state_dict    this model's weights, with the release's names
-    config        the release's settings of this model, as convert.read_config takes them from its YAML file
+    config        the release's settings of this model, as convert.read_config takes them from its
+                  YAML file
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; it is {kind!r}")
@@ -52,280 +84,412 @@ def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn
         settings["quantizer"] = VectorQuantizer(**settings["quantizer"])
     model = MODELS[settings.pop("name")](**settings)
     _load(model, state_dict, rules)
-    if "threshold" in config.get("router", {}):
-        model.set_thresholds([config["router"]["threshold"]], config["router"]["patch_size"])
+    router = config.get("router", {})
+    if "threshold" in router:
+        model.set_thresholds([router["threshold"]], router["patch_size"])
     return model.eval()
 
 
-def _vqgan_taming(config: dict) -> tuple[dict, list[Rule]]:
+def pick(config: dict, *names: str, **renamed: str) -> dict:
+    """Some settings of a release: those with our names, and OURS="THEIRS"."""
+    return {key: config[theirs] for key, theirs in (dict(zip(names, names)) | renamed).items()}
+
+
+def _rules(*tables: str) -> list[Rule]:
+    """The rules of lines THEIRS OURS, or THEIRS OURS PART PARTS."""
+    rules = []
+    for line in "\n".join(tables).splitlines():
+        if line.strip():
+            theirs, ours, *part = line.split()
+            rules.append(Rule(theirs, ours, *map(int, part)))
+    return rules
+
+
+# Stage 1
+
+ENCODER = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
+
+
+def _vqgan_taming(config) -> Conversion:
     net = config["ddconfig"]
-    settings = {"name": "vqgan", "image_size": net["resolution"], **_net(net),
-                "quantizer": {"codebook_size": config["n_embed"], "dim": config["embed_dim"], "legacy": True}}
-    return settings, [*_down("encoder.down"), *_neck("", "encoder.neck"), *_decoder("decoder", len(net["ch_mult"])),
-                      *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook")]
+    settings = {
+        "name": "vqgan", **pick(net, *ENCODER, image_size="resolution"),
+        "quantizer": {"legacy": True, **pick(config, codebook_size="n_embed", dim="embed_dim")},
+    }
+    return settings, _rules(
+        _down("encoder.down"), _neck("", "encoder.neck"), _decoder(len(net["ch_mult"])),
+        QUANT_CONVS, CODEBOOK)
 
 
-def _net(net: dict) -> dict:
-    """The encoder's settings, with the same names in the releases and here."""
-    return {key: net[key] for key in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")}
-
-
-def _vqgan_llamagen(config: dict) -> tuple[dict, list[Rule]]:
+def _vqgan_llamagen(config) -> Conversion:
     last = 256 // 2 ** (len(config["ch_mult"]) - 1)  # only the last level has attention
-    settings = {"name": "vqgan", "image_size": 256, **_net(config | {"attn_resolutions": [last]}),
-                "quantizer": {"codebook_size": config["codebook_size"], "dim": config["codebook_embed_dim"], "beta": config["beta"],
-                              "l2_norm": config["l2_norm"]}}
-    mid = {"0": "block1", "1": "attn", "2": "block2"}
-    return settings, [
-        (r"encoder\.conv_in\.(.*)", r"encoder.down.conv_in.\1"),
-        (r"encoder\.conv_blocks\.(\d+)\.res\.(.*)", r"encoder.down.levels.\1.blocks.\2"),
-        (r"encoder\.conv_blocks\.(\d+)\.attn\.(.*)", r"encoder.down.levels.\1.attns.\2"),
-        (r"encoder\.conv_blocks\.(\d+)\.downsample\.conv\.(.*)", r"encoder.down.downs.\1.1.\2"),
-        (r"encoder\.mid\.([012])\.(.*)", lambda m: f"encoder.neck.mid.{mid[m[1]]}.{m[2]}"),
-        (r"encoder\.(norm_out|conv_out)\.(.*)", r"encoder.neck.\1.\2"),
-        (r"decoder\.conv_in\.(.*)", r"decoder.conv_in.\1"),
-        (r"decoder\.mid\.([012])\.(.*)", lambda m: f"decoder.mid.{mid[m[1]]}.{m[2]}"),
-        (r"decoder\.conv_blocks\.(\d+)\.res\.(.*)", r"decoder.up.levels.\1.blocks.\2"),
-        (r"decoder\.conv_blocks\.(\d+)\.attn\.(.*)", r"decoder.up.levels.\1.attns.\2"),
-        (r"decoder\.conv_blocks\.(\d+)\.upsample\.conv\.(.*)", r"decoder.up.ups.\1.1.\2"),
-        (r"decoder\.norm_out\.(.*)", r"decoder.up.norm_out.\1"),
-        (r"decoder\.conv_out\.(.*)", r"to_image.\1"),
-        *_QUANT_CONVS, (r"quantize\.embedding\.weight", "quantizer.codebook"),
-    ]
+    settings = {
+        "name": "vqgan", "image_size": 256,
+        **pick(config | {"attn_resolutions": [last]}, *ENCODER),
+        "quantizer": pick(config, "codebook_size", "beta", "l2_norm", dim="codebook_embed_dim"),
+    }
+    return settings, _rules("""
+        encoder.conv_in.*                        encoder.down.conv_in.*
+        encoder.conv_blocks.#.res.*              encoder.down.levels.#.blocks.*
+        encoder.conv_blocks.#.attn.*             encoder.down.levels.#.attns.*
+        encoder.conv_blocks.#.downsample.conv.*  encoder.down.downs.#.1.*
+        encoder.mid.0.*                          encoder.neck.mid.block1.*
+        encoder.mid.1.*                          encoder.neck.mid.attn.*
+        encoder.mid.2.*                          encoder.neck.mid.block2.*
+        encoder.norm_out.*                       encoder.neck.norm_out.*
+        encoder.conv_out.*                       encoder.neck.conv_out.*
+        decoder.conv_in.*                        decoder.conv_in.*
+        decoder.mid.0.*                          decoder.mid.block1.*
+        decoder.mid.1.*                          decoder.mid.attn.*
+        decoder.mid.2.*                          decoder.mid.block2.*
+        decoder.conv_blocks.#.res.*              decoder.up.levels.#.blocks.*
+        decoder.conv_blocks.#.attn.*             decoder.up.levels.#.attns.*
+        decoder.conv_blocks.#.upsample.conv.*    decoder.up.ups.#.1.*
+        decoder.norm_out.*                       decoder.up.norm_out.*
+        decoder.conv_out.*                       to_image.*
+        """, QUANT_CONVS, CODEBOOK)
 
 
-def _vqvae_simplecnn(config: dict) -> tuple[dict, list[Rule]]:
-    settings = {"name": "vqvae", "ch": config["hidden_dim"], "num_res_blocks": config["n_resblocks"],
-                "quantizer": {"codebook_size": config["codebook_num"], "dim": config["codebook_dim"], "l2_norm": config["l2_norm"]}}
-    blocks, conv = config["n_resblocks"], {"1": "conv1", "3": "conv2"}
-    return settings, [
-        (r"quantizer\.codebook\.weight", "quantizer.codebook"),
-        (r"enc2code\.(.*)", r"pre_quant.\1"),
-        (r"code2dec\.(.*)", r"post_quant.\1"),
-        (r"encoder\.downblocks\.(\d+)\.(.*)", r"encoder.\1.\2"),
-        (r"encoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", lambda m: f"encoder.{5 + int(m[1])}.{conv[m[2]]}.{m[3]}"),
-        (r"decoder\.resblocks\.(\d+)\.blocks\.([13])\.(.*)", lambda m: f"decoder.{m[1]}.{conv[m[2]]}.{m[3]}"),
-        (r"decoder\.upblocks\.([13])\.(.*)", lambda m: f"decoder.{blocks + int(m[1])}.{m[2]}"),
-        (r"decoder\.upblocks\.5\.(.*)", r"to_image.\1"),
-    ]
+def _vqvae_simplecnn(config) -> Conversion:
+    settings = {
+        "name": "vqvae", **pick(config, ch="hidden_dim", num_res_blocks="n_resblocks"),
+        "quantizer": pick(config, "l2_norm", codebook_size="codebook_num", dim="codebook_dim"),
+    }
+    blocks = config["n_resblocks"]
+    tables = [f"""
+        quantizer.codebook.weight  quantizer.codebook
+        enc2code.*                 pre_quant.*
+        code2dec.*                 post_quant.*
+        encoder.downblocks.#.*     encoder.#.*
+        decoder.upblocks.1.*       decoder.{blocks + 1}.*
+        decoder.upblocks.3.*       decoder.{blocks + 3}.*
+        decoder.upblocks.5.*       to_image.*
+        """]
+    for i in range(blocks):
+        tables.append(f"""
+        encoder.resblocks.{i}.blocks.1.*  encoder.{5 + i}.conv1.*
+        encoder.resblocks.{i}.blocks.3.*  encoder.{5 + i}.conv2.*
+        decoder.resblocks.{i}.blocks.1.*  decoder.{i}.conv1.*
+        decoder.resblocks.{i}.blocks.3.*  decoder.{i}.conv2.*
+        """)
+    return settings, _rules(*tables)
 
 
-def _mqvae(config: dict) -> tuple[dict, list[Rule]]:
-    net, quantizer = config["encoder"], config["quantizer"]
-    settings = {"name": "mqvae", "image_size": net["resolution"], **_net(net), "topk_ratio": config["masker"]["topk_ratio"],
-                "release_training": True, "demask_layers": config["demasker"]["n_layer"],
-                "quantizer": {"codebook_size": quantizer["codebook_size"], "dim": quantizer["codebook_dim"],
-                              "beta": quantizer["commitment_beta"], "ema_decay": quantizer["decay"],
-                              "restart": quantizer["restart_unused_codes"]}}
-    return settings, [
-        *_down("encoder.down"), *_neck("", "encoder.neck"), *_up("decoder", len(net["ch_mult"])), *_EMA_CODEBOOK,
-        (r"masker\.score_pred_net\.1\.(.*)", r"score_net.conv1.\1"),
-        (r"masker\.score_pred_net\.3\.(.*)", r"score_net.conv2.\1"),
-        (r"masker\.score_pred_net\.4\.(.*)", r"score_net.norm.\1"),
-        (r"masker\.pre_projection\.weight", "pre_quant.weight"),
-        (r"demasker\.mask_token", "demask.token", lambda x: x.flatten()),
-        (r"demasker\.post_projection\.(.*)", r"demask.post_quant.\1"),
-        (r"demasker\.conv_in\.(.*)", r"demask.conv_in.\1"),
-        (r"demasker\.transformer\.blocks\.(\d+)\.resblock\.(.*)", r"demask.blocks.\1.\2"),
-        (r"demasker\.transformer\.blocks\.(\d+)\.attn\.(.*)", r"demask.attns.\1.\2"),
-        (r"demasker\.transformer\.last_resblock\.(.*)", r"demask.last_block.\1"),
-    ]
+def _mqvae(config) -> Conversion:
+    net = config["encoder"]
+    quantizer = pick(
+        config["quantizer"], "codebook_size", dim="codebook_dim", beta="commitment_beta",
+        ema_decay="decay", restart="restart_unused_codes")
+    settings = {
+        "name": "mqvae", **pick(net, *ENCODER, image_size="resolution"),
+        **pick(config["masker"], "topk_ratio"),
+        **pick(config["demasker"], demask_layers="n_layer"),
+        "quantizer": quantizer, "release_training": True,
+    }
+    rules = _rules(
+        _down("encoder.down"), _neck("", "encoder.neck"), _up("decoder", len(net["ch_mult"])), """
+        masker.score_pred_net.1.*                 score_net.conv1.*
+        masker.score_pred_net.3.*                 score_net.conv2.*
+        masker.score_pred_net.4.*                 score_net.norm.*
+        masker.pre_projection.weight              pre_quant.weight
+        demasker.post_projection.*                demask.post_quant.*
+        demasker.conv_in.*                        demask.conv_in.*
+        demasker.transformer.blocks.#.resblock.*  demask.blocks.#.*
+        demasker.transformer.blocks.#.attn.*      demask.attns.#.*
+        demasker.transformer.last_resblock.*      demask.last_block.*
+        """)
+    token = Rule("demasker.mask_token", "demask.token", change=torch.flatten)
+    return settings, [*rules, token, *EMA_CODEBOOK]
 
 
-def _dqvae(config: dict) -> tuple[dict, list[Rule]]:
-    net, decoder, budget = config["encoder"], config["decoder"], config["budget"]
-    names = ["coarse", "median", "fine"] if config["kind"].startswith("triple") else ["coarse", "fine"]
-    levels = len(net["ch_mult"])
-    settings = {"name": "dqvae", "image_size": net["resolution"], **_net(net),
-                "factors": [2 ** (levels - 1 - g) for g in range(len(names))],
-                "ratios": [budget["target_median_ratio"], budget["target_fine_ratio"]] if len(names) == 3 else [budget["target_ratio"]],
-                "router": "entropy" if config["kind"].endswith("entropy") else "feature", "budget_weight": budget["gamma"],
-                "ema_weighted": False, "release_training": True,
-                "decoder_ch_mult": decoder["ch_mult"], "decoder_attn_resolutions": decoder["attn_resolutions"],
-                "quantizer": {"codebook_size": config["codebook_size"], "dim": config["codebook_dim"], "beta": config["beta"],
-                              "ema_decay": 0.99}}
-    rules = [*_down("down"), *_decoder("decoder", len(decoder["ch_mult"])), *_QUANT_CONVS, *_EMA_CODEBOOK,
-             (r"encoder\.router\.gate\.0\.(.*)", r"router.fc1.\1"),
-             (r"encoder\.router\.gate\.2\.(.*)", r"router.fc2.\1"),
-             (r"decoder\.position_bias_fourier\.lff\.ffm\.conv\.(.*)", r"position.fourier.\1"),
-             (r"decoder\.position_bias_learned\.row_embed\.weight", "position.rows"),
-             (r"decoder\.position_bias_learned\.col_embed\.weight", "position.columns")]
-    for g, name in enumerate(names):
-        rules += [*_neck(f"_{name}", f"necks.{g}"), (rf"encoder\.router\.feature_norm_{name}\.(.*)", rf"router.norms.{g}.\1")]
-    return settings, rules
+def _dqvae(config) -> Conversion:
+    net = config["encoder"]
+    decoder = config["decoder"]
+    grains = ["coarse", "fine"]
+    ratios = ["target_ratio"]
+    if config["kind"].startswith("triple"):
+        grains = ["coarse", "median", "fine"]
+        ratios = ["target_median_ratio", "target_fine_ratio"]
+    finest = len(net["ch_mult"]) - len(grains)
+    settings = {
+        "name": "dqvae", **pick(net, *ENCODER, image_size="resolution"),
+        "factors": [2 ** (finest + g) for g in reversed(range(len(grains)))],
+        "ratios": [config["budget"][ratio] for ratio in ratios],
+        "router": "entropy" if config["kind"].endswith("entropy") else "feature",
+        **pick(config["budget"], budget_weight="gamma"),
+        "ema_weighted": False, "release_training": True,
+        **pick(decoder, decoder_ch_mult="ch_mult", decoder_attn_resolutions="attn_resolutions"),
+        "quantizer": {"ema_decay": 0.99,
+                      **pick(config, "codebook_size", "beta", dim="codebook_dim")},
+    }
+    tables = [_down("down"), _decoder(len(decoder["ch_mult"])), QUANT_CONVS, """
+        encoder.router.gate.0.*                          router.fc1.*
+        encoder.router.gate.2.*                          router.fc2.*
+        decoder.position_bias_fourier.lff.ffm.conv.*     position.fourier.*
+        decoder.position_bias_learned.row_embed.weight   position.rows
+        decoder.position_bias_learned.col_embed.weight   position.columns
+        """]
+    for g, grain in enumerate(grains):
+        norm = f"encoder.router.feature_norm_{grain}.*  router.norms.{g}.*"
+        tables += [_neck(f"_{grain}", f"necks.{g}"), norm]
+    return settings, _rules(*tables) + EMA_CODEBOOK
 
 
 # Encoder and decoder of Taming Transformers, on which the MQ-VAE and DQ-VAE releases build.
 
 
-def _down(ours: str) -> list[Rule]:
-    return [(r"encoder\.conv_in\.(.*)", rf"{ours}.conv_in.\1"),
-            (r"encoder\.down\.(\d+)\.block\.(.*)", rf"{ours}.levels.\1.blocks.\2"),
-            (r"encoder\.down\.(\d+)\.attn\.(.*)", rf"{ours}.levels.\1.attns.\2"),
-            (r"encoder\.down\.(\d+)\.downsample\.conv\.(.*)", rf"{ours}.downs.\1.1.\2")]
+def _down(ours):
+    return f"""
+        encoder.conv_in.*                 {ours}.conv_in.*
+        encoder.down.#.block.*            {ours}.levels.#.blocks.*
+        encoder.down.#.attn.*             {ours}.levels.#.attns.*
+        encoder.down.#.downsample.conv.*  {ours}.downs.#.1.*
+        """
 
 
-def _neck(suffix: str, ours: str) -> list[Rule]:
-    return [(rf"encoder\.mid{suffix}\.block_(\d)\.(.*)", rf"{ours}.mid.block\1.\2"),
-            (rf"encoder\.mid{suffix}\.attn_1\.(.*)", rf"{ours}.mid.attn.\1"),
-            (rf"encoder\.(norm_out|conv_out){suffix}\.(.*)", rf"{ours}.\1.\2")]
+def _neck(suffix, ours):
+    return f"""
+        encoder.mid{suffix}.block_#.*  {ours}.mid.block#.*
+        encoder.mid{suffix}.attn_1.*   {ours}.mid.attn.*
+        encoder.norm_out{suffix}.*     {ours}.norm_out.*
+        encoder.conv_out{suffix}.*     {ours}.conv_out.*
+        """
 
 
-def _decoder(ours: str, levels: int) -> list[Rule]:
-    return [(r"decoder\.conv_in\.(.*)", rf"{ours}.conv_in.\1"),
-            (r"decoder\.mid\.block_(\d)\.(.*)", rf"{ours}.mid.block\1.\2"),
-            (r"decoder\.mid\.attn_1\.(.*)", rf"{ours}.mid.attn.\1"),
-            *_up(f"{ours}.up", levels)]
+def _decoder(levels):
+    return _up("decoder.up", levels) + """
+        decoder.conv_in.*      decoder.conv_in.*
+        decoder.mid.block_#.*  decoder.mid.block#.*
+        decoder.mid.attn_1.*   decoder.mid.attn.*
+        """
 
 
-def _up(ours: str, levels: int) -> list[Rule]:
+def _up(ours, levels):
     """The releases number the decoder's levels from the finest, we from the coarsest."""
-    return [(r"decoder\.up\.(\d+)\.block\.(.*)", lambda m: f"{ours}.levels.{levels - 1 - int(m[1])}.blocks.{m[2]}"),
-            (r"decoder\.up\.(\d+)\.attn\.(.*)", lambda m: f"{ours}.levels.{levels - 1 - int(m[1])}.attns.{m[2]}"),
-            (r"decoder\.up\.(\d+)\.upsample\.conv\.(.*)", lambda m: f"{ours}.ups.{levels - 1 - int(m[1])}.1.{m[2]}"),
-            (r"decoder\.norm_out\.(.*)", rf"{ours}.norm_out.\1"),
-            (r"decoder\.conv_out\.(.*)", r"to_image.\1")]
+    table = f"""
+        decoder.norm_out.*  {ours}.norm_out.*
+        decoder.conv_out.*  to_image.*
+        """
+    for level in range(levels):
+        theirs = f"decoder.up.{levels - 1 - level}"
+        table += f"""
+        {theirs}.block.*          {ours}.levels.{level}.blocks.*
+        {theirs}.attn.*           {ours}.levels.{level}.attns.*
+        {theirs}.upsample.conv.*  {ours}.ups.{level}.1.*
+        """
+    return table
 
 
-_QUANT_CONVS: list[Rule] = [(r"quant_conv\.(.*)", r"pre_quant.\1"), (r"post_quant_conv\.(.*)", r"post_quant.\1")]
-_EMA_CODEBOOK: list[Rule] = [(r"quantize\.codebook\.weight", "quantizer.codebook", lambda x: x[:-1]),  # the last row is unused
-                             (r"quantize\.codebook\.cluster_size_ema", "quantizer.ema_count"),
-                             (r"quantize\.codebook\.embed_ema", "quantizer.ema_sum")]
+QUANT_CONVS = """
+        quant_conv.*       pre_quant.*
+        post_quant_conv.*  post_quant.*
+        """
+CODEBOOK = """
+        quantize.embedding.weight  quantizer.codebook
+        """
+EMA_CODEBOOK = [
+    Rule("quantize.codebook.weight", "quantizer.codebook",
+         change=lambda codes: codes[:-1]),  # the last row is unused
+    Rule("quantize.codebook.cluster_size_ema", "quantizer.ema_count"),
+    Rule("quantize.codebook.embed_ema", "quantizer.ema_sum"),
+]
+
+# Stage 2. The releases have one table for codes, classes and special tokens; here each has its own.
 
 
-# Transformers. The releases have one table for codes, classes and special tokens; here each has its own.
-
-
-def _gpt_taming(config: dict) -> tuple[dict, list[Rule]]:
-    """Without classes, the start token is token K, or code `sos_token` if there are only K tokens. With classes, class i shares the row of
-    code i."""
-    K, classes, length = config["codebook_size"], config.get("n_classes", 0), config["grid"] ** 2
+def _gpt_taming(config) -> Conversion:
+    """Without classes, the start token is token K, or code `sos_token` if there are only K tokens.
+    With classes, class i shares the row of code i."""
+    K = config["codebook_size"]
+    classes = config.get("n_classes", 0)
     vocabulary = config.get("vocab_size", K + 1)
-    starts = range(classes) if classes else [config.get("sos_token", K)] if vocabulary == K else [K]
-    settings = {"name": "gpt", "codebook_size": K, "grid": config["grid"], "num_classes": classes, "n_layer": config["n_layer"],
-                "n_head": config["n_head"], "n_embd": config["n_embd"], "dropout": config.get("resid_pdrop", 0.0), "label_dropout": 0.0}
+    settings = {
+        "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0),
+        "label_dropout": 0.0,
+        **pick(config, "codebook_size", "grid", "n_layer", "n_head", "n_embd"),
+    }
+    starts = [K]
+    if classes:
+        starts = range(classes)
+    elif vocabulary == K:
+        starts = [config.get("sos_token", K)]
     return settings, [
-        *_blocks("blocks", "blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], length)),
-        (r"tok_emb\.weight", "code_emb.weight", _rows(vocabulary, range(K))),
-        (r"tok_emb\.weight", "start_emb.weight", _rows(vocabulary, starts)),
-        (r"ln_f\.(.*)", r"norm.\1"),
-        (r"head\.weight", "head.weight", _rows(vocabulary, range(K))),
+        *_rules(_blocks("blocks", "blocks"), """
+        ln_f.*  norm.*
+        """),
+        _first_rows(config, config["grid"] ** 2),
+        _rows("tok_emb.weight", "code_emb.weight", vocabulary, range(K)),
+        _rows("tok_emb.weight", "start_emb.weight", vocabulary, starts),
+        _rows("head.weight", "head.weight", vocabulary, range(K)),
     ]
 
 
-def _stackformer(config: dict) -> tuple[dict, list[Rule]]:
-    K, classes, cells, length = config["codebook_size"], config["n_classes"], config["grid"] ** 2, config["codes_per_image"]
-    settings = {"name": "stackformer", "codebook_size": K, "grid": config["grid"], "num_codes": length, "num_classes": classes,
-                "code_layers": config["value_layer"], "position_layers": config["position_layer"], "n_head": config["n_head"],
-                "n_embd": config["n_embd"], "dropout": config["resid_pdrop"], "label_dropout": 0.0}
-    vocabulary = K + (classes or 1)  # classes first, then codes; or codes, then the start token
+def _stackformer(config) -> Conversion:
+    """The vocabulary is classes, then codes; or codes, then the start token."""
+    K = config["codebook_size"]
+    classes = config["n_classes"]
+    cells = config["grid"] ** 2
+    settings = {
+        "name": "stackformer", "label_dropout": 0.0,
+        **pick(config, "codebook_size", "grid", "n_head", "n_embd", num_codes="codes_per_image",
+               num_classes="n_classes", code_layers="value_layer",
+               position_layers="position_layer", dropout="resid_pdrop"),
+    }
+    vocabulary = K + (classes or 1)
+    codes = range(classes, classes + K)
     starts = range(classes) if classes else [K]
     return settings, [
-        *_blocks("value_transformer", "code_blocks"), *_blocks("position_transformer", "position_blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], length)),
-        (r"value_emb\.weight", "code_emb.weight", _rows(vocabulary, range(classes, classes + K))),
-        (r"value_emb\.weight", "start_emb.weight", _rows(vocabulary, starts)),
-        (r"value_pos_emb\.weight", "position_emb.weight", _rows(cells + 1, [*range(cells), config["position_sos"]])),
-        (r"value_head\.0\.(.*)", r"code_norm.\1"),
-        (r"value_head\.1\.weight", "code_head.weight", _rows(vocabulary, range(classes, classes + K))),
-        (r"position_head\.0\.(.*)", r"position_norm.\1"),
-        (r"position_head\.1\.weight", "position_head.weight", _rows(cells + 1, range(cells))),
+        *_rules(_blocks("value_transformer", "code_blocks"),
+                _blocks("position_transformer", "position_blocks"), """
+        value_head.0.*     code_norm.*
+        position_head.0.*  position_norm.*
+        """),
+        _first_rows(config, config["codes_per_image"]),
+        _rows("value_emb.weight", "code_emb.weight", vocabulary, codes),
+        _rows("value_emb.weight", "start_emb.weight", vocabulary, starts),
+        _rows("value_head.1.weight", "code_head.weight", vocabulary, codes),
+        _rows("value_pos_emb.weight", "position_emb.weight", cells + 1,
+              [*range(cells), config["position_sos"]]),
+        _rows("position_head.1.weight", "position_head.weight", cells + 1, range(cells)),
     ]
 
 
-def _dq_transformer(config: dict) -> tuple[dict, list[Rule]]:
-    """Each table holds codes or cells, then padding, end and start tokens (one start token per class, if there are classes)."""
-    K, classes, special = config["codebook_size"], config["n_classes"], config["special"]
-    names, grids = ["coarse", "fine"], [config["coarse_hw"], config["fine_hw"]]
-    cells, starts = [side**2 for side in grids], classes or 1
-    settings = {"name": "dq_transformer", "codebook_size": K, "grids": grids, "num_classes": classes,
-                "position_layers": config["position_layer"], "content_layers": config["content_layer"], "n_head": config["n_head"],
-                "n_embd": config["n_embd"], "dropout": config["resid_pdrop"], "label_dropout": 0.0, "order": config["fine_position_order"]}
-    first = special["content_sos_or_first_class"]
-    ends = [special[f"{name}_position_eos"] for name in names]
+def _dq_transformer(config) -> Conversion:
+    """Each table holds codes or cells, then padding, end and start tokens (one start token per
+    class, if there are classes)."""
+    K = config["codebook_size"]
+    special = config["special"]
+    grids = [config["coarse_hw"], config["fine_hw"]]
+    settings = {
+        "name": "dq_transformer", "grids": grids, "label_dropout": 0.0,
+        **pick(config, "codebook_size", "n_head", "n_embd", num_classes="n_classes",
+               position_layers="position_layer", content_layers="content_layer",
+               dropout="resid_pdrop", order="fine_position_order"),
+    }
+    tokens = {}  # of each table: how many, its end token, its start tokens
+    for name in ("content", "coarse_position", "fine_position"):
+        first = special[f"{name}_sos_or_first_class"]
+        starts = range(first, first + (config["n_classes"] or 1))
+        tokens[name] = starts.stop, special[f"{name}_eos"], starts
+    contents, content_end, content_starts = tokens["content"]
+    finest = range(grids[-1] ** 2)
+    ends = [tokens["coarse_position"][1], tokens["fine_position"][1]]
     rules = [
-        *_blocks("content_transformer", "content_blocks"), *_blocks("position_transformer", "position_blocks"),
-        (r"pos_emb", "index_emb", _index_rows(config["block_size"], cells[-1] + 2 * len(names) - 1)),
-        (r"seg_emb\.weight", "grain_emb.weight"),
-        (r"content_emb\.weight", "content_emb.weight",
-         _rows(first + starts, [*range(K), special["content_eos"], *range(first, first + starts)])),
-        (r"content_head\.0\.(.*)", r"content_norm.\1"),
-        (r"content_head\.1\.weight", "content_head.weight", _rows(first + starts, range(K))),
-        (r"position_head\.0\.(.*)", r"position_norm.\1"),
-        (r"position_head\.1\.weight", "position_head.weight",
-         _rows(special["fine_position_sos_or_first_class"] + starts, [*range(cells[-1]), *ends])),
+        *_rules(_blocks("content_transformer", "content_blocks"),
+                _blocks("position_transformer", "position_blocks"), """
+        seg_emb.weight     grain_emb.weight
+        content_head.0.*   content_norm.*
+        position_head.0.*  position_norm.*
+        """),
+        _first_rows(config, len(finest) + 3),
+        _rows("content_emb.weight", "content_emb.weight", contents,
+              [*range(K), content_end, *content_starts]),
+        _rows("content_head.1.weight", "content_head.weight", contents, range(K)),
+        _rows("position_head.1.weight", "position_head.weight", tokens["fine_position"][0],
+              [*finest, *ends]),
     ]
-    for g, name in enumerate(names):
-        first = special[f"{name}_position_sos_or_first_class"]
-        rules.append((rf"content_{name}_pos_emb\.weight", f"position_emb.weight#{g} of {len(names)}",
-                      _rows(first + starts, [*range(cells[g]), ends[g], *range(first, first + starts)])))
+    for part, grain in enumerate(("coarse", "fine")):
+        total, end, starts = tokens[f"{grain}_position"]
+        rule = _rows(f"content_{grain}_pos_emb.weight", "position_emb.weight", total,
+                     [*range(grids[part] ** 2), end, *starts])
+        rules.append(replace(rule, part=part, parts=2))
     return settings, rules
 
 
-KINDS = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen, "vqvae_simplecnn": _vqvae_simplecnn, "mqvae": _mqvae,
-         "dqvae": _dqvae, "gpt_taming": _gpt_taming, "stackformer": _stackformer, "dq_transformer": _dq_transformer}
+def _blocks(theirs, ours):
+    return f"""
+        {theirs}.#.ln1.*         {ours}.layers.#.norm1.*
+        {theirs}.#.ln2.*         {ours}.layers.#.norm2.*
+        {theirs}.#.attn.query.*  {ours}.layers.#.qkv.*  0 3
+        {theirs}.#.attn.key.*    {ours}.layers.#.qkv.*  1 3
+        {theirs}.#.attn.value.*  {ours}.layers.#.qkv.*  2 3
+        {theirs}.#.attn.proj.*   {ours}.layers.#.out.*
+        {theirs}.#.mlp.#.*       {ours}.layers.#.mlp.#.*
+        """
+
+
+def _rows(theirs, ours, total: int, rows: Iterable[int]) -> Rule:
+    """Picks these rows of a table with `total` rows. A table of any other size stays as it is, and
+    _load refuses it."""
+    return Rule(theirs, ours, change=lambda x: x[list(rows)] if len(x) == total else x)
+
+
+def _first_rows(config, length) -> Rule:
+    """Of position embeddings (1, block_size, C), which may have more rows than are used."""
+    expected = (1, config["block_size"])
+    return Rule("pos_emb", "index_emb",
+                change=lambda x: x[0, :length] if x.shape[:2] == expected else x)
+
+
+KINDS = {"vqgan_taming": _vqgan_taming, "vqgan_llamagen": _vqgan_llamagen,
+         "vqvae_simplecnn": _vqvae_simplecnn, "mqvae": _mqvae, "dqvae": _dqvae,
+         "gpt_taming": _gpt_taming, "stackformer": _stackformer,
+         "dq_transformer": _dq_transformer}
 FIRST_STAGE = {"gpt_taming": "vqgan_taming", "stackformer": "mqvae", "dq_transformer": "dqvae"}
 
 
-def _blocks(theirs: str, ours: str) -> list[Rule]:
-    part = {"query": 0, "key": 1, "value": 2}
-    return [(rf"{theirs}\.(\d+)\.ln([12])\.(.*)", rf"{ours}.layers.\1.norm\2.\3"),
-            (rf"{theirs}\.(\d+)\.attn\.(query|key|value)\.(.*)", lambda m: f"{ours}.layers.{m[1]}.qkv.{m[3]}#{part[m[2]]} of 3"),
-            (rf"{theirs}\.(\d+)\.attn\.proj\.(.*)", rf"{ours}.layers.\1.out.\2"),
-            (rf"{theirs}\.(\d+)\.mlp\.([02])\.(.*)", rf"{ours}.layers.\1.mlp.\2.\3")]
+# Loading
+
+# Names in residual blocks and in attention by convolutions: one for q, k and v here, three in the
+# releases.
+PARTS_OF_BLOCKS = _rules("""
+        *.nin_shortcut.*  *.skip.*
+        *.proj_out.*      *.out.*
+        *.q.*             *.qkv.*  0 3
+        *.k.*             *.qkv.*  1 3
+        *.v.*             *.qkv.*  2 3
+        """)
 
 
-def _rows(total: int, rows: list[int] | range) -> Callable[[Tensor], Tensor]:
-    """Picks these rows of a table with `total` rows. A table of any other size stays as it is, and _load refuses it."""
-    return lambda x: x[list(rows)] if len(x) == total else x
-
-
-def _index_rows(block_size: int, length: int) -> Callable[[Tensor], Tensor]:
-    """The first rows of (1, block_size, C), which may have more than are used."""
-    return lambda x: x[0, :length] if x.shape[:2] == (1, block_size) else x
-
-
-def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]) -> None:
-    wanted, parts, problems = model.state_dict(), {}, []
-    for name, value in state_dict.items():
-        if any(re.fullmatch(pattern, name) for pattern in DROP):
+def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]):
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in own.items() if _is_like(name, OPTIONAL)}
+    applied = defaultdict(list)  # {our name: rules}
+    problems = []
+    for name in state_dict:
+        if _is_like(name, DROP):
             continue
-        found = [part for part in _rename(name, value, rules) if part[0] in wanted]
-        if not found:
+        fitting = [rule for rule in _applied(rules, name) if rule.ours in own]
+        if not fitting:
             problems.append(f"unknown {name}")
-        for ours, i, n, tensor in found:
-            parts.setdefault(ours, [None] * n)[i] = name, tensor
-    # A release may lack these
-    state = {k: v for k, v in wanted.items() if k == "thresholds" or re.fullmatch(r".*num_batches_tracked|quantizer\.(ema_.*|queue)", k)}
-    for ours, pieces in parts.items():
-        there = [piece for piece in pieces if piece]
-        tensors = [torch.atleast_1d(tensor) for _, tensor in there]
-        state[ours] = torch.cat(tensors) if len({t.shape[1:] for t in tensors}) == 1 else None
-        if len(there) < len(pieces):
-            problems.append(f"missing a part of what becomes {ours}, of which there is only {', '.join(name for name, _ in there)}")
-        elif state[ours] is None or state[ours].shape != wanted[ours].shape:
-            shapes = " and ".join(f"{name} {tuple(state_dict[name].shape)}" for name, _ in there)
-            problems.append(f"{shapes} cannot become {ours} {tuple(wanted[ours].shape)}")
-    problems += [f"missing what becomes {k}" for k in wanted if k not in state]
+        for rule in fitting:
+            applied[rule.ours].append(rule)
+    for ours, parts in applied.items():
+        parts.sort(key=lambda rule: rule.part)
+        names = [rule.theirs for rule in parts]
+        tensors = [rule.change(state_dict[rule.theirs]) for rule in parts]
+        rows = sum(map(len, tensors))
+        shape = tuple(own[ours].shape)
+        if len(parts) < parts[0].parts:
+            problems.append(f"missing a part of what becomes {ours}, of which there is only "
+                            f"{', '.join(names)}")
+        elif any((rows, *tensor.shape[1:]) != shape for tensor in tensors):
+            shapes = " and ".join(f"{name} {tuple(state_dict[name].shape)}" for name in names)
+            problems.append(f"{shapes} cannot become {ours} {shape}")
+        else:
+            state[ours] = torch.cat(tensors)
+    present = state.keys() | applied.keys()
+    problems += [f"missing what becomes {name}" for name in own if name not in present]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
+        raise ValueError(
+            f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(state)
-    quantizer = getattr(model, "quantizer", None)
-    if getattr(quantizer, "ema_decay", None) is not None and not {"quantizer.ema_sum", "quantizer.ema_count"} <= parts.keys():
-        quantizer.ema_sum.copy_(quantizer.codebook)
-        quantizer.ema_count.fill_(1.0)
+    averages = {"quantizer.ema_sum", "quantizer.ema_count"}
+    if averages <= own.keys() and not averages <= applied.keys():
+        model.quantizer.ema_sum.copy_(model.quantizer.codebook)
+        model.quantizer.ema_count.fill_(1.0)
 
 
-def _rename(name: str, value: Tensor, rules: list[Rule]) -> Iterator[tuple[str, int, int, Tensor]]:
-    """(our name, i, n, tensor) for each rule that matches: the tensor is part i of n."""
-    for pattern, ours, *change in rules:
-        if match := re.fullmatch(pattern, name):
-            ours = ours(match) if callable(ours) else match.expand(ours)
-            ours = ours.replace(".nin_shortcut.", ".skip.").replace(".proj_out.", ".out.")
-            if qkv := re.fullmatch(r"(.*)\.([qkv])\.(weight|bias)", ours):  # one convolution here, three in the releases
-                ours = f"{qkv[1]}.qkv.{qkv[3]}#{'qkv'.index(qkv[2])} of 3"
-            ours, _, part = ours.partition("#")
-            i, n = map(int, part.split(" of ")) if part else (0, 1)
-            yield ours, i, n, change[0](value) if change else value
+def _applied(rules: list[Rule], name: str) -> Iterator[Rule]:
+    """The rules that are about this tensor, applied to its name."""
+    for rule in rules:
+        if applied := rule.applied(name):
+            for inner in PARTS_OF_BLOCKS:
+                if part := inner.applied(applied.ours):
+                    applied = replace(part, theirs=name)
+            yield applied
+
+
+def _is_like(name, patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

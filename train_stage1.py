@@ -21,11 +21,11 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts, set_image_size
+from experiment import STAGE1, Run, compile_parts, make_model, set_image_size
 from finetune import freeze, init_from
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
-from quantizers import gradient_norms
+from quantizers import QUANTIZERS, gradient_norms
 from vqgan import sides
 
 
@@ -37,14 +37,16 @@ class Stage1Settings(TrainSettings):
     codebook_stats_every: int | None = None  # record usage, norms and gradients of the codes every so many steps, for visualize.py
 
 
-SECTIONS = {"model": STAGE1, "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN, "train": Stage1Settings}
+SECTIONS = {"model": STAGE1, "model.quantizer": QUANTIZERS, "model.image_size": "data.image_size",
+            "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN,
+            "train": Stage1Settings}
 
 
 def main(argv: list[str] | None = None) -> None:
     # Config and run folder
     args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, SECTIONS)
-    train, model_settings = config["train"], dict(config["model"])
+    train = config["train"]
     run = Run(config, args.resume)
     accelerator, device, accumulate = run.accelerator, run.accelerator.device, train["gradient_accumulation_steps"]
 
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"there are fewer validation images than processes ({run.world}); hold out more, or start fewer")
 
     # Models
-    model = build(STAGE1[model_settings.pop("name")], model_settings)
+    model = make_model(config)
     criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
     discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
     check_image_size(config["data"]["image_size"], model, discriminator)

@@ -467,7 +467,8 @@ def settings_of(lab: Lab) -> dict[str, list[str]]:
             found[f"{where}.{key}"] = VALUES[of] * 3 + ANY
 
     for section, target in lab.loop.SECTIONS.items():
-        kinds(target[name] if isinstance(target, dict) else target, section)
+        if "." not in section:
+            kinds(target[name] if isinstance(target, dict) else target, section)
     for key in setting_names(experiment.MODELS["vqgan"], "model") if lab.stage == 1 else []:
         if key.startswith("model.quantizer."):
             found[key] = VALUES[int] + VALUES[float] + VALUES[bool]

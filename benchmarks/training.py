@@ -31,7 +31,7 @@ import train_stage2
 from code_cache import CodeBatches, CodeCache, code_loader, image
 from dataset import make_dataset, train_loader
 from config import build, load_config, read_yaml
-from experiment import STAGE1, STAGE2, compile_parts, peak_memory
+from experiment import STAGE2, compile_parts, make_model, peak_memory
 from launch import run_main
 from gpt import parameter_groups, sides
 from losses import PatchGAN, Stage1Loss
@@ -70,13 +70,13 @@ def stage1(args) -> None:
 
 def stage1_step(config: dict, device: torch.device, batches: Iterator[tuple[torch.Tensor, None]] | None = None) -> Callable[[], None]:
     """A training step of a stage-1 config, with generator and discriminator, on these batches or on random images of the device."""
-    train, settings, size = config["train"], dict(config["model"]), sides(config["data"]["image_size"])
+    train, size = config["train"], sides(config["data"]["image_size"])
     dtype = DTYPES.get(precision(config, device))
     if batches is None:
         fixed = torch.rand(train["train_batch_size"], 3, *size, device=device) * 2 - 1
         batches = iter(lambda: (fixed, None), 0)
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
-    model = build(STAGE1[settings.pop("name")], settings).to(device, memory_format=memory_format)
+    model = make_model(config).to(device, memory_format=memory_format)
     if hasattr(model, "calibrate"):
         model.calibrate([torch.rand(8, 3, *size, device=device) * 2 - 1])
     criterion = build(Stage1Loss, config["loss"]).to(device, memory_format=memory_format)

@@ -613,7 +613,8 @@ def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
 
 def everything(sections, name):
     """All keys that a config with this model may set."""
-    return [k for section, t in sections.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
+    targets = {section: target for section, target in sections.items() if "." not in section}
+    return [k for section, t in targets.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
 
 
 KEYS = sorted({k for name in train_stage1.STAGE1 for k in everything(train_stage1.SECTIONS, name)})
