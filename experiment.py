@@ -78,7 +78,6 @@ class Run:
         train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
         self.is_main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.optimizer: torch.optim.Optimizer | None = None  # if it is sharded
         self.started = time.monotonic()
         self.log = Log(self.accelerator, self.folder)
         self._signal: str | None = None
@@ -110,11 +109,8 @@ class Run:
 
                 plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         model, optimizer = self.accelerator.prepare(model, optimizer)
-        if self.sharded:
-            self.optimizer = optimizer
-            self.accelerator.free_memory()  # or it would save the shards too; Checkpoints saves whole tensors
-            if ema is not None:
-                ema.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
+        if self.sharded and ema is not None:
+            ema.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         return model, optimizer
 
     def whole(self, module: nn.Module) -> nn.Module:
@@ -123,18 +119,21 @@ class Run:
             return module
         with torch.random.fork_rng(devices=[]):  # building it must not advance the random numbers
             copy = make_model(self.config)
-        copy.load_state_dict(whole_state(module))
+        copy.load_state_dict(whole_state(module, everywhere=True))
         return copy.to(self.accelerator.device)
 
     # Checkpoints
 
-    def track(self, stateful: dict[str, nn.Module], **modules: nn.Module | None) -> None:
-        """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and maybe `ema` and `discriminator`.
-        `stateful` modules have small buffers only, and are kept with the optimizers."""
+    def track(self, optimizers: dict[str, torch.optim.Optimizer], stateful: dict[str, nn.Module],
+              **modules: nn.Module | None) -> None:
+        """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and
+        maybe `ema` and `discriminator`; the optimizers, by their modules' names; and `stateful`
+        modules, which have small buffers only."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
         self.guard = Guard(self.accelerator, self.folder, self.train, self.modules, stateful.values())
-        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"], self.modules,
-                                       list(stateful.values()), self.optimizer)
+        self.checkpoints = Checkpoints(
+            self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"],
+            self.modules, optimizers, list(stateful.values()))
         if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
 
@@ -493,8 +492,8 @@ def compile_parts(model: nn.Module) -> None:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step).
     Buffers, such as statistics and a router's thresholds, are copied."""
-    both = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (ema, model))
-    torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
     for averaged, current in zip(ema.buffers(), model.buffers()):
         averaged.copy_(current)
 
