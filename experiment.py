@@ -280,29 +280,39 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
-    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    ours, theirs = train["gradient_accumulation_steps"], accelerator.gradient_accumulation_steps
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"accelerate was asked for {kind.value}, {instead}")
     precision = accelerator.mixed_precision
-    for refused, why in (
-            (kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM), f"{kind.value}, {instead}"),
-            (accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-             "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true"),
-            (theirs != ours, f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the config says "
-                             f"train.gradient_accumulation_steps={ours}; leave accelerate's out"),
-            (precision not in ("no", "fp16", "bf16"), f"mixed_precision={precision}, which is not supported; use bf16")):
+    ours = train["gradient_accumulation_steps"]
+    theirs = accelerator.gradient_accumulation_steps
+    refusals = {
+        "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true":
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the "
+        f"config says train.gradient_accumulation_steps={ours}; leave accelerate's out":
+            theirs != ours,
+        f"mixed_precision={precision}, which is not supported; use bf16":
+            precision not in ("no", "fp16", "bf16"),
+    }
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        refusals |= {
+            "FSDP, but stage 1 needs the whole model in every process; use --multi_gpu": not fsdp,
+            "FSDP, version 1, which is not supported; add --fsdp_version 2":
+                plugin.fsdp_version != 2,
+            "FSDP, with weights on the CPU, which is not supported; "
+            "leave --fsdp_offload_params out":
+                type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+            "FSDP, with train.mixed_precision=fp16, which is not supported; use bf16":
+                precision == "fp16",
+        }
+    for why, refused in refusals.items():
         if refused:
             raise UserError(f"accelerate was asked for {why}")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         accelerator.print(f"train.mixed_precision={precision} is used, not accelerate's {launched}")
-    if kind == DistributedType.FSDP:
-        for refused, why in ((not fsdp, "but stage 1 needs the whole model in every process; use --multi_gpu"),
-                             (plugin.fsdp_version != 2, "version 1, which is not supported; add --fsdp_version 2"),
-                             (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
-                              "with weights on the CPU, which is not supported; leave --fsdp_offload_params out"),
-                             (accelerator.mixed_precision == "fp16", "with train.mixed_precision=fp16, which is not supported; use bf16")):
-            if refused:
-                raise UserError(f"accelerate was asked for FSDP, {why}")
     return accelerator
 
 
