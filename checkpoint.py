@@ -1,4 +1,5 @@
-"""Checkpoints: written whole or not at all, verified before they are loaded, the same with and without shards.
+"""Checkpoints: written whole or not at all, verified before they are loaded, the same with and
+without shards.
 
     Checkpoints     of a run: save, load, best weights
     wanted_checkpoint, newest_whole     the one that --resume means; the newest one that is not damaged
@@ -6,8 +7,10 @@
     write_file      a file, whole or not at all; make_file: one that has all its space
     whole_state     all weights of a module, also of one that FSDP has sharded
 
-A checkpoint is a folder step_XXXXXXXX: NAME.safetensors for each module, what accelerate saves (optimizers, random numbers), and
-checkpoint.json with the size and SHA-256 of each file. best.safetensors beside them holds the weights of the best validation.
+A checkpoint is a folder step_XXXXXXXX: NAME.safetensors for each module, optimizer.bin with all
+optimizers' states, what accelerate saves (random numbers, fp16's scale), and checkpoint.json with
+the size and SHA-256 of each file. best.safetensors beside them holds the weights of the best
+validation.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, load
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -37,48 +41,43 @@ class Checkpoints:
     """The checkpoints of a run in `folder`; the same object on every process.
 
     modules     name to module: each is NAME.safetensors
-    stateful    modules of small buffers only, which are kept with the optimizers
-    optimizer   if it is sharded; accelerate saves the others
+    optimizers  name to optimizer, of the modules that have one: together they are optimizer.bin
+    stateful    modules of small buffers only; accelerate saves them, and the random numbers
     limit       how many of the last ones are kept; None: all
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None, modules: dict[str, nn.Module],
-                 stateful: list[nn.Module], optimizer: torch.optim.Optimizer | None):
-        self.accelerator, self.folder, self.limit, self.modules, self.optimizer = accelerator, folder, limit, modules, optimizer
-        self.is_main, self.sharded = accelerator.is_main_process, optimizer is not None
-        self.best, self.agreed = -math.inf, 0  # the best score; the last step at which all processes held the same weights
+    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None,
+                 modules: dict[str, nn.Module], optimizers: dict[str, AcceleratedOptimizer],
+                 stateful: list[nn.Module]):
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        self.folder = folder
+        self.limit = limit
+        self.modules = modules
+        self.optimizers = {name: wrapper.optimizer for name, wrapper in optimizers.items()}
+        self.best = -math.inf  # the best score
         self.best_step = 0  # of the best score, known to the first process
+        self.agreed = 0  # the last step at which all processes held the same weights
         accelerator.register_for_checkpointing(*stateful)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
+        accelerator._models.clear()  # or it would save these too, each process its own part
+        accelerator._optimizers.clear()
 
-    def _save_weights(self, models: list, weights: list, folder: str) -> None:
-        weights.clear()  # accelerate would name them by number, and by how many processes there were
-        modules = self.modules if self.is_main or self.sharded else {}
-        files = {f"{name}.safetensors": whole_state(module, self.is_main) for name, module in modules.items()}
-        if self.sharded:  # in accelerate's format
-            state = self.optimizer.state_dict()
-            state["state"] = {i: {k: _whole(v, self.is_main) for k, v in values.items()} for i, values in state["state"].items()}
-        if self.is_main:  # after all that the processes do together, because writing may fail
-            for name, tensors in files.items():
-                save_file(tensors, f"{folder}/{name}")
-            if self.sharded:
-                torch.save(state, f"{folder}/optimizer.bin")
+    def _write(self, folder: Path) -> None:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    def _load_weights(self, models: list, folder: str) -> None:
-        models.clear()
-        for name, module in self.modules.items():
-            now = module.state_dict()
-            module.load_state_dict({k: _shard(v, now.get(k)) for k, v in load_file(f"{folder}/{name}.safetensors").items()})
-        if self.sharded:
-            state = torch.load(f"{folder}/optimizer.bin", map_location="cpu", weights_only=True)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            state["state"] = {i: {k: v if k == "step" else _shard(v, parameters[i]) for k, v in values.items()}
-                              for i, values in state["state"].items()}
-            self.optimizer.load_state_dict(state)
+        weights = {name: whole_state(module) for name, module in self.modules.items()}
+        moments = {name: get_optimizer_state_dict(self.modules[name], optimizer, options=_whole())
+                   for name, optimizer in self.optimizers.items() if optimizer.state}
+        # All that the processes do together is done: from here on, one of them may fail.
+        self.accelerator.save_state(str(folder))
+        if self.is_main:
+            for name, tensors in weights.items():
+                save_file(tensors, folder / f"{name}.safetensors")
+            torch.save(moments, folder / "optimizer.bin")
 
     def save(self, step: int, **more: int) -> None:
-        """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes the oldest. `more` is kept with it."""
+        """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes
+        the oldest. `more` is kept with it."""
         self._check_agreement(step)
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
@@ -92,7 +91,7 @@ class Checkpoints:
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._write_together(step, temporary, lambda: self.accelerator.save_state(str(temporary)))
+        self._write_together(step, temporary, lambda: self._write(temporary))
         self._write_together(step, temporary, finish if self.is_main else lambda: None)
         if self.is_main:
             for old in list_checkpoints(self.folder)[self.limit:] if self.limit else []:
@@ -100,53 +99,66 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _write_together(self, step: int, temporary: Path, write: Callable[[], None]) -> None:
-        """write() on all processes. If one of them cannot, nothing of it stays and all of them end."""
+        """write() on all processes. If one cannot, nothing of it stays and all of them end."""
         failure = None
         try:
             write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # which torch and safetensors raise when a disk is full
+        # What python, torch and safetensors raise when a disk is full.
+        except (OSError, RuntimeError, SafetensorError) as error:
             failure = str(error).partition("\n")[0]
         failures = [f for f in gather_object([failure]) if f]
         if failures:
             if self.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            optimizers = self.accelerator._optimizers + ([self.optimizer] if self.sharded else [])
-            states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
-            tensors = [v for part in (*(m.state_dict().values() for m in self.modules.values()), *states) for v in part]
-            needed, free = sum(v.nbytes for v in tensors if isinstance(v, Tensor)), shutil.disk_usage(self.folder).free
-            missing = f", so {(needed - free) / 1e6:.1f} MB are missing" if needed > free else ""
-            raise UserError(f"the checkpoint of step {step} could not be written ({failures[0]}): it needs about {needed / 1e6:.1f} MB, "
-                            f"and {self.folder} has {free / 1e6:.1f} MB free{missing}; the one before is whole, and --resume auto "
-                            "continues from it when there is room")
+            tensors = [v for m in self.modules.values() for v in m.state_dict().values()]
+            for optimizer in self.optimizers.values():
+                tensors += [v for state in optimizer.state.values() for v in state.values()]
+            needed = sum(v.nbytes for v in tensors)
+            free = shutil.disk_usage(self.folder).free
+            missing = ""
+            if needed > free:
+                missing = f", so {(needed - free) / 1e6:.1f} MB are missing"
+            raise UserError(f"the checkpoint of step {step} could not be written ({failures[0]}): "
+                            f"it needs about {needed / 1e6:.1f} MB, and {self.folder} has "
+                            f"{free / 1e6:.1f} MB free{missing}; the one before is whole, and "
+                            "--resume auto continues from it when there is room")
 
     def _check_agreement(self, step: int) -> None:
-        """Processes that no longer hold the same weights, codebook and averages must not replace a good checkpoint."""
-        if self.accelerator.num_processes > 1 and not self.sharded:
-            sums = {f"{name}.{key}": _checksum(v) for name, module in self.modules.items() for key, v in module.state_dict().items()
+        """Processes that no longer hold the same weights, codebook and averages must not replace
+        a good checkpoint."""
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.FSDP):
+            sums = {f"{name}.{key}": _checksum(tensor) for name, module in self.modules.items()
+                    for key, tensor in module.state_dict().items()
                     if not key.endswith(".queue")}  # which is of each process's own codes
-            every = gather_object([dict(zip(sums, torch.stack(list(sums.values())).tolist()))])
-            different = [key for key in sums if any(other[key] != every[0][key] for other in every)]
+            numbers = torch.stack(list(sums.values())).tolist()
+            every = gather_object([dict(zip(sums, numbers))])
+            different = [key for key in sums if len({own[key] for own in every}) > 1]
             if different:
-                raise UserError(f"the processes no longer hold the same model: {different[0]} (and {len(different) - 1} more) became "
-                                f"different between step {self.agreed} and step {step}, which was not saved; look for a faulty machine, "
-                                "and continue from the checkpoint before with --resume auto")
+                raise UserError(f"the processes no longer hold the same model: {different[0]} "
+                                f"(and {len(different) - 1} more) became different between step "
+                                f"{self.agreed} and step {step}, which was not saved; look for a "
+                                "faulty machine, and continue from the checkpoint before with "
+                                "--resume auto")
         self.agreed = step
 
     def load(self, wanted: str | None) -> dict:
-        """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what is in its checkpoint.json, or
-        {"step": 0}. Later checkpoints are renamed to abandoned_*."""
-        found = [None, None]  # the checkpoint, and what is wrong
+        """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what
+        is in its checkpoint.json, or {"step": 0}. Later checkpoints are renamed to abandoned_*."""
+        path = wrong = None
         if self.is_main and wanted == "auto":
-            found[0] = newest_whole(self.folder, self.accelerator.print)
-            if found[0] is None and list_checkpoints(self.folder):
-                found[1] = f"no checkpoint in {self.folder} is whole; start again in another train.output_dir"
+            path = newest_whole(self.folder, self.accelerator.print)
+            if path is None and list_checkpoints(self.folder):
+                wrong = (f"no checkpoint in {self.folder} is whole; "
+                         "start again in another train.output_dir")
         elif self.is_main and wanted:
-            found[0] = Path(wanted)
-            if what := damage(found[0]):
-                found[1] = f"the checkpoint {wanted} cannot be used: {what}"
-        if found[0] and not found[1] and not (found[0] / "optimizer.bin").is_file():
-            found[1] = f"{found[0]} holds weights alone, which cannot be trained on; choose another train.output_dir"
-        path, wrong = broadcast_object_list(found)
+            path = Path(wanted)
+            if what := damage(path):
+                wrong = f"the checkpoint {wanted} cannot be used: {what}"
+        if path and not wrong and not (path / "optimizer.bin").is_file():
+            wrong = (f"{path} holds weights alone, which cannot be trained on; "
+                     "choose another train.output_dir")
+        path, wrong = broadcast_object_list([path, wrong])
         if wrong:
             raise UserError(wrong)
         manifest = {"step": 0} if path is None else self._load(path)
@@ -158,13 +170,26 @@ class Checkpoints:
         return manifest
 
     def _load(self, path: Path) -> dict:
+        from torch.distributed.checkpoint.state_dict import (
+            set_model_state_dict, set_optimizer_state_dict,
+        )
+
         try:
-            for file in path.glob("*.pkl"):  # accelerate would run the code in some, and pass over damage in others
+            # accelerate would run the code in some of these, and pass over damage in others.
+            for file in path.glob("*.pkl"):
                 load(file)
-            self.accelerator.load_state(str(path))
+            moments = load(path / "optimizer.bin", map_location="cpu")
         except pickle.UnpicklingError as error:
-            raise UserError(f"{path} holds more than tensors and numbers, and was not loaded, because that could run code from "
-                            "it; use a checkpoint that you trust") from error
+            raise UserError(f"{path} holds more than tensors and numbers, and was not loaded, "
+                            "because that could run code from it; use a checkpoint that you trust"
+                            ) from error
+        # The optimizers first: torch makes their state by a step, which may touch the weights.
+        for name, state in moments.items():
+            module = self.modules[name]
+            set_optimizer_state_dict(module, self.optimizers[name], state, options=_whole())
+        for name, module in self.modules.items():
+            set_model_state_dict(module, load_file(path / f"{name}.safetensors"), options=_whole())
+        self.accelerator.load_state(str(path))
         self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
         return json.loads((path / "checkpoint.json").read_text())
 
@@ -307,24 +332,20 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def whole_state(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """The weights on the CPU, for the processes that keep them. If the module is sharded, all processes must call this."""
-    return {k: _whole(v, keep) for k, v in module.state_dict().items()}
+def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """The weights on the CPU, for the first process alone; everywhere: on their device, for all.
+    If the module is sharded, all processes must call this."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    state = get_model_state_dict(module, options=_whole(cpu_offload=not everywhere))
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _whole(tensor: Tensor, keep: bool) -> Tensor | None:
-    tensor = tensor.detach()
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
-    return tensor.cpu().contiguous() if keep else None
+def _whole(cpu_offload: bool = True) -> Any:
+    """Says that a state's tensors are whole, also if a module's are sharded."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions  # takes a second
 
-
-def _shard(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """The whole tensor, or this process's part of it if `like` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # takes a second
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -79,7 +79,6 @@ class Run:
         train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
         self.is_main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
-        self.optimizer: torch.optim.Optimizer | None = None  # if it is sharded
         self.started = time.monotonic()
         self.log = Log(self.accelerator, self.folder)
         self._signal: str | None = None
@@ -111,11 +110,8 @@ class Run:
 
                 plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         model, optimizer = self.accelerator.prepare(model, optimizer)
-        if self.sharded:
-            self.optimizer = optimizer
-            self.accelerator.free_memory()  # or it would save the shards too; Checkpoints saves whole tensors
-            if ema is not None:
-                ema.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
+        if self.sharded and ema is not None:
+            ema.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
         return model, optimizer
 
     def whole(self, module: nn.Module) -> nn.Module:
@@ -124,18 +120,21 @@ class Run:
             return module
         with torch.random.fork_rng(devices=[]):  # building it must not advance the random numbers
             copy = make_model(self.config)
-        copy.load_state_dict(whole_state(module))
+        copy.load_state_dict(whole_state(module, everywhere=True))
         return copy.to(self.accelerator.device)
 
     # Checkpoints
 
-    def track(self, stateful: dict[str, nn.Module], **modules: nn.Module | None) -> None:
-        """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and maybe `ema` and `discriminator`.
-        `stateful` modules have small buffers only, and are kept with the optimizers."""
+    def track(self, optimizers: dict[str, torch.optim.Optimizer], stateful: dict[str, nn.Module],
+              **modules: nn.Module | None) -> None:
+        """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and
+        maybe `ema` and `discriminator`; the optimizers, by their modules' names; and `stateful`
+        modules, which have small buffers only."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
         self.guard = Guard(self.accelerator, self.folder, self.train, self.modules, stateful.values())
-        self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"], self.modules,
-                                       list(stateful.values()), self.optimizer)
+        self.checkpoints = Checkpoints(
+            self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"],
+            self.modules, optimizers, list(stateful.values()))
         if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
 
@@ -282,29 +281,39 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
-    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    ours, theirs = train["gradient_accumulation_steps"], accelerator.gradient_accumulation_steps
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"accelerate was asked for {kind.value}, {instead}")
     precision = accelerator.mixed_precision
-    for refused, why in (
-            (kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM), f"{kind.value}, {instead}"),
-            (accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-             "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true"),
-            (theirs != ours, f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the config says "
-                             f"train.gradient_accumulation_steps={ours}; leave accelerate's out"),
-            (precision not in ("no", "fp16", "bf16"), f"mixed_precision={precision}, which is not supported; use bf16")):
+    ours = train["gradient_accumulation_steps"]
+    theirs = accelerator.gradient_accumulation_steps
+    refusals = {
+        "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true":
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the "
+        f"config says train.gradient_accumulation_steps={ours}; leave accelerate's out":
+            theirs != ours,
+        f"mixed_precision={precision}, which is not supported; use bf16":
+            precision not in ("no", "fp16", "bf16"),
+    }
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        refusals |= {
+            "FSDP, but stage 1 needs the whole model in every process; use --multi_gpu": not fsdp,
+            "FSDP, version 1, which is not supported; add --fsdp_version 2":
+                plugin.fsdp_version != 2,
+            "FSDP, with weights on the CPU, which is not supported; "
+            "leave --fsdp_offload_params out":
+                type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
+            "FSDP, with train.mixed_precision=fp16, which is not supported; use bf16":
+                precision == "fp16",
+        }
+    for why, refused in refusals.items():
         if refused:
             raise UserError(f"accelerate was asked for {why}")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         accelerator.print(f"train.mixed_precision={precision} is used, not accelerate's {launched}")
-    if kind == DistributedType.FSDP:
-        for refused, why in ((not fsdp, "but stage 1 needs the whole model in every process; use --multi_gpu"),
-                             (plugin.fsdp_version != 2, "version 1, which is not supported; add --fsdp_version 2"),
-                             (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
-                              "with weights on the CPU, which is not supported; leave --fsdp_offload_params out"),
-                             (accelerator.mixed_precision == "fp16", "with train.mixed_precision=fp16, which is not supported; use bf16")):
-            if refused:
-                raise UserError(f"accelerate was asked for FSDP, {why}")
     return accelerator
 
 
@@ -478,8 +487,8 @@ def compile_parts(model: nn.Module) -> None:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step).
     Buffers, such as statistics and a router's thresholds, are copied."""
-    both = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (ema, model))
-    torch._foreach_lerp_(*both, 1 - min(decay, (1 + step) / (10 + step)))
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
     for averaged, current in zip(ema.buffers(), model.buffers()):
         averaged.copy_(current)
 

@@ -84,14 +84,15 @@ def main(argv: list[str] | None = None) -> None:
             eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
 
     model, optimizer = accelerator.prepare(model, adamw(model))
-    optimizers = [optimizer]
+    optimizers = {"model": optimizer}
     if discriminator is not None:
         discriminator = discriminator.to(device, memory_format=memory_format)
         discriminator, d_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
-        optimizers.append(d_optimizer)
+        optimizers["discriminator"] = d_optimizer
 
     # Resume
-    run.track(model=model, discriminator=discriminator, ema=ema, stateful={"lecam": criterion.lecam})
+    run.track(optimizers, {"lecam": criterion.lecam},
+              model=model, discriminator=discriminator, ema=ema)
     start = run.resume()
     if start == 0:
         calibrate(run, raw_model, train_set)
@@ -101,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     order = partial(TrainBatches, len(train_set), train["train_batch_size"] * run.world, train["seed"])
 
     # Loop
-    for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
+    for step in run.steps(start, list(optimizers.values()),
+                          partial(report, run, ema or raw_model, val_set), order):
         raw_model.schedule(step, run.max_steps, train["seed"])
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)

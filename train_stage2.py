@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         train_codes = encode_dataset(run, stage1, precision, train_set, views=config["codes"]["cache_views"])
 
     # Resume
-    run.track(model=model, ema=ema, stateful={})
+    run.track({"model": optimizer}, {}, model=model, ema=ema)
     start = run.resume()
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():

@@ -23,7 +23,7 @@ DRIVER = f"""
 import gc, json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import accelerate, torch, train_stage2
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from experiment import Run
 from guard import Guard
@@ -35,12 +35,15 @@ begin, backward, count = Guard.begin, Guard.backward, [0]
 def state(self, mixed_precision=None, *args, fsdp_plugin=None, **kwargs):
     init(self, mixed_precision, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 def note(self, step):
-    moments = [v for s in self.optimizer.state.values() for k, v in s.items() if k != "step"]
+    states = self.checkpoints.optimizers["model"].state.values()
+    moments = [v for s in states for k, v in s.items() if k != "step"]
     parts = {{"model": list(self.modules["model"].parameters()), "ema": list(self.modules["ema"].parameters()), "optimizer": moments}}
     shares = {{k: sum(p.to_local().numel() for p in v) / sum(p.numel() for p in v) for k, v in parts.items()}}
     blocks = sum(type(m).__name__ == "FSDPBlock" for m in self.modules["model"].modules())
