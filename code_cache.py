@@ -243,9 +243,3 @@ class CodeBatches(Sampler):
             for batch in torch.cat(batches)[first:]:
                 yield batch[self.rank::self.world].tolist()
             epoch, first = epoch + 1, 0
-
-    @classmethod
-    def images(cls, lengths: Tensor, views: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
-        """The (view, index) of the images in these batches."""
-        for rows in cls(lengths, views, batch_size, seed, start):
-            yield [divmod(row, len(lengths) // views) for row in rows]

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +132,7 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and maybe `ema` and `discriminator`.
         `stateful` modules have small buffers only, and are kept with the optimizers."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
-        self.guard = Guard(self.accelerator, self.folder, self.train, self.modules, stateful.values())
+        self.guard = Guard(self.accelerator, self.train, self.modules, stateful.values())
         self.checkpoints = Checkpoints(self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"], self.modules,
                                        list(stateful.values()), self.optimizer)
         if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
@@ -161,13 +161,12 @@ class Run:
 
     # Training
 
-    def steps(self, step: int, optimizers: list[torch.optim.Optimizer], report: Callable[[int], str],
-              order: Callable[[int], Iterable[list[tuple[int, int]]]]) -> Iterator[int]:
+    def steps(self, step: int, optimizers: list[torch.optim.Optimizer],
+              report: Callable[[int], str]) -> Iterator[int]:
         """Yields the number of each remaining step, from `step`, and the script trains it. Around it: learning rate, guard, averaged
         weights; at intervals logging, validation and checkpoints; the reasons to stop.
 
         report(step)    validates, and returns a sentence
-        order(start)    the (epoch, index) of all processes' images from batch number `start`, to name those of bad steps
         """
         train, accelerate, stop = self.train, self.accelerator, None
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
@@ -200,7 +199,7 @@ class Run:
                 bar.set_postfix({"loss": f"{values['loss']:.3f}", "img/s": f"{speed:.0f}"}
                                 | {k: f"{values[k]:.0%}" for k in ("usage", "padding") if k in values})
                 logged_at, logged = time.monotonic(), step
-                self.guard.stop_if_too_many(self.dataset, order)
+                self.guard.stop_if_too_many()
             paused = time.monotonic()
             if step % train["validation_steps"] == 0 and step < self.max_steps:
                 report(step)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
-from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
+from dataset import ImageDataset, eval_loader, make_dataset, train_loader
 from experiment import STAGE1, Run, compile_parts, rate_range, set_image_size
 from finetune import freeze, init_from
 from launch import run_main
@@ -96,10 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     record_codebook = codebook_recorder(run, raw_model.quantizer, start)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
                            start=start * accumulate, rank=accelerator.process_index, world=run.world, device=device)
-    order = partial(TrainBatches, len(train_set), train["train_batch_size"] * run.world, train["seed"])
 
     # Loop
-    for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set), order):
+    for step in run.steps(start, optimizers, partial(report, run, ema or raw_model, val_set)):
         raw_model.progress = step / run.max_steps  # for the schedules of MQ-VAE and DQ-VAE
         for _ in range(accumulate):
             raw_model.seed = 1_000_003 * train["seed"] + step  # for those of any rate
