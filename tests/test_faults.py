@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_MODELS, forked, metrics, start, start_two, weights, write_tiny, write_tiny2
+from conftest import ROOT, TINY_MODELS, forked, metrics, start_two, weights, write_tiny, write_tiny2
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -37,30 +37,17 @@ from dataset import DataError, make_dataset
 from guard import Guard
 from losses import PatchGAN
 
-def test_a_full_disk_in_the_thread_of_a_tracker_is_one_sentence(tmp_path):
-    (tmp_path / "thread.py").write_text("""
-import errno, threading
-import launch
-def log():
-    raise OSError(errno.ENOSPC, "No space left on device")
-def main():
-    thread = threading.Thread(target=log)
-    thread.start()
-    thread.join()
-    print("went on")
-launch.run_main(main)
-""")
-    told = forked(tmp_path, tmp_path / "thread.py").splitlines()
-    assert told == ["the tracker's log could not be written (No space left on device); training goes on", "went on"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-def test_output_that_goes_to_a_full_disk_ends_no_training(tmp_path):
-    training = start("/dev/full", "train_stage1.py", "--config", write_tiny(tmp_path))
-    training.join(100)
-    training.kill()
-    assert training.exitcode == 0
-    assert not checkpoint.damage(tmp_path / "run/checkpoints/step_00000006") and metrics(tmp_path / "run")[-1]["val_psnr"] > 0
+def test_one_process_in_place_of_several_is_one_sentence(monkeypatch):
+    """As `accelerate launch --cpu --num_processes 2` starts it, where there is no MPI."""
+    begun = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    launch.run_main(lambda: begun.append("one process"))
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(SystemExit, match="^error: .* without MPI it starts one; use torchrun --nproc-per-node"):
+        launch.run_main(lambda: begun.append("one of several"))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    launch.run_main(lambda: begun.append("one of MPI's"))
+    assert begun == ["one process", "one of MPI's"]
 
 
 def test_an_error_that_nobody_thought_of_ends_the_loaders_workers(tmp_path):
