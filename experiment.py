@@ -317,9 +317,6 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
             if (folder / name).exists():
                 raise UserError(f"{folder} is not a run folder, but holds {name}, which a run would write over; choose another "
                                 "train.output_dir") from None
-    if (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds an exported run, which cannot be trained on; choose another train.output_dir, and set "
-                        f"train.init_from={folder}")
     own = list_checkpoints(folder / "checkpoints")
     if resume is None and own:
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
@@ -362,11 +359,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     """
     folder = Path(run_folder(folder))
     config, path = run_config(folder), folder / "checkpoints/best.safetensors"
-    if (exported := folder / "model.safetensors").is_file():  # by push_to_hub.py
-        if which == "best":
-            raise UserError(f"{folder} is an exported run, which has one set of weights; leave --which best out")
-        path = exported
-    elif which == "latest":
+    if which == "latest":
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
             raise UserError(f"{folder} has no whole checkpoint yet")
