@@ -327,7 +327,7 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
         return
     before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), config))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key, now.get(key) if key.startswith("model.") else None) != now.get(key):  # older runs lack newer settings
+        if before.get(key) != now.get(key):
             raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
                             f"use its own config ({source}/config.yaml) or another train.output_dir")
 

@@ -347,11 +347,6 @@ def test_mqvae_knows_how_far_its_training_is(train, tmp_path, monkeypatch):
     train("train.max_train_steps=10", config=config, resume=f"{tmp_path}/run/checkpoints/step_00000009")
     assert seen == [0.9]
     seen.clear()
-    older = tmp_path / "run/config.yaml"  # a run from before there was the setting
-    older.write_text(older.read_text().replace("  release_training: false\n", ""))
-    train("train.max_train_steps=12", config=config, resume="auto")
-    assert seen == [10 / 12, 11 / 12]
-    seen.clear()
     train("train.max_train_steps=10", "model.release_training=true", f"train.output_dir={tmp_path}/release", config=config)
     assert not seen
 
