@@ -81,7 +81,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: I
 
 
 def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int], views: int,
-              rate: float | list[float] | None, precision: str = "no") -> str:
+              rate: float | list[float] | None, precision: str) -> str:
     """A name for all that the codes depend on: weights, names of the images (not what is in the files), data settings, the precision, and
     the rate if one was chosen. A folder of image files or shards may move."""
     weights = hashlib.sha256()
@@ -92,16 +92,13 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     if data["root"] and isinstance(dataset.source, Files):
         names = [os.path.relpath(name, Path(data["root"]).expanduser()) for name in names]
     names = os.fsencode("\n".join(names))
-    if data.get("name") == "webdataset":  # many have shards and keys of the same names
+    if data["name"] == "webdataset":  # many have shards and keys of the same names
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()
-    left_out = {"root"} if isinstance(dataset.source, Files) or data.get("name") == "webdataset" else set()
-    left_out.add("label_column")  # no label is in the cache
-    if data.get("image_column") is None:  # which older caches did not know
-        left_out.add("image_column")
+    may_move = isinstance(dataset.source, Files) or data["name"] == "webdataset"
+    left_out = {"label_column", "root"} if may_move else {"label_column"}  # no label is in the cache
     data = {k: v for k, v in data.items() if k not in left_out}
-    about = [weights.hexdigest(), names, data, views] + ([] if rate is None else [rate])
-    about += [] if precision == "no" else [precision]  # older caches are in float32
+    about = [weights.hexdigest(), names, data, views, rate, precision]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
@@ -243,9 +240,3 @@ class CodeBatches(Sampler):
             for batch in torch.cat(batches)[first:]:
                 yield batch[self.rank::self.world].tolist()
             epoch, first = epoch + 1, 0
-
-    @classmethod
-    def images(cls, lengths: Tensor, views: int, batch_size: int, seed: int, start: int) -> Iterator[list[tuple[int, int]]]:
-        """The (view, index) of the images in these batches."""
-        for rows in cls(lengths, views, batch_size, seed, start):
-            yield [divmod(row, len(lengths) // views) for row in rows]

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +131,7 @@ class Run:
         maybe `ema` and `discriminator`; the optimizers, by their modules' names; and `stateful`
         modules, which have small buffers only."""
         self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
-        self.guard = Guard(self.accelerator, self.folder, self.train, self.modules, stateful.values())
+        self.guard = Guard(self.accelerator, self.train, self.modules, stateful.values())
         self.checkpoints = Checkpoints(
             self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"],
             self.modules, optimizers, list(stateful.values()))
@@ -161,13 +161,12 @@ class Run:
 
     # Training
 
-    def steps(self, step: int, optimizers: list[torch.optim.Optimizer], report: Callable[[int], str],
-              order: Callable[[int], Iterable[list[tuple[int, int]]]]) -> Iterator[int]:
+    def steps(self, step: int, optimizers: list[torch.optim.Optimizer],
+              report: Callable[[int], str]) -> Iterator[int]:
         """Yields the number of each remaining step, from `step`, and the script trains it. Around it: learning rate, guard, averaged
         weights; at intervals logging, validation and checkpoints; the reasons to stop.
 
         report(step)    validates, and returns a sentence
-        order(start)    the (epoch, index) of all processes' images from batch number `start`, to name those of bad steps
         """
         train, accelerate, stop = self.train, self.accelerator, None
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
@@ -200,7 +199,7 @@ class Run:
                 bar.set_postfix({"loss": f"{values['loss']:.3f}", "img/s": f"{speed:.0f}"}
                                 | {k: f"{values[k]:.0%}" for k in ("usage", "padding") if k in values})
                 logged_at, logged = time.monotonic(), step
-                self.guard.stop_if_too_many(self.dataset, order)
+                self.guard.stop_if_too_many()
             paused = time.monotonic()
             if step % train["validation_steps"] == 0 and step < self.max_steps:
                 report(step)
@@ -328,9 +327,6 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
             if (folder / name).exists():
                 raise UserError(f"{folder} is not a run folder, but holds {name}, which a run would write over; choose another "
                                 "train.output_dir") from None
-    if (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds an exported run, which cannot be trained on; choose another train.output_dir, and set "
-                        f"train.init_from={folder}")
     own = list_checkpoints(folder / "checkpoints")
     if resume is None and own:
         raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
@@ -341,7 +337,7 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
         return
     before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), config))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key, now.get(key) if key.startswith("model.") else None) != now.get(key):  # older runs lack newer settings
+        if before.get(key) != now.get(key):
             raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
                             f"use its own config ({source}/config.yaml) or another train.output_dir")
 
@@ -373,11 +369,7 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     """
     folder = Path(run_folder(folder))
     config, path = run_config(folder), folder / "checkpoints/best.safetensors"
-    if (exported := folder / "model.safetensors").is_file():  # by push_to_hub.py
-        if which == "best":
-            raise UserError(f"{folder} is an exported run, which has one set of weights; leave --which best out")
-        path = exported
-    elif which == "latest":
+    if which == "latest":
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
             raise UserError(f"{folder} has no whole checkpoint yet")

@@ -32,8 +32,7 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
     path = Path(run_folder(source)).expanduser()
     checkpoint, folder = path, path.parent.parent
     if (path / "config.yaml").is_file():
-        exported = path if (path / "model.safetensors").is_file() else None
-        checkpoint, folder = exported or newest_whole(path / "checkpoints", run.accelerator.print), path
+        checkpoint, folder = newest_whole(path / "checkpoints", run.accelerator.print), path
     if checkpoint is None or not (checkpoint / "model.safetensors").is_file():
         raise UserError(f"train.init_from must be a run folder or one of its checkpoints; {source} has no model.safetensors")
     kind, wanted = run_config(folder)["model"]["name"], run.config["model"]["name"]

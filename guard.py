@@ -8,19 +8,15 @@ on the device until a log line, so no step waits for the GPU (except under fp16,
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from torch import Tensor
 
-from checkpoint import write_file
 from config import UserError
-from dataset import ImageDataset
 
 
 def moving_tensors(module: nn.Module) -> list[Tensor]:
@@ -33,14 +29,17 @@ def moving_tensors(module: nn.Module) -> list[Tensor]:
 class Guard:
     """Skips, undoes and counts bad steps.
 
-    folder, train   the run folder, and the config's section `train`
-    modules         name to module; each may have an optimizer of its own; a bad step of one does not undo the others'
-    stateful        modules of buffers that follow the discriminator's steps (LeCam's averages)
+    train       the config's section `train`
+    modules     name to module; each may have an optimizer of its own; a bad step of one does not undo the others'
+    stateful    modules of buffers that follow the discriminator's steps (LeCam's averages)
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, train: dict, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]):
-        self.accelerator, self.folder, self.modules, self.accumulate = accelerator, folder, modules, train["gradient_accumulation_steps"]
-        self.max_row, self.max_norm = train["max_bad_steps"], train["max_grad_norm"] or math.inf
+    def __init__(self, accelerator: Accelerator, train: dict, modules: dict[str, nn.Module],
+                 stateful: Iterable[nn.Module]):
+        self.accelerator = accelerator
+        self.modules = modules
+        self.max_row = train["max_bad_steps"]
+        self.max_norm = train["max_grad_norm"] or math.inf
         # What a forward pass changes: codebook and statistics, but not those of frozen parts.
         self.moving = {name: [v for m in (module, *(stateful if name == "discriminator" else ()))
                               for v in moving_tensors(m)]
@@ -104,18 +103,10 @@ class Guard:
         count, self.count = self.count.float(), torch.zeros_like(self.count)
         return count
 
-    def stop_if_too_many(self, dataset: ImageDataset, batches: Callable[[int], Iterable[list[tuple[int, int]]]]) -> None:
-        """Ends the run if too many steps in a row were bad, and lists their images in bad_steps.json.
-        batches(start): the (epoch, index) of all processes' images from batch number `start`."""
-        if not self.too_many:
-            return
-        last, path = int(self.too_many), self.folder / "bad_steps.json"
-        steps = range(last - self.max_row, last + 1)
-        if self.accelerator.is_main_process:
-            images = iter(batches((steps[0] - 1) * self.accumulate))
-            found = [{"step": step, "images": [[epoch, index, dataset.source.name(index)] for _ in range(self.accumulate)
-                                               for epoch, index in next(images)]} for step in steps]
-            write_file(path, json.dumps(found, indent=1) + "\n")
-        raise UserError(f"the loss or a gradient was not finite in the {len(steps)} steps up to {last}, more in a row than "
-                        f"train.max_bad_steps; they were skipped, and their images are listed in {path}: lower train.learning_rate or set "
-                        "train.max_grad_norm, and continue from the last checkpoint with --resume auto")
+    def stop_if_too_many(self) -> None:
+        """Ends the run if too many steps in a row were bad."""
+        if self.too_many:
+            last = int(self.too_many)
+            raise UserError(f"the loss or a gradient was not finite in steps {last - self.max_row} to {last}, "
+                            "more in a row than train.max_bad_steps; they were skipped: lower train.learning_rate "
+                            "or set train.max_grad_norm, and continue from the last checkpoint with --resume auto")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
-from dataset import ImageDataset, TrainBatches, eval_loader, make_dataset, train_loader
+from dataset import ImageDataset, eval_loader, make_dataset, train_loader
 from experiment import STAGE1, Run, compile_parts, make_model, set_image_size
 from finetune import freeze, init_from
 from launch import run_main
@@ -99,11 +99,10 @@ def main(argv: list[str] | None = None) -> None:
     record_codebook = codebook_recorder(run, raw_model.quantizer, start)
     batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
                            start=start * accumulate, rank=accelerator.process_index, world=run.world, device=device)
-    order = partial(TrainBatches, len(train_set), train["train_batch_size"] * run.world, train["seed"])
 
     # Loop
     for step in run.steps(start, list(optimizers.values()),
-                          partial(report, run, ema or raw_model, val_set), order):
+                          partial(report, run, ema or raw_model, val_set)):
         raw_model.schedule(step, run.max_steps, train["seed"])
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)

@@ -19,9 +19,9 @@ import torch
 from accelerate.utils import gather_object
 
 from checkpoint import wanted_checkpoint, write_file
-from code_cache import CodeBatches, CodeCache, code_loader, encode_dataset, image
+from code_cache import CodeCache, code_loader, encode_dataset, image
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
-from dataset import TrainBatches, make_dataset, train_loader
+from dataset import make_dataset, train_loader
 from experiment import (
     STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate,
 )
@@ -104,14 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         parts = (train_codes[i:i + 4096][0] for i in range(0, len(train_codes), 4096))
         lengths = raw_model.survey({k: v.to(device) for k, v in codes.items()} for codes in parts).cpu()
         batches = code_loader(train_codes, lengths, size, seed, start * accumulate, rank, run.world, device)
-        order = partial(CodeBatches.images, lengths, train_codes.views, size * run.world, seed)
     else:
         loader = train_loader(train_set, size, seed, train["dataloader_num_workers"], start * accumulate, rank, run.world, device)
         batches = ((stage1.encode(images), labels) for images, labels in loader)
-        order = partial(TrainBatches, len(train_set), size * run.world, seed)
 
     # Loop
-    for _ in run.steps(start, [optimizer], partial(report, run, ema or raw_model, stage1, val_codes), order):
+    for _ in run.steps(start, [optimizer], partial(report, run, ema or raw_model, stage1, val_codes)):
         for _ in range(accumulate):
             codes, labels = next(batches)
             with accelerator.accumulate(model):

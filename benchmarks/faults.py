@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import psutil
 import torch
+import torchvision
 from accelerate.utils import load
 from conftest import TINY_MODELS, metrics, weights, write_tiny, write_tiny2
 from safetensors.torch import load_file
@@ -45,7 +46,6 @@ import code_cache
 import dataset
 import experiment
 import launch
-import log
 import train_stage1
 import train_stage2
 from config import setting_names, signature
@@ -59,7 +59,7 @@ STAGES = {1: (train_stage1, "mqvae", ["discriminator.norm=batch", "loss.lecam_we
 MOMENTS = {
     "amid weights": (checkpoint, "save_file"), "amid optimizers": (torch, "save"), "before the manifest": (checkpoint, "write_manifest"),
     "before a rename": (os, "replace"), "before fsync": (os, "fsync"), "while removing": (shutil, "rmtree"),
-    "amid a picture": (log, "save_image"), "amid a code cache": (os, "pwrite"), "making a cache": (code_cache, "make_file"),
+    "amid a picture": (torchvision.utils, "save_image"), "amid a code cache": (os, "pwrite"), "making a cache": (code_cache, "make_file"),
 }
 
 
@@ -293,7 +293,7 @@ def disk(labs: list[Lab], seconds: float) -> None:
         mount(size)
         for _ in range(6):
             log_of(run).unlink(missing_ok=True)
-            status = wait(lab.start(run, "train.log_with=tensorboard"))
+            status = wait(lab.start(run))
             said = tail_all(run)
             told = "could not be written" in said or "No space left on device" in said
             if status not in (0, 1) or "Traceback" in said or (status == 1 and not told):
@@ -401,7 +401,7 @@ def images(labs: list[Lab], seconds: float) -> None:
 
 def processes(labs: list[Lab], seconds: float) -> None:
     count, slowest = 0, 0.0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def begin(lab: Lab, run: Path):

@@ -68,7 +68,7 @@ def test_every_file_begins_with_its_map():
 
 
 def test_scripts_set_openmp_before_torch_is_loaded():
-    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "push_to_hub"):
+    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"):
         lines = [node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
         imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
         heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))
@@ -81,7 +81,7 @@ import importlib, signal, sys
 sys.modules["resource"] = sys.modules["fcntl"] = None
 del signal.SIGUSR1, signal.SIGCHLD
 from experiment import peak_memory
-for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert", "push_to_hub"):
+for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"):
     try:
         importlib.import_module(name).main(["--help"])
     except SystemExit as end:
@@ -89,7 +89,7 @@ for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", 
 print("memory", peak_memory())
 """)
     told = forked(tmp_path, tmp_path / "help.py")
-    assert told.count("usage: ") == 7 and all(f"{name} 0\n" in told for name in ("train_stage1", "train_stage2", "sample", "convert"))
+    assert told.count("usage: ") == 6 and all(f"{name} 0\n" in told for name in ("train_stage1", "train_stage2", "sample", "convert"))
     assert told.endswith("memory nan\n")
 
 

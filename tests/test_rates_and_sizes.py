@@ -157,24 +157,17 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
     assert "encoding" in capfd.readouterr().err and len(list((tmp_path / stage1 / "codes").glob("val_*"))) == 2
 
 
-def test_a_cache_without_a_rate_in_float32_keeps_its_name():
-    """Runs from before there were rates and precisions find their codes."""
-    import hashlib
-
+def test_each_rate_and_precision_has_a_code_cache_of_its_own():
     from code_cache import cache_key
     from dataset import make_dataset
     from vqgan import VQVAE, VectorQuantizer
 
     model, data = VQVAE(ch=4, quantizer=VectorQuantizer(8, 4)), make_dataset("shapes", image_size=16)
-    settings, indices = {"root": None, "image_size": 16}, [0, 5]
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(("quantizer.ema_", "quantizer.queue")):
-            weights.update(name.encode() + tensor.numpy().tobytes())
-    names = hashlib.sha256("\n".join(data.source.name(i) for i in indices).encode()).hexdigest()
-    before = hashlib.sha256(json.dumps([weights.hexdigest(), names, settings, 2]).encode()).hexdigest()[:16]
-    assert cache_key(model, data, settings, indices, 2, None, "no") == before != cache_key(model, data, settings, indices, 2, 0.5)
-    assert before != cache_key(model, data, settings, indices, 2, None, "bf16")
+    settings = {"name": "shapes", "root": None, "image_size": 16}
+    choices = [(None, "no"), (None, "bf16"), (0.5, "no"), (0.25, "no"), ([0.3, 0.2], "no")]
+    keys = [cache_key(model, data, settings, [0, 5], 2, *choice) for choice in choices]
+    assert len(set(keys)) == len(choices)
+    assert keys == [cache_key(model, data, settings, [0, 5], 2, *choice) for choice in choices]
 
 
 def test_the_chosen_rate_and_size_hold_wherever_none_is_given(any_rate):
