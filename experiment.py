@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,8 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process may
 class Run:
     """A run folder and the training in it; the same object on every process.
 
-    Made before the models, so that a folder that cannot be used stops the script at once. Then `plan`, `track` and `resume`, in this
-    order, and the loop is over `steps`.
+    Made before the models, so that a folder that cannot be used stops the script at once. Then
+    come `plan`, `track` and `resume`, in this order, `start` before the loop and `finish` after it.
 
     fsdp: the script can train sharded weights, which `prepare` makes. Each process then holds a part of the model, of its average and
     of the optimizer's state.
@@ -161,56 +162,62 @@ class Run:
 
     # Training
 
-    def steps(self, step: int, optimizers: list[torch.optim.Optimizer],
-              report: Callable[[int], str]) -> Iterator[int]:
-        """Yields the number of each remaining step, from `step`, and the script trains it. Around it: learning rate, guard, averaged
-        weights; at intervals logging, validation and checkpoints; the reasons to stop.
-
-        report(step)    validates, and returns a sentence
-        """
-        train, accelerate, stop = self.train, self.accelerator, None
+    def start(self, step: int) -> None:
+        """Says what is trained from this step on; starts the progress bar and the clock."""
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
-        accelerate.print(f"{self.folder}: {parameters / 1e6:.1f} M parameters, {len(self.dataset)} images, {self.world} process(es), "
-                         f"global batch {self.global_batch}, {self.max_steps} steps "
-                         f"({self.max_steps / self.steps_per_epoch:,.1f} epochs)")
+        say = self.accelerator.print
+        say(f"{self.folder}: {parameters / 1e6:.1f} M parameters, {len(self.dataset)} images, "
+            f"{self.world} process(es), global batch {self.global_batch}, {self.max_steps} steps "
+            f"({self.max_steps / self.steps_per_epoch:,.1f} epochs)")
         if step >= self.max_steps:
-            accelerate.print(f"{self.folder} has had its {self.max_steps} steps")
-        bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not self.is_main, dynamic_ncols=True)
-        logged_at, logged = time.monotonic(), step
-        while step < self.max_steps and stop is None:
-            lr = learning_rate_at(step, train, self.global_batch, self.max_steps, self.steps_per_epoch)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
-            self.guard.begin()
-            yield step
-            step += 1
-            self.guard.end(step)
-            if "ema" in self.modules:
-                update_ema(self.modules["ema"], self.modules["model"], train["ema_decay"], step)
-            bar.update()
-            stop = self.stop_reason(step)
-            last = step == self.max_steps or stop is not None
-            if step % train["logging_steps"] == 0 or last:
-                speed = (step - logged) * self.global_batch / (time.monotonic() - logged_at)
-                values = self.log.means(bad_steps=self.guard.pop_count())
-                values |= perplexities(values) | ({"tokens_per_second": speed * values["tokens"]} if "tokens" in values else {})
-                self.log.write(step, {"lr": lr, "images_per_second": speed, "peak_memory_gib": peak_memory(),
-                                      "epoch": step / self.steps_per_epoch} | values)
-                bar.set_postfix({"loss": f"{values['loss']:.3f}", "img/s": f"{speed:.0f}"}
-                                | {k: f"{values[k]:.0%}" for k in ("usage", "padding") if k in values})
-                logged_at, logged = time.monotonic(), step
-                self.guard.stop_if_too_many()
-            paused = time.monotonic()
-            if step % train["validation_steps"] == 0 and step < self.max_steps:
-                report(step)
-            if step % train["checkpointing_steps"] == 0 or last:
-                self.save(step)
-            logged_at += time.monotonic() - paused
-        bar.close()
-        if stop is not None:
-            accelerate.print(f"stopped by {stop} at step {step} of {self.max_steps}, saved; --resume auto continues")
+            say(f"{self.folder} has had its {self.max_steps} steps")
+        self.bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not self.is_main,
+                        dynamic_ncols=True)
+        self.logged_step = step
+        self.clock = time.monotonic()
+
+    def set_learning_rate(self, step: int, *optimizers: torch.optim.Optimizer) -> None:
+        self.lr = learning_rate_at(step, self.train, self.global_batch, self.max_steps,
+                                   self.steps_per_epoch)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+
+    def write_log(self, step: int) -> None:
+        """Writes the means since the last time. UserError if too many steps in a row were bad."""
+        speed = (step - self.logged_step) * self.global_batch / (time.monotonic() - self.clock)
+        self.logged_step = step
+        self.clock = time.monotonic()
+        values = self.log.means(bad_steps=self.guard.pop_count())
+        values |= perplexities(values)
+        if "tokens" in values:
+            values["tokens_per_second"] = speed * values["tokens"]
+        run = {"lr": self.lr, "images_per_second": speed, "peak_memory_gib": peak_memory(),
+               "epoch": step / self.steps_per_epoch}
+        self.log.write(step, run | values)
+        shares = {k: f"{values[k]:.0%}" for k in ("usage", "padding") if k in values}
+        self.bar.set_postfix({"loss": f"{values['loss']:.3f}", "img/s": f"{speed:.0f}"} | shares)
+        self.guard.stop_if_too_many()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens in here does not count as training in images per second."""
+        started = time.monotonic()
+        yield
+        self.clock += time.monotonic() - started
+
+    def finish(self, step: int, stop: str | None, validate: Callable[[int], str]) -> None:
+        """Says why the run ends, or how good it is after its last step; closes its records."""
+        self.bar.close()
+        if stop is None:
+            self.accelerator.print(validate(step))
         else:
-            accelerate.print(report(step))
+            self.accelerator.print(f"stopped by {stop} at step {step} of {self.max_steps}, saved; "
+                                   "--resume auto continues")
+        self.accelerator.wait_for_everyone()
+        self.log.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def average_batchnorm(self) -> None:
         """While it trains, each process has BatchNorm statistics of its own; what is validated and kept is their mean."""
@@ -254,13 +261,6 @@ class Run:
         """Ends the script if a signal has asked for it, where there is no step to finish."""
         if self._signal:
             raise UserError(f"stopped by {self._signal} {what}")
-
-    def close(self) -> None:
-        """Ends the run."""
-        self.accelerator.wait_for_everyone()
-        self.log.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
 
 def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint import write_file
 from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts, make_model, set_image_size
+from experiment import STAGE1, Run, compile_parts, make_model, set_image_size, update_ema
 from finetune import freeze, init_from
 from launch import run_main
 from losses import PatchGAN, Stage1Loss
@@ -101,9 +101,14 @@ def main(argv: list[str] | None = None) -> None:
                            start=start * accumulate, rank=accelerator.process_index, world=run.world, device=device)
 
     # Loop
-    for step in run.steps(start, list(optimizers.values()),
-                          partial(report, run, ema or raw_model, val_set)):
+    validate = partial(report, run, ema or raw_model, val_set)
+    run.start(start)
+    step = start
+    stop = None
+    while step < run.max_steps and stop is None:
+        run.set_learning_rate(step, *optimizers.values())
         raw_model.schedule(step, run.max_steps, train["seed"])
+        run.guard.begin()
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
             with accelerator.accumulate(*filter(None, (model, discriminator))):
@@ -131,8 +136,23 @@ def main(argv: list[str] | None = None) -> None:
             if not raw_model.quantizer.training:  # frozen: it counts no codes
                 del scalars["usage"]
             run.log.add(parts | scalars)
-        record_codebook(step + 1)
-    run.close()
+
+        step += 1
+        record_codebook(step)
+        run.guard.end(step)  # undoes what a bad step did
+        if ema is not None:
+            update_ema(ema, raw_model, train["ema_decay"], step)
+        run.bar.update()
+        stop = run.stop_reason(step)
+        last = step == run.max_steps or stop is not None
+        if step % train["logging_steps"] == 0 or last:
+            run.write_log(step)
+        with run.untimed():
+            if step % train["validation_steps"] == 0 and step < run.max_steps:
+                validate(step)
+            if step % train["checkpointing_steps"] == 0 or last:
+                run.save(step)
+    run.finish(step, stop, validate)
 
 
 def check_image_size(size: int | list[int], model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:

@@ -23,7 +23,8 @@ from code_cache import CodeCache, code_loader, encode_dataset, image
 from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import make_dataset, train_loader
 from experiment import (
-    STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run, set_image_size, set_rate,
+    STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities, save_run,
+    set_image_size, set_rate, update_ema,
 )
 from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
@@ -109,7 +110,13 @@ def main(argv: list[str] | None = None) -> None:
         batches = ((stage1.encode(images), labels) for images, labels in loader)
 
     # Loop
-    for _ in run.steps(start, [optimizer], partial(report, run, ema or raw_model, stage1, val_codes)):
+    validate = partial(report, run, ema or raw_model, stage1, val_codes)
+    run.start(start)
+    step = start
+    stop = None
+    while step < run.max_steps and stop is None:
+        run.set_learning_rate(step, optimizer)
+        run.guard.begin()
         for _ in range(accumulate):
             codes, labels = next(batches)
             with accelerator.accumulate(model):
@@ -120,8 +127,24 @@ def main(argv: list[str] | None = None) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             tokens = raw_model.lengths(codes).float()
-            run.log.add(out | {"tokens": tokens.mean(), "padding": 1 - tokens.mean() / tokens.max()})
-    run.close()
+            padding = 1 - tokens.mean() / tokens.max()
+            run.log.add(out | {"tokens": tokens.mean(), "padding": padding})
+
+        step += 1
+        run.guard.end(step)  # undoes what a bad step did
+        if ema is not None:
+            update_ema(ema, raw_model, train["ema_decay"], step)
+        run.bar.update()
+        stop = run.stop_reason(step)
+        last = step == run.max_steps or stop is not None
+        if step % train["logging_steps"] == 0 or last:
+            run.write_log(step)
+        with run.untimed():
+            if step % train["validation_steps"] == 0 and step < run.max_steps:
+                validate(step)
+            if step % train["checkpointing_steps"] == 0 or last:
+                run.save(step)
+    run.finish(step, stop, validate)
 
 
 def inherit_data(given: dict, resume: str | None) -> None:

@@ -165,8 +165,8 @@ def test_two_processes_hold_the_same(tmp_path, name, setting):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, experiment, launch, train_stage1
-close = experiment.Run.close
-def agree(self):
+finish = experiment.Run.finish
+def agree(self, *arguments):
     for name, module in self.modules.items():
         for key, value in module.state_dict().items():
             values = [torch.empty_like(value) for _ in range(2)]
@@ -181,8 +181,8 @@ def agree(self):
     torch.distributed.all_gather(rates, torch.tensor([drawn]))
     assert rates[0] == rates[1]
     print("agreed", flush=True)
-    close(self)
-experiment.Run.close = agree
+    finish(self, *arguments)
+experiment.Run.finish = agree
 launch.run_main(train_stage1.main)
 """)
     config = write_tiny(tmp_path, model=TINY_MODELS[name], discriminator="ch: 8\n  num_layers: 1")
