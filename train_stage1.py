@@ -1,6 +1,7 @@
 """Stage 1: trains an autoencoder with discrete codes (VQGAN, VQ-VAE, MQ-VAE, DQ-VAE).
 
-    accelerate launch train_stage1.py --config configs/quickstart/vqgan.yaml [--resume auto] [key.sub=value ...]
+    accelerate launch train_stage1.py --config configs/quickstart/vqgan.yaml
+        [--resume auto] [key.sub=value ...]
 
 The loop knows no model by name: a model hands over images, losses, scalars to log and maps to draw.
 """
@@ -8,7 +9,7 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 import copy
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,13 @@ from vqgan import sides
 
 @dataclass
 class Stage1Settings(TrainSettings):
-    channels_last: bool = False  # the memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it
-    calibration_images: int = 2000  # how many training images the thresholds of an entropy router are computed from
+    # The memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it.
+    channels_last: bool = False
+    # How many training images the thresholds of an entropy router are computed from.
+    calibration_images: int = 2000
     calibration_file: str | None = None  # thresholds.json of another run, to use instead
-    codebook_stats_every: int | None = None  # record usage, norms and gradients of the codes every so many steps, for visualize.py
+    # Record usage, norms and gradients of the codes every so many steps, for visualize.py.
+    codebook_stats_every: int | None = None
 
 
 SECTIONS = {"model": STAGE1, "model.quantizer": QUANTIZERS, "model.image_size": "data.image_size",
@@ -48,40 +52,44 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides, SECTIONS)
     train = config["train"]
     run = Run(config, args.resume)
-    accelerator, device, accumulate = run.accelerator, run.accelerator.device, train["gradient_accumulation_steps"]
+    accelerator = run.accelerator
+    device = accelerator.device
+    accumulate = train["gradient_accumulation_steps"]
 
     # Data
-    train_set, val_set = (build(make_dataset, config["data"], split=split) for split in ("train", "val"))
+    train_set = build(make_dataset, config["data"], split="train")
+    val_set = build(make_dataset, config["data"], split="val")
     run.plan(train_set)
     if min(train["num_validation_images"] or len(val_set), len(val_set)) < run.world:
-        raise UserError(f"there are fewer validation images than processes ({run.world}); hold out more, or start fewer")
+        raise UserError(f"there are fewer validation images than processes ({run.world}); hold out "
+                        "more, or start fewer")
 
     # Models
     model = make_model(config)
-    criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"])).to(device)  # may download LPIPS
-    discriminator = build(PatchGAN, config["discriminator"]) if criterion.disc_weight > 0 else None
+    criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"]))  # may download
+    discriminator = None
+    if criterion.disc_weight > 0:
+        discriminator = build(PatchGAN, config["discriminator"])
     check_image_size(config["data"]["image_size"], model, discriminator)
-    if discriminator is not None and criterion.gan_start >= run.max_steps:
-        accelerator.print("the generator does not hear the discriminator in this run: "
-                          f"loss.gan_start={criterion.gan_start} is not below "
-                          f"its {run.max_steps} steps")
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
-    if discriminator is not None and criterion.adaptive_weight and not model.last_layer.requires_grad:
-        raise UserError("train.freeze takes the last layer's gradient, which the GAN weight needs; set loss.adaptive_weight=false")
+    check_gan(run, criterion, model)
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
-    model, criterion = model.to(device, memory_format=memory_format), criterion.to(memory_format=memory_format)
+    model = model.to(device, memory_format=memory_format)
+    criterion = criterion.to(device, memory_format=memory_format)
     ema = copy.deepcopy(model).requires_grad_(False) if train["use_ema"] else None
-    raw_model, raw_discriminator = model, discriminator
+    raw_model = model
+    raw_discriminator = discriminator
     raw_model.quantizer.accumulation_steps = accumulate
     if train["compile"]:
         compile_parts(model)
 
     # Optimizers
-    def adamw(module):
+    def adamw(module: torch.nn.Module) -> torch.optim.AdamW:
         return torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=0.0, betas=(train["adam_beta1"], train["adam_beta2"]),
-            eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
+            [p for p in module.parameters() if p.requires_grad], lr=0.0,
+            betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
+            weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
 
     model, optimizer = accelerator.prepare(model, adamw(model))
     optimizers = {"model": optimizer}
@@ -97,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     if start == 0:
         calibrate(run, raw_model, train_set)
     record_codebook = codebook_recorder(run, raw_model.quantizer, start)
-    batches = train_loader(train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
-                           start=start * accumulate, rank=accelerator.process_index, world=run.world, device=device)
+    batches = train_loader(
+        train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
+        start * accumulate, accelerator.process_index, run.world, device)
 
     # Loop
     validate = partial(report, run, ema or raw_model, val_set)
@@ -115,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
                 # Generator
                 out = model(images)
                 with accelerator.autocast():
-                    loss, parts = criterion.generator(images, out, raw_model.last_layer, raw_discriminator, step, run.guard.scale)
+                    loss, parts = criterion.generator(
+                        images, out, raw_model.last_layer, raw_discriminator, step,
+                        run.guard.scale)
                 run.guard.backward(loss)
                 if accelerator.sync_gradients:
                     parts["grad_norm"] = run.guard.clip(model, optimizer)
@@ -124,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
 
                 # Discriminator, on the same reconstruction
                 if criterion.discriminator_learns(step):
-                    d_loss, d_parts = criterion.discriminator(images, out.images, discriminator)
+                    d_loss, d_parts = criterion.discriminator(
+                        images, out.images, discriminator)
                     run.guard.follow_scale(discriminator)
                     run.guard.backward(d_loss)
                     if accelerator.sync_gradients:
@@ -155,51 +167,80 @@ def main(argv: list[str] | None = None) -> None:
     run.finish(step, stop, validate)
 
 
-def check_image_size(size: int | list[int], model: torch.nn.Module, discriminator: torch.nn.Module | None) -> None:
+def check_image_size(size: int | list[int], model: torch.nn.Module,
+                     discriminator: torch.nn.Module | None) -> None:
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
     if discriminator is not None:
+        shapes_only = copy.deepcopy(discriminator).to("meta")
         try:
-            copy.deepcopy(discriminator).to("meta")(torch.zeros(2, 3, *sides(size), device="meta"))  # shapes only
+            shapes_only(torch.zeros(2, 3, *sides(size), device="meta"))
         except (RuntimeError, ValueError):
-            raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; choose fewer") from None
+            raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; "
+                            "choose fewer") from None
 
 
-def calibrate(run: Run, model: torch.nn.Module, dataset) -> None:
-    """Computes the thresholds of an entropy router from training images, or reads them; kept in the model and as thresholds.json."""
-    path, accelerator = run.train["calibration_file"], run.accelerator
+def check_gan(run: Run, criterion: Stage1Loss, model: torch.nn.Module) -> None:
+    if criterion.disc_weight == 0:
+        return
+    if criterion.gan_start >= run.max_steps:
+        run.accelerator.print("the generator does not hear the discriminator in this run: "
+                              f"loss.gan_start={criterion.gan_start} is not below its "
+                              f"{run.max_steps} steps")
+    if criterion.adaptive_weight and not model.last_layer.requires_grad:
+        raise UserError("train.freeze takes the last layer's gradient, which the GAN weight needs; "
+                        "set loss.adaptive_weight=false")
 
-    def batches():
-        loader = eval_loader(dataset, run.train["train_batch_size"], run.train["calibration_images"],
-                             run.train["dataloader_num_workers"], device=accelerator.device)
-        total = -(-min(run.train["calibration_images"], len(dataset)) // run.train["train_batch_size"])
-        yield from (images for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main))
+
+def calibrate(run: Run, model: torch.nn.Module, dataset: ImageDataset) -> None:
+    """Computes the thresholds of an entropy router from training images, or reads them; kept in the
+    model and as thresholds.json."""
+    train = run.train
+    path = train["calibration_file"]
+
+    def batches() -> Iterator[torch.Tensor]:
+        size = train["train_batch_size"]
+        loader = eval_loader(dataset, size, train["calibration_images"],
+                             train["dataloader_num_workers"], device=run.accelerator.device)
+        total = -(-min(train["calibration_images"], len(dataset)) // size)
+        for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main):
+            yield images
 
     try:
-        if path is None:
-            found = model.calibrate(batches())
-        else:
-            found = json.loads(Path(path).expanduser().read_text())
-            model.set_thresholds(found["thresholds"], found["patch_size"])
-            for key, asked in (("ratios", model.ratios), ("image_size", model.image_size)):
-                any_rate = key == "ratios" and model.rate_range  # percentiles are for any ratios
-                if found[key] != asked and not any_rate:
-                    raise ValueError(f"they are for {key} {found[key]}, but the config asks for {asked}")
+        thresholds = model.calibrate(batches()) if path is None else read_thresholds(path, model)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"no thresholds from train.calibration_file={path}: {error}" if path else str(error)) from error
-    if accelerator.num_processes > 1:
+        source = f"no thresholds from train.calibration_file={path}: " if path else ""
+        raise UserError(f"{source}{error}") from error
+    if run.world > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-    if found and run.is_main:
-        write_file(run.folder / "thresholds.json", json.dumps(found, indent=1) + "\n")
+    if thresholds and run.is_main:
+        write_file(run.folder / "thresholds.json", json.dumps(thresholds, indent=1) + "\n")
+
+
+def read_thresholds(path: str, model: torch.nn.Module) -> dict:
+    thresholds = json.loads(Path(path).expanduser().read_text())
+    model.set_thresholds(thresholds["thresholds"], thresholds["patch_size"])
+    asked = {"image_size": model.image_size}
+    if not model.rate_range:  # percentiles are for any ratios
+        asked["ratios"] = model.ratios
+    for key, value in asked.items():
+        if thresholds[key] != value:
+            raise ValueError(f"they are for {key} {thresholds[key]}, but the config asks for "
+                             f"{value}")
+    return thresholds
 
 
 def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int], None]:
-    """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64 (K,) of the last codes (see
-    VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of the first process's last batch."""
-    every, folder, last = run.train["codebook_stats_every"], run.folder / "codebook", {}
+    """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64
+    (K,) of the last codes (see VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of
+    the first process's last batch."""
+    every = run.train["codebook_stats_every"]
+    folder = run.folder / "codebook"
+    last = {}  # of the last forward pass
     if every is not None and not quantizer.has_codebook:
-        raise UserError(f"train.codebook_stats_every needs a codebook of learned vectors, which {type(quantizer).__name__} does not have")
+        raise UserError("train.codebook_stats_every needs a codebook of learned vectors, which "
+                        f"{type(quantizer).__name__} does not have")
     if every is None or not run.is_main:
         return lambda step: None
     folder.mkdir(exist_ok=True)
@@ -207,18 +248,20 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
         if path.stem > f"step_{start:08d}":  # of steps that are done again
             path.unlink()
 
-    def before(_, given: tuple) -> None:
-        last["codebook"] = quantizer.codebook.detach().clone()  # which the step is about to change
+    def before(_, inputs: tuple) -> None:
+        last["codebook"] = quantizer.codebook.detach().clone()  # which the step will change
 
-    def after(_, given: tuple, returned: tuple) -> None:
-        last["args"] = given[0].detach(), returned[1], *given[1:2]  # vectors, their codes, and their weight in the loss
+    def after(_, inputs: tuple, outputs: tuple) -> None:
+        vectors, *loss_weight = inputs[:2]
+        last["args"] = vectors.detach(), outputs[1], *loss_weight
 
     def record(step: int) -> None:
         if step % every == 0:
-            arrays = {"uses": quantizer.uses(), "norms": quantizer.codebook.detach().float().norm(dim=1),
-                      "gradient_norms": gradient_norms(quantizer, *last["args"], codebook=last["codebook"])}
+            norms = quantizer.codebook.detach().float().norm(dim=1)
+            gradients = gradient_norms(quantizer, *last["args"], codebook=last["codebook"])
+            arrays = {"uses": quantizer.uses(), "norms": norms, "gradient_norms": gradients}
             file = io.BytesIO()
-            np.savez(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
+            np.savez(file, **{name: values.cpu().numpy() for name, values in arrays.items()})
             with run.log.spare(f"the codebook's record of step {step}"):
                 write_file(folder / f"step_{step:08d}.npz", file.getvalue())
 
@@ -229,35 +272,45 @@ def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Calla
 
 @torch.no_grad()
 def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -> str:
-    """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some of the images, their maps and
-    reconstructions. Returns a sentence about it."""
-    accelerator, was_training = run.accelerator, model.training
+    """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some
+    of the images, their maps and reconstructions. Returns a sentence about it."""
+    accelerator = run.accelerator
+    limit = run.train["num_validation_images"]
+    was_training = model.training
     run.average_batchnorm()
     model.eval()
-    sums, seen, rows = {}, 0, []
-    count = min(run.train["num_validation_images"] or len(dataset), len(dataset)) // accelerator.num_processes
-    shown = {i * count // 16 for i in range(16)}  # spread over the split, which may be in order of class
-    for images, _ in eval_loader(dataset, run.train["train_batch_size"], run.train["num_validation_images"],
+    sums = {}
+    pictures = []
+    seen = 0
+    share = min(limit or len(dataset), len(dataset)) // run.world
+    drawn = {i * share // 16 for i in range(16)}  # spread over the split, maybe in order of class
+    for images, _ in eval_loader(dataset, run.train["train_batch_size"], limit,
                                  run.train["dataloader_num_workers"], accelerator.process_index,
-                                 accelerator.num_processes, accelerator.device):
+                                 run.world, accelerator.device):
         with accelerator.autocast():
             out = model(images)
-        error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))          # the range is 2
-        psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))
-        scalars = {k: v for k, v in out.info.items() if v.ndim == 0 and k not in ("usage", "perplexity")}
-        for key, value in {"psnr": psnr.mean(), "images": torch.ones_like(psnr[0]), **scalars}.items():
+        error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))
+        psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))  # the range is 2
+        values = {k: v for k, v in out.info.items() if v.ndim == 0}
+        values |= {"psnr": psnr.mean(), "images": torch.ones_like(psnr[0])}
+        for key, value in values.items():
             sums[key] = sums.get(key, 0) + value.float() * len(images)
         maps = [v for v in out.info.values() if v.ndim == 4]
-        rows += [row for i, row in enumerate(zip(images, *maps, out.images), seen) if i in shown]
+        for i, cells in enumerate(zip(images, *maps, out.images), seen):
+            if i in drawn:
+                pictures.append(cells)
         seen += len(images)
     model.train(was_training)
-    totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()))
-    means = {f"val_{k}": v / totals["images"] for k, v in totals.items() if k != "images"}
-    psnr = means["val_psnr"]
+    totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+    totals = dict(zip(sums, totals))
+    count = totals.pop("images")
+    means = {f"val_{key}": total / count for key, total in totals.items()
+             if key not in ("usage", "perplexity")}  # which are of the training codes, or a batch's
     run.log.write(step, means)
-    run.save_best(step, psnr, model)
-    grid = run.log.picture(step, "reconstructions", rows)
-    return f"PSNR {psnr:.2f} dB on validation images. Originals above reconstructions: {grid}"
+    run.save_best(step, means["val_psnr"], model)
+    grid = run.log.picture(step, "reconstructions", pictures)
+    return (f"PSNR {means['val_psnr']:.2f} dB on validation images. Originals above "
+            f"reconstructions: {grid}")
 
 
 if __name__ == "__main__":
