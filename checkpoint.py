@@ -33,6 +33,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from config import UserError
 
@@ -75,15 +76,15 @@ class Checkpoints:
                 save_file(tensors, folder / f"{name}.safetensors")
             torch.save(moments, folder / "optimizer.bin")
 
-    def save(self, step: int, **more: int) -> None:
+    def save(self, step: int, bad_row: int) -> None:
         """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes
-        the oldest. `more` is kept with it."""
+        the oldest. With it, the number of bad steps in a row."""
         self._check_agreement(step)
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
 
         def finish() -> None:
-            write_manifest(temporary, step, **more)
+            write_manifest(temporary, step, bad_row)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             _sync(final.parent)
@@ -144,7 +145,8 @@ class Checkpoints:
 
     def load(self, wanted: str | None) -> dict:
         """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what
-        is in its checkpoint.json, or {"step": 0}. Later checkpoints are renamed to abandoned_*."""
+        is in its checkpoint.json, or that of a new run. Later checkpoints are renamed to
+        abandoned_*."""
         path = wrong = None
         if self.is_main and wanted == "auto":
             path = newest_whole(self.folder, self.accelerator.print)
@@ -161,7 +163,7 @@ class Checkpoints:
         path, wrong = broadcast_object_list([path, wrong])
         if wrong:
             raise UserError(wrong)
-        manifest = {"step": 0} if path is None else self._load(path)
+        manifest = {"step": 0, "bad_row": 0} if path is None else self._load(path)
         self.agreed = manifest["step"]
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -255,10 +257,13 @@ def damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
         files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
-        f"{manifest['step']:08d} {manifest.get('bad_row', 0):d}"  # raises unless they are whole numbers
-        if not 0 <= manifest["step"] < 2**62 > manifest.get("bad_row", 0) >= 0 or any(Path(name).name != name for name, _, _ in files):
-            raise ValueError("no step, or a path")
-        if not any(name in ("model.safetensors", "ema.safetensors") for name, _, _ in files):
+        names = {name for name, _, _ in files}
+        for number in (manifest["step"], manifest["bad_row"]):
+            if not isinstance(number, int) or not 0 <= number < 2**62:
+                raise ValueError("no number of steps")
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a path")
+        if not names & {"model.safetensors", "ema.safetensors"}:
             raise ValueError("no weights")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
@@ -281,9 +286,9 @@ def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None
     write_manifest(checkpoint, 0)
 
 
-def write_manifest(checkpoint: Path, step: int, **more: int) -> None:
+def write_manifest(checkpoint: Path, step: int, bad_row: int = 0) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, **more, "files": files}, indent=1))
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "bad_row": bad_row, "files": files}, indent=1))
     for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before the folder is renamed
         _sync(path)
 

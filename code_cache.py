@@ -68,15 +68,9 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: I
         accelerator.wait_for_everyone()
         if cache.missing():
             raise UserError(f"{cache.folder} is still not complete, although all was encoded; remove the folder and start again")
-    labels = []
     for i in range(0, len(cache), 4096):
-        codes, some = cache[i:i + 4096]
-        if codes["indices"].max() >= K:
+        if cache[i:i + 4096][0]["indices"].max() >= K:
             raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; remove the folder and start again")
-        labels.append(some.int().numpy().tobytes())
-    if run.is_main:
-        # A record; each run takes those of its dataset.
-        (cache.folder / "labels.bin").write_bytes(b"".join(labels))
     return cache
 
 

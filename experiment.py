@@ -143,7 +143,7 @@ class Run:
         """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps done, 0 for a new run."""
         manifest = self.checkpoints.load(self.wanted)
         step = manifest["step"]
-        self.guard.row = self.guard.row + manifest.get("bad_row", 0)
+        self.guard.row += manifest["bad_row"]
         if step:
             self.accelerator.print(f"continuing {self.folder} from step {step}")
         if self.is_main:
@@ -158,7 +158,7 @@ class Run:
 
     def save(self, step: int) -> None:
         self.average_batchnorm()
-        self.checkpoints.save(step, bad_row=int(self.guard.row))
+        self.checkpoints.save(step, int(self.guard.row))
 
     # Training
 
