@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataset import ImageDataset, to_float, to_uint8
+from dataset import ImageDataset, to_uint8
 from evaluate import compare
 from experiment import own_folder, set_rate
 from figures import DEVICE, NAMES, batches, distinct, load, pixels, pyplot, row, save, tiles
@@ -209,8 +209,7 @@ def draw_grains(args: argparse.Namespace, model: torch.nn.Module, dataset: Image
     """The granularities that a DQ-VAE chooses, and a histogram of its code lengths."""
     counts = torch.cat([model.counts(model.encode(images))["codes"].cpu() for images in batches(dataset, args.images, "codes")])
     picked = examples(counts, args.n)
-    images = torch.stack([dataset[i * len(dataset) // len(counts)][0] for i in picked])  # uint8, and spread, as `batches` had them
-    images = to_float(images).to(DEVICE)
+    images = torch.stack([dataset[i * len(dataset) // len(counts)][0] for i in picked]).to(DEVICE)  # spread, as `batches` had them
     out, entropy = model(images), model.entropy(images).cpu()
     figure = pyplot().figure(figsize=(1.2 * len(images) + 2.2, 7.4))
     above, below = figure.subfigures(2, 1, height_ratios=[5.4, 2])
