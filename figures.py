@@ -2,23 +2,19 @@
 
     load, batches, pick_images      the runs that are drawn, and images for them
     psnr                            of reconstructions
-    pyplot                          of matplotlib, in our style
+    new_figure                      of matplotlib, in our style
     tiles, row, pixels, save        a grid of pictures with labels, as PNG
 """
 
-import argparse
 import math
-from collections.abc import Iterator
 from itertools import count, zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataset import ImageDataset, eval_loader, to_uint8
+from dataset import eval_loader, to_uint8
 from evaluate import compare
 from experiment import STAGE1, load_run, run_config, run_dataset
 from gpt import sides
@@ -39,7 +35,7 @@ NAMES = {
 # Runs and images
 
 
-def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:
+def load(args):
     """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
     configs = [run_config(folder) for folder in args.run]
@@ -62,7 +58,7 @@ def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str
         runs.append((model, name, NAMES[config["model"]["name"]]))
     return runs, dataset
 
-def distinct(folders: list[str]) -> list[str]:
+def distinct(folders):
     """A name for each run: as few of the last parts of its path as tell the runs apart."""
     paths = [Path(folder).resolve().parts for folder in folders]
     for length in count(1):
@@ -70,30 +66,29 @@ def distinct(folders: list[str]) -> list[str]:
         if len(set(names)) == len(set(paths)):
             return names
 
-def batches(dataset: ImageDataset, limit: int, what: str) -> Iterator[Tensor]:
+def batches(dataset, limit, what):
     """At most `limit` images, spread over the dataset, in batches (16, 3, H, W)."""
     loader = eval_loader(dataset, 16, limit, num_workers=0, device=DEVICE)
     for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)):
         yield images
 
-def pick_images(dataset: ImageDataset, number: int) -> Tensor:
+def pick_images(dataset, number):
     """At most so many images (n, 3, H, W), spread over the dataset."""
     return torch.cat(list(batches(dataset, number, "images")))
 
-def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """PSNR (B,) of the 8-bit images, in dB."""
+def psnr(images, reconstructions):
+    """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1], as 8-bit images."""
     return compare(to_uint8(images), to_uint8(reconstructions))["psnr"]
 
 
 # Pictures
 
 
-def pyplot():
-    """matplotlib.pyplot in our style, imported when something is drawn, since it takes a while."""
+def new_figure(width, height):
+    """A figure in our style. matplotlib is imported when it is used, since it takes a while."""
     import matplotlib
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     matplotlib.rcParams |= {
         "font.size": 8,
         "axes.titlesize": 8,
@@ -104,16 +99,18 @@ def pyplot():
         "figure.facecolor": "white",
         "figure.constrained_layout.use": True,
     }
-    return pyplot
+    return Figure(figsize=(width, height))
 
-def tiles(rows: int, columns: int, images: Tensor | None = None, height=1.25):
+
+def tiles(rows, columns, images=None, height=1.25):
     """A figure, and its axes (rows, columns) for square pictures, or of the shape of the images."""
     if images is not None:
         height += 1.2 * images.shape[-2] / images.shape[-1] - 1.2
-    size = 1.2 * columns + 2.0, height * rows + 0.5
-    return pyplot().subplots(rows, columns, figsize=size, squeeze=False)
+    figure = new_figure(1.2 * columns + 2.0, height * rows + 0.5)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
-def row(axes, images, label: str, titles=(), bar="", extend="neither", cmap="viridis", vmax=1.0):
+
+def row(axes, images, label, titles=(), bar="", extend="neither", cmap="viridis", vmax=1.0):
     """A row of images (n, H, W, 3), or of maps (n, h, w) with values from 0 to vmax.
 
     label    at the left of the row
@@ -130,14 +127,13 @@ def row(axes, images, label: str, titles=(), bar="", extend="neither", cmap="vir
         place = axes[-1].inset_axes([1.06, 0, 0.07, 1])
         axes[-1].figure.colorbar(shown, cax=place, label=bar, extend=extend)
 
-def pixels(images: Tensor) -> np.ndarray:
+def pixels(images):
     """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3)."""
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
 
-def save(figure, args: argparse.Namespace, title=""):
+def save(figure, args, title=""):
     if title:
         figure.suptitle(title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
-    pyplot().close(figure)
     print(args.out)

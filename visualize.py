@@ -33,8 +33,7 @@ import html
 import io
 import json
 import math
-import zipfile
-from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import openmp  # noqa: F401, before torch
@@ -42,15 +41,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataset import ImageDataset, to_uint8
+from dataset import to_uint8
 from evaluate import compare
 from experiment import own_folder, set_rate
 from figures import (
-    DEVICE, NAMES, batches, distinct, load, pick_images, pixels, psnr, pyplot, row, save, tiles)
+    DEVICE, NAMES, batches, distinct, load, new_figure, pick_images, pixels, psnr, row, save, tiles)
 from gpt import sides
 from hub import run_folder
 from launch import run_main
@@ -59,8 +57,6 @@ from losses import load_lpips
 from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
 from sample import GRAINS, chosen_labels, generators, load_models, sampling_arguments
-
-Codes = dict[str, Tensor]
 
 LEGENDS = {  # of dqvae.COLOURS
     2: "blue: coarse\nred: fine",
@@ -71,11 +67,11 @@ MAPS = {  # what a model's map shows, by the last of its code_names
     "positions": "kept cells",
     "grain": "granularities",
 }
-METRICS = {
-    "psnr": "PSNR (dB), higher is better",
-    "ssim": "SSIM, higher is better",
-    "lpips": "LPIPS (VGG), lower is better",
-}
+METRICS = [
+    ("psnr", "PSNR (dB), higher is better"),
+    ("ssim", "SSIM, higher is better"),
+    ("lpips", "LPIPS (VGG), lower is better"),
+]
 RECORDS = {  # of a codebook over training
     "uses": "times used, of the last codes",
     "norms": "norm of the code",
@@ -85,7 +81,7 @@ GREY = 0.0  # for cells without a code, in images in [-1, 1]
 
 
 @torch.no_grad()
-def main(argv: list[str] | None = None):
+def main(argv=None):
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     for word in rest:  # overrides may stand before and after the options
@@ -103,7 +99,7 @@ def main(argv: list[str] | None = None):
     args.draw(args)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(n=1, images=1, dpi=1, seed=0, overrides=[])  # where a command has none
@@ -176,7 +172,7 @@ def recon(args):
                        "means over these images), and errors")
 
 
-def error_map(images: Tensor, reconstructions: Tensor) -> Tensor:
+def error_map(images, reconstructions):
     """Absolute error (B, H, W), mean over the channels, in levels of 255, of images (B, 3, H, W)
     in [-1, 1]."""
     error = to_uint8(images).float() - to_uint8(reconstructions).float()
@@ -191,44 +187,41 @@ def rate(args):
     if lpips is None:
         print("without LPIPS, which needs VGG-16's weights: "
               f"{path} (download.pytorch.org/models)")
-    points = {}  # of each run, by its name
-    for model, name, kind in runs:
-        points[name] = []
+    metrics = METRICS[:3 if lpips else 2]
+    figure = new_figure(2.8 * len(metrics), 2.9)
+    axes = figure.subplots(1, len(metrics))
+    for (model, name, kind), marker in zip(runs, cycle("osD^vP*X")):
+        points = []
         for share in each_rate(model):
             point = mean_quality(model, batches(dataset, args.images, name), lpips)
-            points[name].append(point)
+            points.append(point)
             where = "" if share is None else f" at {share:.2g}"
-            bits, *metrics = [f"{key} {value:.4g}" for key, value in point.items()]
-            print(f"{name} ({kind}){where}: {point['bits']:.3g} bits per pixel, "
-                  + ", ".join(metrics))
-    number = len(metrics)
-    figure, axes = pyplot().subplots(1, number, figsize=(2.8 * number, 2.9), squeeze=False)
-    for ax, (key, label) in zip(axes[0], METRICS.items()):
-        for marker, (name, of_run) in zip("osD^vP*X" * len(runs), points.items()):
-            bits = [point["bits"] for point in of_run]
-            values = [point[key] for point in of_run]
-            ax.plot(bits, values, marker, label=name, markersize=5 if len(of_run) > 1 else 7)
+            listed = [f"{key} {value:.4g}" for (key, _), value in zip(metrics, point[1:])]
+            print(f"{name} ({kind}){where}: {point[0]:.3g} bits per pixel, {', '.join(listed)}")
+        bits, *columns = zip(*points)
+        for ax, values in zip(axes, columns):
+            ax.plot(bits, values, marker, label=name, markersize=5 if len(points) > 1 else 7)
+    for ax, (_, label) in zip(axes, metrics):
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=label)
         ax.grid(alpha=0.3)
-    figure.legend(handles=axes[0, 0].get_lines(), loc="outside lower center",
-                  ncols=min(len(points), 2 * number), frameon=False)
-    shown = min(args.images, len(dataset))
-    save(figure, args, f"Rate and distortion, means over {shown} images ({args.split})")
+    figure.legend(handles=axes[0].get_lines(), loc="outside lower center",
+                  ncols=min(len(runs), 2 * len(metrics)), frameon=False)
+    save(figure, args, f"Rate and distortion, means over {min(args.images, len(dataset))} images "
+                       f"({args.split})")
 
 
-def mean_quality(model, batches: Iterator[Tensor], lpips) -> dict[str, float]:
-    """Means over the images: bits per pixel, and each metric of the reconstructions."""
-    of_batches = []
+def mean_quality(model, batches, lpips):
+    """Bits per pixel and the metrics of the reconstructions, means over the images."""
+    values = []
     for images in batches:
         codes = model.encode(images)
         bits = model.bits(codes) / images[0, 0].numel()
         metrics = compare(to_uint8(images), to_uint8(model.decode(codes)), lpips)
-        of_batches.append({"bits": bits} | metrics)                     # (B,) each
-    return {key: torch.cat([batch[key] for batch in of_batches]).double().mean().item()
-            for key in of_batches[0]}
+        values.append(torch.stack([bits, *metrics.values()]))           # (1 + metrics, B)
+    return torch.cat(values, 1).double().mean(1).tolist()
 
 
-def each_rate(model) -> Iterator[float | None]:
+def each_rate(model):
     """Sets a model to five rates of its range, one after the other; None: its only rate."""
     if model.rate_range is None:
         yield None
@@ -247,19 +240,14 @@ def ladder(args):
     images = pick_images(dataset, args.n)
     figure, axes = tiles(2 * len(images), 6, images, height=1.32)
     for upper, lower, image in zip(axes[::2], axes[1::2], images.split(1)):
-        maps = []
-        reconstructions = []
-        titles = []
-        for _ in each_rate(model):
-            out = model(image)  # one by one: bits are means over a batch
-            maps += model.maps(out.codes, image).values()
-            reconstructions.append(out.images)
-            decibels = psnr(image, out.images).item()
-            titles.append(f"{out.info['bits']:.0f} bits, {decibels:.1f} dB")
+        outs = [model(image) for _ in each_rate(model)]  # one by one: bits are means over a batch
         upper[0].axis("off")
+        maps = [map_of(model, out.codes, image) for out in outs]
         row(upper[1:], pixels(torch.cat(maps)), "")
-        row(lower[:1], pixels(image), "original")
-        row(lower[1:], pixels(torch.cat(reconstructions)), "", titles)
+        pictures = torch.cat([image, *[out.images for out in outs]])
+        titles = [f"{out.info['bits']:.0f} bits, {psnr(image, out.images).item():.1f} dB"
+                  for out in outs]
+        row(lower, pixels(pictures), "original", ["", *titles])
     for ax, share in zip(axes[0, 1:], each_rate(model)):
         ax.set_title(f"{share:.0%}", pad=3)
     what = "regions refined" if "grain" in model.code_names else "cells kept"
@@ -278,26 +266,23 @@ def codes(args):
         return
     images = pick_images(dataset, args.n)
     out = model(images)
-    indices = out.codes["indices"]
-    number = indices[0].numel()
-    if "positions" in model.code_names:
-        figure, axes = tiles(4, len(images), images)
+    number = out.codes["indices"][0].numel()
+    label = "codes\nsimilar colours:\nsimilar vectors"
+    title = f"The codes of {name} ({kind}), {number} per image"
+    is_masked = "positions" in model.code_names
+    figure, axes = tiles(4 if is_masked else 3, len(images), images)
+    if is_masked:
+        label = f"kept cells\n{number} of {math.prod(model.grid)}"
+        title = f"What {name} ({kind}) keeps"
         scores = out.info["score_map"].squeeze(1).cpu() / 2 + 0.5
         row(axes[1], scores, "score", bar="0: image's lowest,\n1: its highest")
-        row(axes[2], pixels(out.info["kept_map"]),
-            f"kept cells\n{number} of {math.prod(model.grid)}")
-        title = f"What {name} ({kind}) keeps"
-    else:
-        figure, axes = tiles(3, len(images), images)
-        row(axes[1], pixels(code_colours(model, indices)),
-            "codes\nsimilar colours:\nsimilar vectors")
-        title = f"The codes of {name} ({kind}), {number} per image"
     row(axes[0], pixels(images), "original")
+    row(axes[-2], pixels(map_of(model, out.codes, images)), label)
     row(axes[-1], pixels(out.images), "reconstruction")
     save(figure, args, title)
 
 
-def draw_grains(args, model, dataset: ImageDataset, name: str):
+def draw_grains(args, model, dataset, name):
     """The granularities that a DQ-VAE chooses, and a histogram of its code lengths."""
     lengths = [model.counts(model.encode(images))["codes"]
                for images in batches(dataset, args.images, "codes")]
@@ -307,7 +292,7 @@ def draw_grains(args, model, dataset: ImageDataset, name: str):
     images = torch.stack([dataset[place][0] for place in places]).to(DEVICE)
     out = model(images)
     entropy = model.entropy(images).cpu()
-    figure = pyplot().figure(figsize=(1.2 * len(images) + 2.2, 7.4))
+    figure = new_figure(1.2 * len(images) + 2.2, 7.4)
     above, below = figure.subfigures(2, 1, height_ratios=[5.4, 2])
     above.suptitle(f"Where {name} spends its codes: examples from the fewest codes to the most")
     axes = above.subplots(4, len(images), squeeze=False)
@@ -323,8 +308,7 @@ def draw_grains(args, model, dataset: ImageDataset, name: str):
     ax.xaxis.get_major_locator().set_params(integer=True)
     for length in lengths[picked]:
         ax.axvline(length, color="C3", linewidth=0.8, linestyle=":")
-    fewest = out.codes["grain"][0].numel()
-    most = out.codes["indices"][0].numel()
+    fewest, most = [out.codes[key][0].numel() for key in ("grain", "indices")]
     ax.set(xlabel=f"codes per image (possible: {fewest} to {most}; dotted: the examples above)",
            ylabel="images",
            title=f"Code length of {len(lengths)} images ({args.split}): "
@@ -332,13 +316,19 @@ def draw_grains(args, model, dataset: ImageDataset, name: str):
     save(figure, args)
 
 
-def examples(counts: Tensor, n: int) -> list[int]:
+def examples(counts, n):
     """At most n images, evenly spread from the fewest codes to the most; counts (N,)."""
     ranks = torch.linspace(0, len(counts) - 1, min(n, len(counts))).round().long()
     return counts.argsort(stable=True)[ranks].tolist()
 
 
-def code_colours(model, indices: Tensor) -> Tensor:
+def map_of(model, codes, images):
+    """Pictures (B, 3, h, w) of where the codes go, or else of the codes, in colours."""
+    maps = list(model.maps(codes, images).values())
+    return maps[0] if maps else code_colours(model, codes["indices"])
+
+
+def code_colours(model, indices):
     """Colours (..., 3, h, w) in [-1, 1] of codes (..., h, w): ranks along the first three
     principal components of the codebook (of a residual quantizer, of the sums that occur)."""
     quantizer = model.quantizer
@@ -382,7 +372,8 @@ def codebook(args):
     uses = torch.bincount(torch.cat(spent), minlength=quantizer.codebook_size)
 
     rows = 2 if history else 1
-    figure, axes = pyplot().subplots(rows, 3, figsize=(9.5, 2.7 * rows + 0.2), squeeze=False)
+    figure = new_figure(9.5, 2.7 * rows + 0.2)
+    axes = figure.subplots(rows, 3, squeeze=False)
     usage_ax, norm_ax, gradient_ax = axes[0]
     draw_usage(usage_ax, uses)
     usage_ax.set_ylabel(f"times used in {min(args.images, len(dataset))} images")
@@ -394,7 +385,7 @@ def codebook(args):
                        f"{quantizer.dim}")
 
 
-def draw_usage(ax, uses: Tensor):
+def draw_usage(ax, uses):
     """How often each code was used (K,), falling."""
     K = len(uses)
     used = uses.count_nonzero().item()
@@ -406,7 +397,7 @@ def draw_usage(ax, uses: Tensor):
         ax.axvspan(used, K, color="0.9", zorder=0)
 
 
-def draw_norms(ax, norms: np.ndarray):
+def draw_norms(ax, norms):
     """A histogram of the codes' norms (K,)."""
     margin = 0.01 * norms.max()  # unit vectors differ by rounding alone
     limits = norms.min() - margin, norms.max() + margin
@@ -414,7 +405,7 @@ def draw_norms(ax, norms: np.ndarray):
     ax.set(ylim=(0.7, None), xlabel="norm of the code", ylabel="codes", title="Norms of the codes")
 
 
-def draw_gradients(ax, gradients: np.ndarray):
+def draw_gradients(ax, gradients):
     """A pixel for each code's gradient norm (K,)."""
     K = len(gradients)
     side = math.ceil(math.sqrt(K))
@@ -431,7 +422,7 @@ def draw_gradients(ax, gradients: np.ndarray):
                   f"(grey: no gradient, {(gradients == 0).sum()} codes)")
 
 
-def draw_history(axes, history: dict[str, np.ndarray]):
+def draw_history(axes, history):
     """A heat map of each record over the steps."""
     steps = history["steps"]
     gaps = np.diff(steps) if len(steps) > 1 else np.ones(1)
@@ -453,14 +444,13 @@ def draw_history(axes, history: dict[str, np.ndarray]):
     axes[0].figure.colorbar(shown, ax=axes, label="share of the codes", pad=0.01)
 
 
-def code_gradients(model, dataset: ImageDataset) -> Tensor:
+def code_gradients(model, dataset):
     """The norm (K,) of the codebook loss's gradient at each code, for the mean loss over 64
     images, whose vectors are all in memory at once."""
     calls = []
 
-    def record(_, inputs, outputs):
-        z, *loss_weight = inputs[:2]
-        calls.append((z, outputs[1], *loss_weight))
+    def record(_, inputs, outputs):  # vectors, indices and, if there are any, weights
+        calls.append((inputs[0], outputs[1], *inputs[1:2]))
 
     hook = model.quantizer.register_forward_hook(record)
     for images in batches(dataset, 64, "gradients"):
@@ -469,7 +459,7 @@ def code_gradients(model, dataset: ImageDataset) -> Tensor:
     return gradient_norms(model.quantizer, *map(torch.cat, zip(*calls))).cpu()
 
 
-def read_history(run: Path) -> dict[str, np.ndarray] | None:
+def read_history(run):
     """The record of a codebook over training: `steps` (T,), and `uses`, `norms`, `gradient_norms`
     (T, K), in order of step; None if there is none."""
     paths = sorted((run / "codebook").glob("step_*.npz"))
@@ -480,14 +470,14 @@ def read_history(run: Path) -> dict[str, np.ndarray] | None:
         try:
             with np.load(path) as file:
                 records.append({key: np.nan_to_num(np.float64(file[key])) for key in RECORDS})
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        except Exception:  # numpy raises almost anything on a broken file
             raise UserError(f"{path} is not a whole record of a codebook; remove it") from None
     history = {key: np.stack([record[key] for record in records]) for key in RECORDS}
     history["steps"] = np.array([int(path.stem.removeprefix("step_")) for path in paths])
     return history
 
 
-def heat_map(values: np.ndarray, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
+def heat_map(values, is_log):
     """Values (T, K) to bin edges (B + 1,), and the share of each row in each bin (B, T). is_log:
     edges are log10, the first bin is for 0."""
     if is_log:
@@ -502,7 +492,7 @@ def heat_map(values: np.ndarray, is_log: bool) -> tuple[np.ndarray, np.ndarray]:
     return edges, np.stack(shares, axis=1)
 
 
-def log_range(values: np.ndarray) -> tuple[float, float]:
+def log_range(values):
     """Limits of a logarithmic axis of these values (zeros have no place on it). Never empty."""
     positive = values[values > 0]
     low = positive.min(initial=np.inf)
@@ -536,18 +526,18 @@ def interactive(args):
     print(args.out)
 
 
-def page_record(model, image: Tensor) -> dict:
+def page_record(model, image):
     """What the page shows of an image (1, 3, H, W)."""
     codes = model.encode(image)
     decoded = model.decode(codes)
-    maps = list(model.maps(codes, image).values()) or [code_colours(model, codes["indices"])]
+    panes = image, decoded, map_of(model, codes, image)
     counts = model.counts(codes)
     shown = {key: value[0].tolist() for key, value in codes.items()}
     if model.quantizer.depth:
         for line in shown["indices"]:
             line[:] = ["+".join(map(str, cell)) for cell in line]
     return {
-        "panes": [data_url(pane[0]) for pane in (image, decoded, *maps)],
+        "panes": [data_url(pane[0]) for pane in panes],
         "codes": shown,
         "count": counts["codes"].item(),
         "bits": round(counts["bits"].item(), 1),
@@ -555,7 +545,7 @@ def page_record(model, image: Tensor) -> dict:
     }
 
 
-def data_url(image: Tensor) -> str:
+def data_url(image):
     file = io.BytesIO()
     Image.fromarray(pixels(image)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -566,6 +556,8 @@ def data_url(image: Tensor) -> str:
 
 def sequence(args):
     """how images grow as a stage-2 run generates their codes, as a strip of frames and a GIF"""
+    import matplotlib
+
     model, stage1, config, classes = load_models(args.run[0], args.which, torch.device(DEVICE))
     if args.classes and not model.num_classes:
         raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
@@ -577,21 +569,22 @@ def sequence(args):
         settings["trace"] = trace
     drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)),
                          **settings)
-    ranks, counts = code_ranks(model, drawn, trace)
-    grains = GRAINS[counts.shape[1]]
     if in_steps:
+        ranks = (trace[0] - 1).clamp(-1)
+        counts = trace[0].max().expand(args.n, 1)  # the number of steps
         stages = min(12, counts[0].item())  # pictures in the strip
         between = 1  # frames of the GIF for each
         what = "steps"
     else:
-        stages = round(8 / len(grains))  # of each granularity
+        ranks, counts = code_ranks(model, drawn)
+        stages = round(8 / counts.shape[1])  # of each granularity
         between = 4
         what = "codes"
-    done = []
-    frames = []
-    for i in tqdm(range(1, between * stages * len(grains) + 1), "frames"):
-        done.append(codes_done(counts, i / stages / between))
-        frames.append(draw_frame(stage1, drawn, ranks, counts.sum(1), done[-1]))
+    grains = GRAINS[counts.shape[1]]
+    times = [i / stages / between for i in range(1, between * stages * len(grains) + 1)]
+    done = [codes_done(counts, time) for time in times]
+    frames = [draw_frame(stage1, drawn, ranks, counts, numbers)
+              for numbers in tqdm(done, "frames")]
 
     titles = []
     for grain in grains:
@@ -608,9 +601,8 @@ def sequence(args):
         row(lower, strip[:, 1, i], "")
         for ax, number in zip(lower, done[between - 1::between]):
             ax.set_xlabel(f"step {number[i]}" if in_steps else f"{number[i]} codes")
-    order = pyplot().cm.ScalarMappable(cmap="viridis")
-    bar = figure.colorbar(order, ax=axes, pad=0.01, shrink=0.6, aspect=30,
-                          label="order of generation")
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap="viridis"), ax=axes, pad=0.01,
+                          shrink=0.6, aspect=30, label="order of generation")
     bar.set_ticks([0, 1], labels=["first", "last"])
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
     grey = "grey: no code yet"
@@ -620,7 +612,7 @@ def sequence(args):
     save_gif(args.out.with_suffix(".gif"), frames)
 
 
-def save_gif(path: Path, frames: list[np.ndarray]):
+def save_gif(path, frames):
     """Frames (2, n, H, W, 3), images above their maps, of which the last one stays."""
     pages = []
     for frame in frames:
@@ -631,13 +623,9 @@ def save_gif(path: Path, frames: list[np.ndarray]):
     print(path)
 
 
-def code_ranks(model, codes: Codes, trace=()) -> tuple[Tensor, Tensor]:
+def code_ranks(model, codes):
     """The rank of each finest cell's code in the order of generation (n, h, w), -1 for no code;
-    codes of each granularity (n, G). Of a MaskTransformer, with the trace of its `sample`: the
-    step of each cell, from 0, and the number of steps (n, 1)."""
-    if trace:
-        decided_at = trace[0]
-        return (decided_at - 1).clamp(-1), decided_at.max().expand(len(decided_at), 1)
+    codes of each granularity (n, G)."""
     if "grain" in codes:
         tokens = model.order(codes)
         number = (model.slot_kind[tokens.slot] == 1).cumsum(1) - 1
@@ -650,24 +638,23 @@ def code_ranks(model, codes: Codes, trace=()) -> tuple[Tensor, Tensor]:
     return ranks.reshape(n, *model.grid), ranks.new_full((n, 1), length)
 
 
-def codes_done(counts: Tensor, time: float) -> Tensor:
+def codes_done(counts, time):
     """Codes (n,) generated at a time: all of the first granularity at 1, all of the second at 2;
     counts (n, G)."""
-    grain = min(int(time), counts.shape[1] - 1)
-    part = (counts[:, grain] * (time - grain)).ceil().long()
-    return counts[:, :grain].sum(1) + part
+    shares = (time - torch.arange(counts.shape[1], device=counts.device)).clamp(0, 1)
+    return (counts * shares - 1e-4).ceil().long().sum(1)  # 1e-4: the product is rounded
 
 
-def draw_frame(stage1, codes: Codes, ranks: Tensor, totals: Tensor, done: Tensor) -> np.ndarray:
+def draw_frame(stage1, codes, ranks, counts, done):
     """Pictures (2, n, H, W, 3): the images of the first `done` (n,) codes, and their cells."""
     images = partial_images(stage1, codes, ranks, done)
     images = pixels(F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1])))
     maps = [cell_map(*of_image, images.shape[1])
-            for of_image in zip(ranks.cpu().numpy(), done.tolist(), totals.tolist())]
+            for of_image in zip(ranks.cpu().numpy(), done.tolist(), counts.sum(1).tolist())]
     return np.stack([images, maps])
 
 
-def partial_images(stage1, codes: Codes, ranks: Tensor, done: Tensor) -> Tensor:
+def partial_images(stage1, codes, ranks, done):
     """Images (n, 3, H, W) of the first `done` (n,) codes of each image. An MQ-VAE's images all
     have the same `done`."""
     if "positions" in codes:
@@ -684,12 +671,14 @@ def partial_images(stage1, codes: Codes, ranks: Tensor, done: Tensor) -> Tensor:
     return images.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, GREY)
 
 
-def cell_map(ranks: np.ndarray, done: int, total: int, height: int) -> np.ndarray:
+def cell_map(ranks, done, total, height):
     """A picture of the cells (h, w) that have a code, coloured by rank and outlined; uint8
     (height, width, 3)."""
+    import matplotlib
+
     scale = height // len(ranks)
     ranks = np.kron(np.where(ranks < done, ranks, -1), np.ones((scale, scale), int))
-    colours = pyplot().get_cmap("viridis")(ranks / max(1, total - 1))[..., :3]
+    colours = matplotlib.colormaps["viridis"](ranks / max(1, total - 1))[..., :3]
     colours[ranks < 0] = 0.85
     colours[:, 1:][np.diff(ranks, axis=1) != 0] = 1
     colours[1:][np.diff(ranks, axis=0) != 0] = 1
