@@ -16,7 +16,7 @@ from tqdm import tqdm
 from config import UserError
 from dataset import eval_loader, to_uint8
 from evaluate import compare
-from experiment import STAGE1, load_run, run_config, run_dataset
+from experiment import STAGE1, load_run, run_dataset
 from gpt import sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,25 +38,26 @@ NAMES = {
 def load(args):
     """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
-    configs = [run_config(folder) for folder in args.run]
-    sizes = {}
-    for folder, config in zip(args.run, configs):
-        model = config["model"]["name"]
-        if model not in STAGE1:
-            raise UserError(f"{folder} holds a stage-2 model ({model}); use `visualize.py sequence`"
-                            f", or a stage-1 run such as {folder}/stage1")
-        sizes[folder] = config["data"]["image_size"]
-    is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
-    if len(set(map(sides, sizes.values()))) > 1 and not is_chosen:
-        listed = ", ".join(f"{folder} has {size}" for folder, size in sizes.items())
-        raise UserError("runs of different image sizes cannot be compared without "
-                        f"data.image_size=...: {listed}")
     runs = []
-    for folder, name, config in zip(args.run, distinct(args.run), configs):
-        model = load_run(folder, args.which)[0].to(DEVICE)
+    configs = []
+    for folder, name in zip(args.run, distinct(args.run)):
+        model, config = load_run(folder, args.which)
+        kind = config["model"]["name"]
+        if kind not in STAGE1:
+            raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
+                            f", or a stage-1 run such as {folder}/stage1")
+        runs.append((model.to(DEVICE), name, NAMES[kind]))
+        configs.append(config)
+    sizes = [config["data"]["image_size"] for config in configs]
+    is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
+    if len(set(map(sides, sizes))) > 1 and not is_chosen:
+        listed = [f"{folder} has {size}" for folder, size in zip(args.run, sizes)]
+        raise UserError("runs of different image sizes cannot be compared without "
+                        f"data.image_size=...: {', '.join(listed)}")
+    for model, _, _ in runs:
         dataset = run_dataset(configs[0], args.overrides, args.split, model)
-        runs.append((model, name, NAMES[config["model"]["name"]]))
     return runs, dataset
+
 
 def distinct(folders):
     """A name for each run: as few of the last parts of its path as tell the runs apart."""
@@ -92,11 +93,9 @@ def new_figure(width, height):
     matplotlib.rcParams |= {
         "font.size": 8,
         "axes.titlesize": 8,
-        "axes.labelsize": 8,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "figure.titlesize": 9,
-        "figure.facecolor": "white",
         "figure.constrained_layout.use": True,
     }
     return Figure(figsize=(width, height))
@@ -110,7 +109,7 @@ def tiles(rows, columns, images=None, height=1.25):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def row(axes, images, label, titles=(), bar="", extend="neither", cmap="viridis", vmax=1.0):
+def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vmax=1.0):
     """A row of images (n, H, W, 3), or of maps (n, h, w) with values from 0 to vmax.
 
     label    at the left of the row

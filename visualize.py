@@ -48,7 +48,8 @@ from dataset import to_uint8
 from evaluate import compare
 from experiment import own_folder, set_rate
 from figures import (
-    DEVICE, NAMES, batches, distinct, load, new_figure, pick_images, pixels, psnr, row, save, tiles)
+    DEVICE, NAMES, batches, distinct, load, new_figure, pick_images, pixels, psnr, row, save,
+    tiles)
 from gpt import sides
 from hub import run_folder
 from launch import run_main
@@ -67,11 +68,11 @@ MAPS = {  # what a model's map shows, by the last of its code_names
     "positions": "kept cells",
     "grain": "granularities",
 }
-METRICS = [
-    ("psnr", "PSNR (dB), higher is better"),
-    ("ssim", "SSIM, higher is better"),
-    ("lpips", "LPIPS (VGG), lower is better"),
-]
+METRICS = {
+    "psnr": "PSNR (dB), higher is better",
+    "ssim": "SSIM, higher is better",
+    "lpips": "LPIPS (VGG), lower is better",
+}
 RECORDS = {  # of a codebook over training
     "uses": "times used, of the last codes",
     "norms": "norm of the code",
@@ -187,25 +188,25 @@ def rate(args):
     if lpips is None:
         print("without LPIPS, which needs VGG-16's weights: "
               f"{path} (download.pytorch.org/models)")
-    metrics = METRICS[:3 if lpips else 2]
-    figure = new_figure(2.8 * len(metrics), 2.9)
-    axes = figure.subplots(1, len(metrics))
+    number = 3 if lpips else 2  # of metrics
+    figure = new_figure(2.8 * number, 2.9)
+    axes = figure.subplots(1, number)
     for (model, name, kind), marker in zip(runs, cycle("osD^vP*X")):
         points = []
         for share in each_rate(model):
-            point = mean_quality(model, batches(dataset, args.images, name), lpips)
-            points.append(point)
+            bits, *metrics = mean_quality(model, batches(dataset, args.images, name), lpips)
+            points.append((bits, *metrics))
             where = "" if share is None else f" at {share:.2g}"
-            listed = [f"{key} {value:.4g}" for (key, _), value in zip(metrics, point[1:])]
-            print(f"{name} ({kind}){where}: {point[0]:.3g} bits per pixel, {', '.join(listed)}")
+            listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, metrics)]
+            print(f"{name} ({kind}){where}: {bits:.3g} bits per pixel, {', '.join(listed)}")
         bits, *columns = zip(*points)
         for ax, values in zip(axes, columns):
             ax.plot(bits, values, marker, label=name, markersize=5 if len(points) > 1 else 7)
-    for ax, (_, label) in zip(axes, metrics):
+    for ax, label in zip(axes, METRICS.values()):
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=label)
         ax.grid(alpha=0.3)
     figure.legend(handles=axes[0].get_lines(), loc="outside lower center",
-                  ncols=min(len(runs), 2 * len(metrics)), frameon=False)
+                  ncols=min(len(runs), 2 * number), frameon=False)
     save(figure, args, f"Rate and distortion, means over {min(args.images, len(dataset))} images "
                        f"({args.split})")
 
@@ -302,7 +303,7 @@ def draw_grains(args, model, dataset, name):
     row(axes[3], pixels(out.images), "reconstruction")
 
     ax = below.subplots()
-    low, high = lengths.min().item(), lengths.max().item()
+    low, high = map(int, lengths.aminmax())
     width = 3 * math.ceil((high - low + 1) / 180)  # lengths differ by multiples of 3
     ax.hist(lengths, np.arange(low - 1.5, high + width, width), color="0.6", edgecolor="white")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -401,7 +402,7 @@ def draw_norms(ax, norms):
     """A histogram of the codes' norms (K,)."""
     margin = 0.01 * norms.max()  # unit vectors differ by rounding alone
     limits = norms.min() - margin, norms.max() + margin
-    ax.hist(norms, bins=50, range=limits, color="C0", alpha=0.6, log=True)
+    ax.hist(norms, bins=50, range=limits, alpha=0.6, log=True)
     ax.set(ylim=(0.7, None), xlabel="norm of the code", ylabel="codes", title="Norms of the codes")
 
 
@@ -413,8 +414,8 @@ def draw_gradients(ax, gradients):
     low, high = log_range(gradients)
     # White after the last code, grey for no gradient.
     ax.imshow(np.where(np.isnan(square), 1.0, 0.8), cmap="gray", vmin=0, vmax=1)
-    shown = ax.imshow(np.where(square > 0, square, np.nan), cmap="viridis", interpolation="nearest",
-                      norm="log", vmin=low, vmax=high)
+    shown = ax.imshow(np.where(square > 0, square, np.nan), interpolation="nearest", norm="log",
+                      vmin=low, vmax=high)
     ax.figure.colorbar(shown, ax=ax, label="norm of the gradient")
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], title="Gradients of the codebook loss",
@@ -431,8 +432,8 @@ def draw_history(axes, history):
     for ax, (key, label) in zip(axes, RECORDS.items()):
         is_log = key != "norms"
         edges, shares = heat_map(history[key], is_log)
-        shown = ax.pcolormesh(times, edges, np.ma.masked_equal(shares, 0), cmap="viridis",
-                              norm="log", vmin=1 / history[key].shape[1], vmax=1, rasterized=True)
+        shown = ax.pcolormesh(times, edges, shares, norm="log",
+                              vmin=1 / history[key].shape[1], vmax=1, rasterized=True)
         if is_log:
             low, high = edges[1], edges[-1]
             decades = np.arange(low, high + 1e-6, max(1, math.ceil((high - low) / 5)))
@@ -581,16 +582,15 @@ def sequence(args):
         between = 4
         what = "codes"
     grains = GRAINS[counts.shape[1]]
-    times = [i / stages / between for i in range(1, between * stages * len(grains) + 1)]
-    done = [codes_done(counts, time) for time in times]
+    done = [codes_done(counts, i / stages / between)
+            for i in range(1, between * stages * len(grains) + 1)]
     frames = [draw_frame(stage1, drawn, ranks, counts, numbers)
               for numbers in tqdm(done, "frames")]
 
-    titles = []
-    for grain in grains:
-        for i in range(1, stages + 1):
-            share = f"{i / stages:.0%}"
-            titles.append(f"{grain}: {share}" if grain else f"{share} of the {what}")
+    shares = [f"{i / stages:.0%}" for i in range(1, stages + 1)]
+    titles = [f"{share} of the {what}" for share in shares]
+    if len(grains) > 1:
+        titles = [f"{grain}: {share}" for grain in grains for share in shares]
     names = [f"image {i}" for i in range(args.n)]
     if labels is not None:
         names = [printable(classes[label]) for label in labels]
@@ -601,13 +601,12 @@ def sequence(args):
         row(lower, strip[:, 1, i], "")
         for ax, number in zip(lower, done[between - 1::between]):
             ax.set_xlabel(f"step {number[i]}" if in_steps else f"{number[i]} codes")
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap="viridis"), ax=axes, pad=0.01,
-                          shrink=0.6, aspect=30, label="order of generation")
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, shrink=0.6, aspect=30,
+                          label="order of generation")
     bar.set_ticks([0, 1], labels=["first", "last"])
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
-    grey = "grey: no code yet"
-    if "positions" in drawn:
-        grey = "cells without a code are filled by the de-mask"
+    is_masked = "positions" in drawn
+    grey = "cells without a code are filled by the de-mask" if is_masked else "grey: no code yet"
     save(figure, args, f"How {name} generates, and which cells have their codes; {grey}")
     save_gif(args.out.with_suffix(".gif"), frames)
 
@@ -617,7 +616,8 @@ def save_gif(path, frames):
     pages = []
     for frame in frames:
         padded = np.pad(frame, [(0, 0), (0, 0), (4, 4), (4, 4), (0, 0)], constant_values=255)
-        pages.append(Image.fromarray(np.vstack([np.hstack(line) for line in padded])))
+        below_each_other = np.hstack(padded)                            # (n, 2 H, W, 3)
+        pages.append(Image.fromarray(np.hstack(below_each_other)))      # (2 H, n W, 3)
     durations = [120] * (len(pages) - 1) + [2500]
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0)
     print(path)
@@ -630,12 +630,12 @@ def code_ranks(model, codes):
         tokens = model.order(codes)
         number = (model.slot_kind[tokens.slot] == 1).cumsum(1) - 1
         return model.unorder(tokens._replace(content=number))["indices"], tokens.counts
-    n, length = codes["indices"].flatten(1).shape
-    ranks = torch.arange(length, device=codes["indices"].device).expand(n, -1)
+    ranks = torch.ones_like(codes["indices"].flatten(1)).cumsum(1) - 1
+    counts = ranks[:, -1:] + 1
     if "positions" in codes:
-        no_code = ranks.new_full((n, math.prod(model.grid)), -1)
+        no_code = ranks.new_full((len(ranks), math.prod(model.grid)), -1)
         ranks = no_code.scatter(1, codes["positions"], ranks)
-    return ranks.reshape(n, *model.grid), ranks.new_full((n, 1), length)
+    return ranks.view(-1, *model.grid), counts
 
 
 def codes_done(counts, time):
@@ -663,9 +663,8 @@ def partial_images(stage1, codes, ranks, done):
         return stage1.decode(codes)
     there = ranks < done.view(-1, 1, 1)
     quantizer = stage1.quantizer
-    middle = torch.zeros(1, quantizer.dim, device=ranks.device)
-    if quantizer.has_codebook:
-        middle = quantizer.codebook.mean(0, keepdim=True)
+    book = quantizer.codebook if quantizer.has_codebook else ranks.new_zeros(1, quantizer.dim)
+    middle = book.float().mean(0, keepdim=True)
     indices = codes["indices"].where(there, quantizer.nearest(middle))
     images = stage1.decode(codes | {"indices": indices})
     return images.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, GREY)
