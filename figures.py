@@ -1,99 +1,138 @@
 """What the figures of visualize.py share.
 
-    load, batches               the runs that are drawn, and images for them
-    pyplot                      of matplotlib, in our style
-    tiles, row, pixels, save    a grid of pictures with labels, as PNG
+    load, batches, pick_images      the runs that are drawn, and images for them
+    psnr                            of reconstructions
+    new_figure                      of matplotlib, in our style
+    tiles, row, pixels, save        a grid of pictures with labels, as PNG
 """
 
-import argparse
 import math
+from itertools import count, zip_longest
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from dataset import ImageDataset, eval_loader, to_uint8
-from experiment import STAGE1, load_run, run_config, run_dataset
+from dataset import eval_loader, to_uint8
+from evaluate import compare
+from experiment import STAGE1, load_run, run_dataset
 from gpt import sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = {"vqgan": "VQGAN", "vqvae": "VQ-VAE", "mqvae": "MQ-VAE", "dqvae": "DQ-VAE",
-         "gpt": "GPT", "stackformer": "Stackformer", "dq_transformer": "DQ-Transformer",
-         "mask_transformer": "MaskTransformer"}
+NAMES = {
+    "vqgan": "VQGAN",
+    "vqvae": "VQ-VAE",
+    "mqvae": "MQ-VAE",
+    "dqvae": "DQ-VAE",
+    "gpt": "GPT",
+    "stackformer": "Stackformer",
+    "dq_transformer": "DQ-Transformer",
+    "mask_transformer": "MaskTransformer",
+}
 
 
-def pyplot() -> ModuleType:
-    """matplotlib.pyplot in our style, imported when something is drawn, since it takes a while."""
-    import matplotlib
-    from matplotlib import pyplot
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "figure.titlesize": 9, "figure.facecolor": "white",
-                            "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
-    return pyplot
+# Runs and images
 
 
-def load(args: argparse.Namespace) -> tuple[list[tuple[torch.nn.Module, str, str]], ImageDataset]:
-    """(model, name, kind) of each stage-1 run, and the images of the first."""
-    configs = [run_config(folder) for folder in args.run]
-    kinds = [config["model"]["name"] for config in configs]
-    for run, kind in zip(args.run, kinds):
+def load(args):
+    """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
+    run, which all models must be able to take."""
+    runs = []
+    configs = []
+    for folder, name in zip(args.run, distinct(args.run)):
+        model, config = load_run(folder, args.which)
+        kind = config["model"]["name"]
         if kind not in STAGE1:
-            raise UserError(f"{run} holds a stage-2 model ({kind}); use `visualize.py sequence`, or a stage-1 run such as {run}/stage1")
-    sizes = {run: config["data"]["image_size"] for run, config in zip(args.run, configs)}
-    if len(set(map(sides, sizes.values()))) > 1 and not any(o.startswith("data.image_size=") for o in args.overrides):
-        raise UserError(f"runs of different image sizes cannot be compared without data.image_size=...: "
-                        f"{', '.join(f'{k} has {v}' for k, v in sizes.items())}")
-    models = [load_run(run, args.which)[0].to(DEVICE) for run in args.run]
-    dataset, *_ = [run_dataset(configs[0], args.overrides, args.split, model) for model in models]  # all must take them
-    return list(zip(models, distinct(args.run), [NAMES[kind] for kind in kinds])), dataset
+            raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
+                            f", or a stage-1 run such as {folder}/stage1")
+        runs.append((model.to(DEVICE), name, NAMES[kind]))
+        configs.append(config)
+    sizes = [config["data"]["image_size"] for config in configs]
+    is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
+    if len(set(map(sides, sizes))) > 1 and not is_chosen:
+        listed = [f"{folder} has {size}" for folder, size in zip(args.run, sizes)]
+        raise UserError("runs of different image sizes cannot be compared without "
+                        f"data.image_size=...: {', '.join(listed)}")
+    for model, _, _ in runs:
+        dataset = run_dataset(configs[0], args.overrides, args.split, model)
+    return runs, dataset
 
 
-def distinct(folders: list[str]) -> list[str]:
-    """A name for each run: the last part of its path, or as many parts as it takes to tell them apart."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    names = (["/".join(p[-n:]) for p in parts] for n in range(1, max(map(len, parts)) + 1))
-    return next(each for each in names if len(set(each)) == len(set(parts)))
+def distinct(folders):
+    """A name for each run: as few of the last parts of its path as tell the runs apart."""
+    paths = [Path(folder).resolve().parts for folder in folders]
+    for length in count(1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
 
-
-def batches(dataset: ImageDataset, limit: int, what: str):
+def batches(dataset, limit, what):
     """At most `limit` images, spread over the dataset, in batches (16, 3, H, W)."""
     loader = eval_loader(dataset, 16, limit, num_workers=0, device=DEVICE)
-    yield from (images for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)))
+    for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)):
+        yield images
+
+def pick_images(dataset, number):
+    """At most so many images (n, 3, H, W), spread over the dataset."""
+    return torch.cat(list(batches(dataset, number, "images")))
+
+def psnr(images, reconstructions):
+    """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1], as 8-bit images."""
+    return compare(to_uint8(images), to_uint8(reconstructions))["psnr"]
 
 
-def tiles(rows: int, columns: int, images: Tensor | None = None, height: float = 1.25) -> tuple[Any, np.ndarray]:
-    """Axes (rows, columns) for square pictures, or of the shape of these images."""
-    height = height if images is None else height - 1.2 + 1.2 * images.shape[-2] / images.shape[-1]
-    return pyplot().subplots(rows, columns, figsize=(1.2 * columns + 2.0, height * rows + 0.5), squeeze=False)
+# Pictures
 
 
-def row(axes: np.ndarray, images: np.ndarray, label: str, titles: list[str] | None = None, bar: dict | None = None, **options) -> None:
-    """A row of images (n, H, W, 3) or maps (n, h, w), with a label at the left and, if asked for, a colour bar at the right."""
-    for i, (ax, image) in enumerate(zip(axes, images)):
+def new_figure(width, height):
+    """A figure in our style. matplotlib is imported when it is used, since it takes a while."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.titlesize": 9,
+        "figure.constrained_layout.use": True,
+    }
+    return Figure(figsize=(width, height))
+
+
+def tiles(rows, columns, images=None, height=1.25):
+    """A figure, and its axes (rows, columns) for square pictures, or of the shape of the images."""
+    if images is not None:
+        height += 1.2 * images.shape[-2] / images.shape[-1] - 1.2
+    figure = new_figure(1.2 * columns + 2.0, height * rows + 0.5)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vmax=1.0):
+    """A row of images (n, H, W, 3), or of maps (n, h, w) with values from 0 to vmax.
+
+    label    at the left of the row
+    titles   above the pictures
+    bar      the label of a colour bar at the right; "": no bar
+    """
+    for ax, image, title in zip_longest(axes, images, titles, fillvalue=""):
         ax.set(xticks=[], yticks=[])
-        ax.set_title(titles[i] if titles else "", pad=3)
+        ax.set_title(title, pad=3)
         ax.spines[:].set_visible(False)
-        shown = ax.imshow(image, interpolation="nearest", **options)
+        shown = ax.imshow(image, interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
     if bar:
-        axes[-1].figure.colorbar(shown, cax=axes[-1].inset_axes([1.06, 0, 0.07, 1]), **bar)
+        place = axes[-1].inset_axes([1.06, 0, 0.07, 1])
+        axes[-1].figure.colorbar(shown, cax=place, label=bar, extend=extend)
 
-
-def pixels(images: Tensor) -> np.ndarray:
+def pixels(images):
     """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3)."""
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
 
-
-def save(figure: Any, args: argparse.Namespace, title: str | None = None) -> None:
+def save(figure, args, title=""):
     if title:
         figure.suptitle(title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
-    pyplot().close(figure)
     print(args.out)

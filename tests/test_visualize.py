@@ -116,6 +116,14 @@ def test_examples_go_from_the_fewest_codes_to_the_most():
     assert visualize.examples(counts, 99) == [2, 4, 5, 0, 3, 1] and visualize.examples(counts, 1) == [2]
 
 
+def test_examples_are_images_of_the_data(tmp_path, monkeypatch):
+    rows = {}
+    monkeypatch.setattr(visualize, "row", lambda axes, images, label, *_, **options: rows.update({label: images}))
+    visualize.main(["codes", "--run", str(save_stage1(tmp_path, "dqvae")), "-n", "4", "--dpi", "30"])
+    data = make_dataset("shapes", split="val", image_size=16, train_size=40, val_size=4)
+    assert {image.tobytes() for image in rows["original"]} == {visualize.pixels(image).tobytes() for image, _ in data}
+
+
 def test_a_repeated_code_counts_once(tmp_path):
     model, _ = load_run(save_stage1(tmp_path, "dqvae_triple"))
     grain = torch.tensor([[[0, 1], [2, 0]]])
