@@ -6,7 +6,7 @@ import yaml
 from conftest import ROOT
 
 import train_stage2
-from config import UserError, build, load_config, read_yaml
+from config import UserError, build, check_config, load_config, read_yaml
 from experiment import learning_rate_at, load_run
 from train_stage1 import SECTIONS
 from vqgan import VQGAN
@@ -29,6 +29,43 @@ def test_config_is_complete_and_typed(tiny):
     settings = dict(config["model"])
     settings.pop("name")
     assert isinstance(build(VQGAN, settings), VQGAN)
+
+
+class Wide(torch.nn.Module):
+    def __init__(self, width: int = 2):
+        super().__init__()
+        self.width = width
+
+
+class Deep(torch.nn.Module):
+    def __init__(self, depth: int = 3):
+        super().__init__()
+
+
+def whole(part: Wide | None = None, size: int | list[int] = 1):
+    return part, size
+
+
+def images(size: int | list[int] = [4, 8]):
+    return size
+
+
+def test_sections_give_the_choices_and_defaults_of_settings():
+    """Of any setting: config.py itself knows none."""
+    sections = {"whole": whole, "whole.part": {"wide": Wide, "deep": Deep}, "whole.size": "images.size", "images": images}
+    config = check_config({"whole": {"part": {"name": "deep"}}}, sections, "a file")
+    assert config == {"whole": {"part": {"name": "deep", "depth": 3}, "size": [4, 8]}, "images": {"size": [4, 8]}}
+    assert "&" not in yaml.safe_dump(config)  # an alias, which could not be read again
+    assert check_config({"whole": {"size": 5}}, sections, "a file")["whole"] == {"part": None, "size": 5}
+    assert build(whole, {"part": {"width": 7}})[0].width == 7
+    for part, sentence in (({"name": "long"}, "whole.part.name must be one of wide, deep; it is 'long'"),
+                           ({"depth": 4}, "whole.part.depth is not a setting of Wide, which has width"),
+                           ({"widt": 4}, "unknown key whole.part.widt; the nearest valid one is whole.part.width")):
+        with pytest.raises(UserError) as error:
+            check_config({"whole": {"part": part}}, sections, "a file")
+        assert sentence in str(error.value)
+    with pytest.raises(UserError, match="Wide cannot be made with these settings"):
+        build(whole, {"part": {"name": "deep"}})  # a choice is for whoever knows the choices, as make_model
 
 
 def test_an_override_may_fill_an_empty_section(tiny):
