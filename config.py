@@ -12,8 +12,6 @@ without quotes means what its setting's type makes of its text: 010 is ten, and 
 called 2023 or on.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import difflib
@@ -22,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +39,9 @@ Share = Annotated[float, (0, 1 - 1e-9)]
 @dataclass
 class TrainSettings:
     """The section `train`. Names follow accelerate's and diffusers' scripts."""
+
+    # A subclass in another file inherits these annotations evaluated: so this file is without
+    # `from __future__ import annotations`.
 
     output_dir: str | None = None  # the run folder; default: runs/NAME for configs/.../NAME.yaml
     seed: Annotated[int, (0, 2**32 - 1)] = 0
@@ -208,11 +209,9 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
 
 def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     """{argument: (type, default)} of the arguments that a config may set."""
-    is_plain_class = inspect.isclass(target) and not is_dataclass(target)
-    hints = typing.get_type_hints(
-        target.__init__ if is_plain_class else target, include_extras=True)
-    return {key: (hints[key], parameter.default)
-            for key, parameter in inspect.signature(target).parameters.items()
+    parameters = inspect.signature(target, eval_str=True).parameters
+    return {key: (parameter.annotation, parameter.default)
+            for key, parameter in parameters.items()
             if key not in ("split", "uint8")}  # which the scripts set
 
 
@@ -234,12 +233,12 @@ def _module_class(annotation: Any) -> type | None:
     return None
 
 
-def _nearest(word: str, valid: list[str]) -> str:
+def _nearest(word, valid) -> str:
     return difflib.get_close_matches(word, valid, n=1, cutoff=0)[0]
 
 
-def _fill(target: Callable, section: Any, where: str, sections: dict, valid: list[str]) -> dict:
-    """The section `where`, checked and complete. valid: the names to suggest for a wrong one."""
+def _fill(target, section, where, sections, valid) -> dict:
+    """The section `where`, checked and complete. `valid` are names to suggest for a wrong one."""
     expected = signature(target)
     settings = dict(mapping(section, where))
     filled = {}
@@ -275,7 +274,7 @@ FROM_TEXT = {int: int, float: float, str: str,
              bool: lambda text: yaml.SafeLoader.bool_values[text.lower()]}
 
 
-def _checked(value: Any, annotation: Any, where: str, limits: tuple | None = None) -> Any:
+def _checked(value, annotation, where, limits=None) -> Any:
     """The value as the type in the annotation, or a UserError."""
     origin = typing.get_origin(annotation)
     args = typing.get_args(annotation)
@@ -318,7 +317,7 @@ class Loader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key that stands twice in a mapping, of which the first would
     be lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node, deep=False) -> dict:
         names = set()
         for key, _ in node.value:
             name = str(key.value)
@@ -336,7 +335,7 @@ class TextLoader(Loader):
         first: [resolver for resolver in resolvers if resolver[0].endswith(":null")]
         for first, resolvers in Loader.yaml_implicit_resolvers.items()}
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node) -> str:
         text = super().construct_scalar(node)
         return text if node.style else Plain(text)
 
