@@ -33,7 +33,6 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from config import UserError
 

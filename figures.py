@@ -62,10 +62,13 @@ def load(args):
 def distinct(folders):
     """A name for each run: as few of the last parts of its path as tell the runs apart."""
     paths = [Path(folder).resolve().parts for folder in folders]
-    for length in count(1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
+
+    def last(length):
+        return ["/".join(parts[-length:]) for parts in paths]
+
+    enough = next(n for n in count(1) if len(set(last(n))) == len(set(paths)))
+    return last(enough)
+
 
 def batches(dataset, limit, what):
     """At most `limit` images, spread over the dataset, in batches (16, 3, H, W)."""
