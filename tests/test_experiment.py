@@ -7,7 +7,7 @@ from conftest import ROOT
 
 import train_stage2
 from config import UserError, build, check_config, load_config, read_yaml
-from experiment import learning_rate_at, load_run
+from experiment import learning_rate_at, load_run, make_model
 from train_stage1 import SECTIONS
 from vqgan import VQGAN
 
@@ -189,8 +189,7 @@ def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path,
     config = load_config(str(path), [], train_stage2.SECTIONS, lambda given: given.update(data=theirs["data"] | given.get("data", {})))
     settings = dict(theirs["model"])
     with torch.device("meta"):
-        stage1 = build(SECTIONS["model"][settings.pop("name")], settings)
-        assert isinstance(stage1, train_stage2.READS[config["model"]["name"]][0])
+        stage1 = make_model({"model": settings})
         train_stage2.complete(config, stage1, ["a", "b"])
         settings = dict(config["model"])
         model = build(train_stage2.STAGE2[settings.pop("name")], settings)
