@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size on the CPU."""
+"""benchmarks/gpu.py at toy size on the CPU, and the figures of benchmarks/detail.py."""
 
 import argparse
 import json
@@ -8,13 +8,19 @@ import sys
 import time
 import warnings
 
+import numpy as np
+import pytest
 import torch
 
-from conftest import ROOT, command
+from conftest import ROOT, command, save_stage1
 
 sys.path.append(str(ROOT / "benchmarks"))
+import detail
 import gpu
 import guard
+from config import UserError
+from dataset import make_dataset
+from experiment import load_run
 
 
 def test_every_part_runs_at_toy_size(tmp_path):
@@ -83,3 +89,27 @@ def test_waiting_is_told(monkeypatch):
         found = gpu.without_waiting(lambda text=text: train(text), torch.device("cuda"))
         assert modes == ["default"] * 4 + ["warn", "default"] * 2 + ["default"]
         assert found["watched steps"] == 2 and found["result"].startswith(told)
+
+
+def test_where_codes_go_against_counting_by_hand(tmp_path, capsys):
+    for name in ("mqvae", "dqvae_triple"):
+        run = save_stage1(tmp_path, name, val_size=11)
+        detail.main([str(run), "data.seed=3"])
+        row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+        model, config = load_run(run)
+        images = torch.stack([image for image, _ in make_dataset(**config["data"] | {"seed": 3}, split="val")])
+        with torch.no_grad():
+            codes = model.encode(images)
+        levels = (codes["grain"] if "grain" in codes else torch.zeros(11, 64).scatter(1, codes["positions"], 1)).flatten(1).numpy()
+        side = int((256 / levels.shape[1]) ** 0.5)
+        squares = images.double().unfold(2, side, side).unfold(3, side, side).flatten(4)
+        contrast = squares.std(4, correction=0).mean(1).flatten(1).numpy()
+        won = [[float(c[a] > c[b]) + 0.5 * float(c[a] == c[b]) for a in range(len(c)) for b in range(len(c)) if v[a] > v[b]]
+               for c, v in zip(contrast, levels)]
+        kept = [set(np.flatnonzero(v)) for v in levels]
+        common = sum(len(a & b) for a in kept for b in kept) - sum(map(len, kept))
+        assert row[:2] == [f"| {run.name}", "11"]
+        assert abs(float(row[2][:-1]) - 100 * np.mean([np.mean(w) for w in won if w])) < 0.11
+        assert abs(float(row[3][:-3]) - 100 * common / 10 / sum(map(len, kept))) < 0.11
+    with pytest.raises(UserError, match="chooses no places"):
+        detail.main([str(save_stage1(tmp_path, "vqgan"))])
