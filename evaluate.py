@@ -55,7 +55,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import write_file
@@ -262,20 +261,17 @@ class Evaluation:
         state = self.state
         loader = eval_loader(dataset, args.batch_size, args.images, args.num_workers,
                              state.process_index, state.num_processes, state.device)
-        together = args.batch_size * state.num_processes
-        return self.progress(loader, what, math.ceil(self.count(dataset) / together))
-
-    def count(self, dataset):
-        return min(self.args.images or len(dataset), len(dataset))
+        count = min(args.images or len(dataset), len(dataset))
+        total = math.ceil(count / (args.batch_size * state.num_processes))
+        return tqdm(loader, what, total, disable=not self.is_main, dynamic_ncols=True)
 
     def split(self, items, what):
-        """This process's share of a list or tensor, in batches."""
+        """This process's share of a list or an array, in batches."""
         mine = items[self.state.process_index::self.state.num_processes]
-        for i in self.progress(range(0, len(mine), self.args.batch_size), what):
-            yield mine[i:i + self.args.batch_size]
-
-    def progress(self, source, what, total=None):
-        return tqdm(source, what, total, disable=not self.is_main, dynamic_ncols=True)
+        size = self.args.batch_size
+        for i in tqdm(range(0, len(mine), size), what, disable=not self.is_main,
+                      dynamic_ncols=True):
+            yield mine[i:i + size]
 
     def collect(self, batches):
         """The rows of all processes, on the first one."""
@@ -296,7 +292,7 @@ class Evaluation:
             if images is None:
                 source = (to_uint8(batch) for batch, _ in self.batches(run.dataset, "originals"))
             else:
-                source = self.split(as_tensor(images), "reference")
+                source = map(as_tensor, self.split(images, "reference"))
             rows = [inception_features(self.inception, batch)[0] for batch in source]
             self.features[key] = self.collect(rows)
         return self.features[key]
@@ -310,12 +306,12 @@ class Evaluation:
         features = self.real_features(run, self.images)
         if not self.is_main:
             return {}
+        real = {} if is_enough else gaussians(features)
         origin = self.args.split if self.images is None else self.args.reference.name
-        real = self.reference if is_enough else gaussians(features) | self.reference
-        return real | {"features": features[:, :FEATURES], "from": origin}
+        return real | self.reference | {"features": features[:, :FEATURES], "from": origin}
 
     def save_statistics(self):
-        if self.inception is None:
+        if not self.inception:
             raise UserError(self.absent["inception"])
         features = self.real_features(self.load(self.args.run[0]))
         if self.is_main:
@@ -324,7 +320,6 @@ class Evaluation:
 
     # Stage 1
 
-    @torch.no_grad()
     def measure_stage1(self, run):
         """The metrics; on the first process."""
         model = run.stage1
@@ -357,14 +352,13 @@ class Evaluation:
             metrics |= {f"r{name}": x for name, x in distances(features, real).items()}
         of_books = [(usage(book), usage(book, QUEUE), perplexity(book))
                     for book in uses.chunk(books)]
-        names = "usage", f"usage_{QUEUE}", "perplexity"
-        metrics |= dict(zip(names, np.mean(of_books, 0).tolist()))
-        pixels = math.prod(sides(run.dataset.image_size))
-        return metrics | {"bits_per_pixel": metrics["bits"] / pixels}
+        metrics |= dict(zip(("usage", f"usage_{QUEUE}", "perplexity"),
+                            np.mean(of_books, 0).tolist()))
+        metrics["bits_per_pixel"] = metrics["bits"] / math.prod(sides(run.dataset.image_size))
+        return metrics
 
     # Stage 2
 
-    @torch.no_grad()
     def measure_stage2(self, run):
         """The metrics; on the first process."""
         args = self.args
@@ -387,7 +381,7 @@ class Evaluation:
             bits.append(run.model.bits(codes, labels if is_conditional else None).double().cpu())
         bits = self.collect(bits)
 
-        count = args.n or self.count(dataset)
+        count = args.n or min(args.images or len(dataset), len(dataset))
         if not self.inception:
             count = min(count, args.batch_size * self.state.num_processes)  # for the speed alone
         elif self.is_main and not args.samples:
@@ -422,8 +416,8 @@ class Evaluation:
     def draw_samples(self, run, count):
         """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch
         took. Labels are as in the dataset."""
-        settings = overridden(run.config, self.args.overrides)["sample"]
         labels = spread_labels(run.dataset, count) if run.model.num_classes else None
+        settings = overridden(run.config, self.args.overrides)["sample"]
         settings = sampling_arguments(run.model, settings, labels)
         for numbers in self.split(list(range(count)), "sampling"):
             started = time.monotonic()
@@ -437,19 +431,19 @@ class Evaluation:
         if source.suffix == ".npz":
             images = read_npz(source, "arr_0").get("arr_0")
             check_images(images, source, size)
-            images = as_tensor(images)
         else:
             images = list_images(source)[0] if source.is_dir() else []
             images = [file for file in images if file.name != "grid.png"]
             if not images:
                 raise UserError(f"there are no images in {source}")
         for batch in self.split(images[:self.args.n], "samples"):
-            if source.suffix != ".npz":
-                batch = as_tensor(np.stack([read_pixels(file, size) for file in batch]))
-            yield batch, 0.0
+            if source.is_dir():
+                batch = np.stack([read_pixels(file, size) for file in batch])
+            yield as_tensor(batch), 0.0
 
     # Results
 
+    @torch.no_grad()
     def measure(self, folder):
         """Measures a run, at each of the rates, and writes its metrics.json."""
         args = self.args
@@ -566,9 +560,9 @@ def read_pixels(file, size):
 # Metrics
 
 
-def compare(a: Tensor, b: Tensor, lpips: torch.nn.Module | None = None) -> dict[str, Tensor]:
-    """How much two batches of uint8 images (B, 3, H, W) differ, each (B,). Equal images have a PSNR
-    of 100 dB."""
+def compare(a, b, lpips=None):
+    """How much two batches of uint8 images (B, 3, H, W) differ: "psnr", "ssim" and, with a network,
+    "lpips", each (B,). Equal images have a PSNR of 100 dB."""
     import torchmetrics.functional.image as functional  # takes seconds, as others below
 
     x = a.float()
@@ -589,7 +583,7 @@ def mean_and_spread(name, values):
     return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
 
 
-def usage(uses: Tensor, draws: float = math.inf) -> float:
+def usage(uses, draws=math.inf):
     """The share of codes that occur, of `draws` codes drawn without replacement from those that
     were used uses (K,) times: what is expected of it."""
     from scipy.stats import hypergeom
@@ -599,7 +593,7 @@ def usage(uses: Tensor, draws: float = math.inf) -> float:
     return 1 - unseen.mean()
 
 
-def perplexity(uses: Tensor) -> float:
+def perplexity(uses):
     """exp(entropy) of the frequencies."""
     from scipy.stats import entropy
 
@@ -638,8 +632,9 @@ LABELS = {  # and the format; those with "+" come with their spread
 }
 
 
-def table(results: dict[str, dict], names: dict[str, str], markdown: bool = False) -> str:
-    """The results {run: metrics}: a column for each run, or in Markdown a row."""
+def table(results, names, markdown=False):
+    """The results {run: metrics} as text: a column for each run, or in Markdown a row. `names` are
+    those of the models, {run: name}."""
     rows = {run: cells(metrics) for run, metrics in results.items()}
     keys = [key for key in LABELS if any(key in row for row in rows.values())]
     lines = [["run", "model", *(LABELS[key][0] for key in keys)]]

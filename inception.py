@@ -12,11 +12,9 @@ Features (N, FEATURES + SPATIAL) are those of FID, then those of sFID. A Gaussia
 """
 
 import io
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from checkpoint import write_file
 from config import UserError
@@ -27,7 +25,7 @@ LOGITS = 1008
 ENDINGS = {"fid": "", "sfid": "_s"}  # of names in a file
 
 
-def load_inception() -> torch.nn.Module:
+def load_inception():
     """The network of FID and the Inception Score, with the weights of the TensorFlow release.
     FileNotFoundError if they are neither on disk nor to be downloaded."""
     try:
@@ -47,7 +45,7 @@ def load_inception() -> torch.nn.Module:
             "inception") from error
 
 
-def inception_features(network: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def inception_features(network, images):
     """Of uint8 images (B, 3, H, W): features (B, FEATURES + SPATIAL) and logits without bias
     (B, LOGITS), on the CPU.
 
@@ -62,12 +60,12 @@ def inception_features(network: torch.nn.Module, images: Tensor) -> tuple[Tensor
     return torch.cat([pool, spatial], 1).cpu(), logits.cpu()
 
 
-def parts(features: Tensor) -> dict[str, Tensor]:
+def parts(features):
     """Features (N, FEATURES + SPATIAL) by the distance that they are for."""
     return {"fid": features[:, :FEATURES], "sfid": features[:, FEATURES:]}
 
 
-def statistics(features: Tensor) -> dict[str, np.ndarray]:
+def statistics(features):
     """The Gaussian of features (N, D), in float64."""
     if len(features) < 2:
         raise UserError("a Frechet distance needs at least two images on each side")
@@ -76,25 +74,25 @@ def statistics(features: Tensor) -> dict[str, np.ndarray]:
     return fid_features_to_statistics(features.double())
 
 
-def gaussians(features: Tensor) -> dict[str, dict]:
+def gaussians(features):
     """The Gaussians of both parts."""
     return {name: statistics(part) for name, part in parts(features).items()}
 
 
-def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+def frechet_distance(a, b):
     """The distance of two Gaussians."""
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
-def distances(features: Tensor, real: dict[str, dict]) -> dict[str, float]:
+def distances(features, real):
     """FID and sFID of features (N, FEATURES + SPATIAL), as far as there are such Gaussians."""
     return {name: frechet_distance(statistics(part), real[name])
             for name, part in parts(features).items() if name in real}
 
 
-def sample_quality(features: Tensor, logits: Tensor, real: Tensor) -> dict[str, float]:
+def sample_quality(features, logits, real):
     """Inception Score, precision and recall, from features (N, D) and logits (N, C) of samples, and
     features (M, D) of real images."""
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -116,8 +114,8 @@ def check_neighbours(samples, images):
                         "them out)")
 
 
-def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the arrays that the file has."""
+def read_npz(path, *names):
+    """{name: array}, for those names that the file has."""
     try:
         with np.load(path, allow_pickle=False) as file:  # an .npy gives an array, refused here
             # A member of the archive may be no array, and have no view.
@@ -140,7 +138,7 @@ def check_images(images, path, size):
                         f"that it is compared with, uint8 (N, {size[0]}, {size[1]}, 3)")
 
 
-def load_reference(path: Path) -> dict:
+def load_reference(path):
     """What a file in the ADM suite's format holds: Gaussians "fid" and "sfid", and "images", uint8
     (N, H, W, 3); each if it is there."""
     arrays = read_npz(path, "mu", "sigma", "mu_s", "sigma_s", "arr_0")

@@ -193,7 +193,7 @@ def wanted_settings(args, model, config, labels, edited):
     if edited and labels is None:
         settings = settings | {"cfg_scale": 1.0}
     asked = {name: value for name, value in vars(args).items()
-             if name in SampleSettings.__dataclass_fields__ and value is not None}
+             if hasattr(SampleSettings, name) and value is not None}
     sections = {"sample": SampleSettings}
     config = check_config({"sample": settings | asked}, sections, "the command line")
     return sampling_arguments(model, config["sample"], labels)
@@ -471,9 +471,8 @@ def shared_pixels(out, shape, state):
 
 
 def save_settings(out, args, settings, labels):
-    about = {"run": args.run, "seed": args.seed, "settings": settings, "labels": None}
-    if labels is not None:
-        about["labels"] = labels.tolist()
+    about = {"run": args.run, "seed": args.seed, "settings": settings,
+             "labels": labels if labels is None else labels.tolist()}
     if args.image:
         about |= {"image": args.image, "keep": args.keep, "mask": args.mask}
     (out / "samples.json").write_text(json.dumps(about) + "\n")
