@@ -351,6 +351,11 @@ class DQTransformer(CodeTransformer):
 
     # Sampling
 
+    def check_known(self, codes: Codes, known: Tensor) -> None:
+        n = len(known)
+        starts = torch.zeros(n, dtype=torch.int64, device=known.device)
+        State(self, n, starts).keep_known(codes, known)
+
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, cfg_scale: float = 1.0,

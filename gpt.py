@@ -112,6 +112,10 @@ class CodeTransformer(nn.Module):
         null = self.start_tokens(n, None, device)
         return torch.cat([starts, null]), Guidance(cfg_scale, 2)
 
+    def check_known(self, codes: Codes, known: Tensor) -> None:
+        """ValueError if `sample` cannot keep these cells of these codes."""
+        kept_first(len(known), self.grid, codes, known)
+
     def survey(self, batches: Iterable[Codes]) -> Tensor:
         """Reads all training codes before training. Returns each row's number of tokens (rows,)."""
         return torch.cat([self.lengths(codes) for codes in batches])

@@ -235,6 +235,9 @@ class MaskTransformer(CodeTransformer):
 
     # Sampling
 
+    def check_known(self, codes: Codes, known: Tensor) -> None:
+        check_known(len(known), self.places.grids[-1], codes, known)
+
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, steps: int = 12, layout_steps: int = 8,
                temperature: float = 1.0, choice_temperature: float = 4.5, top_k: int | None = None,

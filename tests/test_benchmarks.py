@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size on the CPU."""
+"""benchmarks/gpu.py at toy size on the CPU, and the figures of benchmarks/detail.py."""
 
 import argparse
 import json
@@ -8,13 +8,19 @@ import sys
 import time
 import warnings
 
+import numpy as np
+import pytest
 import torch
 
-from conftest import ROOT, command
+from conftest import ROOT, command, save_stage1
 
 sys.path.append(str(ROOT / "benchmarks"))
+import detail
 import gpu
 import guard
+from config import UserError
+from dataset import make_dataset
+from experiment import load_run
 
 
 def test_every_part_runs_at_toy_size(tmp_path):
@@ -83,3 +89,38 @@ def test_waiting_is_told(monkeypatch):
         found = gpu.without_waiting(lambda text=text: train(text), torch.device("cuda"))
         assert modes == ["default"] * 4 + ["warn", "default"] * 2 + ["default"]
         assert found["watched steps"] == 2 and found["result"].startswith(told)
+
+
+@pytest.mark.parametrize("name", ["mqvae", "dqvae_triple"])
+def test_where_codes_go_against_counting_by_hand(tmp_path, capsys, name):
+    run = save_stage1(tmp_path, name, val_size=11)
+    detail.main([str(run), "data.seed=3"])
+    row = capsys.readouterr().out.splitlines()[-1].strip("| %").split(" | ")
+    model, config = load_run(run)
+    data = make_dataset(**config["data"] | {"seed": 3}, split="val")
+    images = torch.stack([image for image, _ in data])
+    with torch.no_grad():
+        codes = model.encode(images)
+    if name == "mqvae":
+        levels = torch.zeros(11, 64).scatter(1, codes["positions"], 1).numpy()
+    else:
+        levels = codes["grain"].flatten(1).numpy()
+    side = int((256 / levels.shape[1]) ** 0.5)
+    squares = images.double().unfold(2, side, side).unfold(3, side, side).flatten(4)
+    contrasts = squares.std(4, correction=0).mean(1).flatten(1).numpy()
+    shares = []
+    for contrast, level in zip(contrasts, levels):
+        pairs = np.argwhere(level[:, None] > level)
+        wins = [(contrast[a] > contrast[b]) + 0.5 * (contrast[a] == contrast[b]) for a, b in pairs]
+        shares += [np.mean(wins)] if wins else []
+    kept = [set(np.flatnonzero(level)) for level in levels]
+    count = sum(map(len, kept))
+    common = sum(len(a & b) for a in kept for b in kept) - count
+    assert row[:2] == [run.name, "11"]
+    assert float(row[2].strip("%")) == pytest.approx(100 * np.mean(shares), abs=0.11)
+    assert float(row[3]) == pytest.approx(100 * common / 10 / count, abs=0.11)
+
+
+def test_detail_is_of_models_that_choose(tmp_path):
+    with pytest.raises(UserError, match="chooses no places"):
+        detail.main([str(save_stage1(tmp_path, "vqgan"))])

@@ -388,6 +388,9 @@ def test_what_comes_first_stays(name):
                             ((rows(codes, [0]), known), "codes must be those of 5 images")):
         with pytest.raises(ValueError, match=sentence):
             model.sample(n, labels, codes=given[0], known=given[1])
+    with pytest.raises(ValueError, match="only the first ones can stay"):
+        model.check_known(codes, ~known)
+    model.check_known(codes, known)
 
 
 @pytest.mark.parametrize("name", ["dual", "dual_region_first", "triple", "dual_factors"])
@@ -418,6 +421,9 @@ def test_coarse_codes_stay(name):
             model.sample(n, labels, codes=given[0], known=given[1])
     with pytest.raises(ValueError, match="such as all coarse codes"):
         model.sample(n, labels, codes=codes, known=grain == model.grains - 1)
+    with pytest.raises(ValueError, match="such as all coarse codes"):
+        model.check_known(codes, grain == model.grains - 1)
+    model.check_known(codes, known)
     own = model.sample(n, labels, generator=[torch.Generator().manual_seed(i) for i in range(n)])
     known = F.interpolate(own["grain"].unsqueeze(1).float(), model.grids[-1]).squeeze(1) == 0
     again = model.sample(n, labels, generator=[torch.Generator().manual_seed(i) for i in range(n)], codes=own, known=known)

@@ -580,6 +580,7 @@ def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png", "samples.json"]
     assert json.loads((out / "samples.json").read_text())["labels"] is None                  # the class of a photo is not known
     model, stage1, _, _ = sample.load_models(run)
+    assert len(caught) == 1                                                                  # nothing is drawn as a check
     edited, known = caught[0], caught[0].known
     assert torch.equal(edited.shown[0], sample.load_image(str(photo), (16, 16))[0])
     want = torch.zeros(1, 8, 8, dtype=torch.bool)
