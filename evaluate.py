@@ -323,6 +323,9 @@ class Evaluation:
     def measure_stage1(self, run):
         """The metrics; on the first process."""
         model = run.stage1
+        if min(sides(run.dataset.image_size)) < 11:
+            raise UserError("SSIM needs images of 11 pixels or more; these have "
+                            f"{run.dataset.image_size}")
         real = self.real_side(run) if self.inception else {}
         codebook_size = model.quantizer.codebook_size
         books = model.quantizer.codebooks  # a residual quantizer may have one for each depth
