@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, verified before they are loaded, the same with and
 without shards.
 
-    Checkpoints     of a run: save, load, best weights
-    wanted_checkpoint, newest_whole     the one that --resume means; the newest one that is not damaged
-    write_weights   a checkpoint folder of weights alone
-    write_file      a file, whole or not at all; make_file: one that has all its space
-    whole_state     all weights of a module, also of one that FSDP has sharded
+    Checkpoints         of a run: save, load, best weights
+    wanted_checkpoint   the one that --resume means
+    newest_whole        the newest one that is not damaged
+    write_weights       a checkpoint folder of weights alone
+    write_file          a file, whole or not at all; make_file: one that has all its space
+    whole_state         all weights of a module, also of one that FSDP has sharded
 
 A checkpoint is a folder step_XXXXXXXX: NAME.safetensors for each module, optimizer.bin with all
 optimizers' states, what accelerate saves (random numbers, fp16's scale), and checkpoint.json with
@@ -62,7 +63,7 @@ class Checkpoints:
         accelerator._models.clear()  # or it would save these too, each process its own part
         accelerator._optimizers.clear()
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         weights = {name: whole_state(module) for name, module in self.modules.items()}
@@ -82,7 +83,7 @@ class Checkpoints:
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
 
-        def finish() -> None:
+        def finish():
             write_manifest(temporary, step, bad_row)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
@@ -98,7 +99,7 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _write_together(self, step: int, temporary: Path, write: Callable[[], None]) -> None:
+    def _write_together(self, step: int, temporary: Path, write: Callable[[], None]):
         """write() on all processes. If one cannot, nothing of it stays and all of them end."""
         failure = None
         try:
@@ -123,11 +124,10 @@ class Checkpoints:
                             f"{free / 1e6:.1f} MB free{missing}; the one before is whole, and "
                             "--resume auto continues from it when there is room")
 
-    def _check_agreement(self, step: int) -> None:
+    def _check_agreement(self, step: int):
         """Processes that no longer hold the same weights, codebook and averages must not replace
         a good checkpoint."""
-        kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.FSDP):
+        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.FSDP):
             sums = {f"{name}.{key}": _checksum(tensor) for name, module in self.modules.items()
                     for key, tensor in module.state_dict().items()
                     if not key.endswith(".queue")}  # which is of each process's own codes
@@ -194,7 +194,7 @@ class Checkpoints:
         self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
         return json.loads((path / "checkpoint.json").read_text())
 
-    def _tidy(self, step: int) -> None:
+    def _tidy(self, step: int):
         for unfinished in self.folder.glob(".step_*"):  # when the run was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in list_checkpoints(self.folder):  # damaged, or later than what was resumed
@@ -204,7 +204,7 @@ class Checkpoints:
                 os.replace(later, abandoned)
                 self.accelerator.print(f"{later} is now {abandoned.name}; remove it when you like")
 
-    def _find_best(self, step: int) -> None:
+    def _find_best(self, step: int):
         path = self.folder / "best.safetensors"
         if step and path.is_file():
             try:
@@ -218,13 +218,15 @@ class Checkpoints:
     def save_best(self, step: int, score: float, module: nn.Module) -> None:
         """Keeps the weights if their score is the highest so far."""
         if self.is_main and score > self.best:
-            write_file(self.folder / "best.safetensors", save(whole_state(module), {"step": str(step), "score": repr(score)}))
-            self.best, self.best_step = score, step
+            data = save(whole_state(module), {"step": str(step), "score": repr(score)})
+            write_file(self.folder / "best.safetensors", data)
+            self.best = score
+            self.best_step = step
 
 
 def wanted_checkpoint(resume: str | None, run: Path) -> str | None:
-    """What --resume means for this run folder: None, "auto", or the path of a checkpoint. `latest` and the run's own folders are "auto";
-    a checkpoint's name alone is one of this run."""
+    """What --resume means for this run folder: None, "auto", or the path of a checkpoint. `latest`
+    and the run's own folders are "auto"; a checkpoint's name alone is one of this run."""
     if resume is None:
         return None
     own = run / "checkpoints"
@@ -234,7 +236,8 @@ def wanted_checkpoint(resume: str | None, run: Path) -> str | None:
     for place in (path, own / resume):
         if (place / "checkpoint.json").is_file():
             return str(place)
-    raise UserError(f"--resume takes auto or a checkpoint, such as {own}/step_00001000; in {resume}, checkpoint.json is missing")
+    raise UserError(f"--resume takes auto or a checkpoint, such as {own}/step_00001000; "
+                    f"in {resume}, checkpoint.json is missing")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -255,7 +258,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
-        files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
+        files = [(str(name), int(size), str(digest))
+                 for name, (size, digest) in manifest["files"].items()]
         names = {name for name, _, _ in files}
         for number in (manifest["step"], manifest["bad_row"]):
             if not isinstance(number, int) or not 0 <= number < 2**62:
@@ -287,13 +291,15 @@ def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None
 
 def write_manifest(checkpoint: Path, step: int, bad_row: int = 0) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "bad_row": bad_row, "files": files}, indent=1))
+    manifest = {"step": step, "bad_row": bad_row, "files": files}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
     for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before the folder is renamed
         _sync(path)
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Writes a file whole or not at all: what was there before stays until the new one is complete."""
+    """Writes a file whole or not at all: what was there before stays until the new one is
+    complete."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -307,18 +313,21 @@ def write_file(path: Path, data: str | bytes) -> None:
 
 
 def make_file(path: Path, size: int) -> None:
-    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory map is written."""
-    allocate = getattr(os, "posix_fallocate", None) or (lambda descriptor, _, size: os.truncate(descriptor, size))  # macOS has none
+    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory
+    map is written."""
+    # macOS has no posix_fallocate.
+    allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))
     with open(path, "wb") as file:
         try:
             allocate(file.fileno(), 0, size)
         except OSError as error:
             path.unlink()
             free = shutil.disk_usage(path.parent).free / 1e6
-            raise OSError(error.errno, error.strerror, f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free") from error
+            where = f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free"
+            raise OSError(error.errno, error.strerror, where) from error
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path):
     if os.name == "nt":  # Windows has this for open files alone
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -353,6 +362,7 @@ def _whole(cpu_offload: bool = True) -> Any:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of the tensor's bits as integers: cheap, and different for almost any other tensor."""
+    """The sum of the tensor's bits as integers: cheap, and different for almost any other
+    tensor."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)

@@ -5,7 +5,8 @@
     load_run, save_run      a model from a run folder, and the other way round
     learning_rate_at, compile_parts, update_ema     what both training scripts need
 
-A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl, tensorboard/, samples/*.png and checkpoints/.
+A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl,
+tensorboard/, samples/*.png and checkpoints/.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType, DynamoBackend, ProjectConfiguration, gather_object, set_seed,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file, write_weights
+from checkpoint import (
+    Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file,
+    write_weights,
+)
 from config import UserError, build, check_config, choose, flatten, mapping, override, read_yaml
 from dataset import SIGUSR1, ImageDataset, make_dataset
 from dq_transformer import DQTransformer
@@ -49,9 +55,11 @@ from stackformer import Stackformer
 from vqgan import VQGAN, VQVAE
 
 STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
-STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer, "mask_transformer": MaskTransformer}
+STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer,
+          "mask_transformer": MaskTransformer}
 MODELS = STAGE1 | STAGE2
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process may wait long for another's codes, FID or images
+# One process may wait long for another's codes, FID or images.
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 
 
 class Run:
@@ -60,8 +68,8 @@ class Run:
     Made before the models, so that a folder that cannot be used stops the script at once. Then
     come `plan`, `track` and `resume`, in this order, `start` before the loop and `finish` after it.
 
-    fsdp: the script can train sharded weights, which `prepare` makes. Each process then holds a part of the model, of its average and
-    of the optimizer's state.
+    fsdp: the script can train sharded weights, which `prepare` makes. Each process then holds a
+    part of the model, of its average and of the optimizer's state.
     """
 
     def __init__(self, config: dict[str, dict], resume: str | None = None, fsdp: bool = False):
@@ -79,20 +87,24 @@ class Run:
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
         set_seed(train["seed"])
-        self.is_main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.world = self.accelerator.num_processes
         self.started = time.monotonic()
         self.log = Log(self.accelerator, self.folder)
         self._signal: str | None = None
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
+        self._handlers = {s: signal.signal(s, self._on_signal)
+                          for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
 
     def plan(self, dataset: ImageDataset) -> None:
         """How many steps, on how many images each."""
         train = self.train
         together = train["train_batch_size"] * self.world
         if len(dataset) < together:
-            raise UserError(f"{len(dataset)} training images are fewer than one batch of {train['train_batch_size']} x {self.world} "
-                            "processes; choose a smaller train.train_batch_size")
-        self.dataset, self.global_batch = dataset, together * train["gradient_accumulation_steps"]
+            raise UserError(f"{len(dataset)} training images are fewer than one batch of "
+                            f"{train['train_batch_size']} x {self.world} processes; "
+                            "choose a smaller train.train_batch_size")
+        self.dataset = dataset
+        self.global_batch = together * train["gradient_accumulation_steps"]
         self.steps_per_epoch = len(dataset) / self.global_batch
         epochs = train["num_train_epochs"]
         of_epochs = max(1, round(epochs * self.steps_per_epoch)) if epochs else math.inf
@@ -105,18 +117,22 @@ class Run:
         """accelerator.prepare; and `ema` is sharded like the model."""
         if self.sharded:
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.cpu_ram_efficient_loading = False  # is for weights from a file; these are the same in every process
-            if self.accelerator.mixed_precision == "bf16":  # accelerate would round sums of gradients too, and the loss
+            # Is for weights from a file; these are the same in every process.
+            plugin.cpu_ram_efficient_loading = False
+            # accelerate would round sums of gradients too, and the loss.
+            if self.accelerator.mixed_precision == "bf16":
                 from torch.distributed.fsdp import MixedPrecisionPolicy  # takes a second
 
                 plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         model, optimizer = self.accelerator.prepare(model, optimizer)
         if self.sharded and ema is not None:
-            ema.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+            shards = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            ema.load_state_dict(shards, assign=True)
         return model, optimizer
 
     def whole(self, module: nn.Module) -> nn.Module:
-        """The module; if it is sharded, an ordinary copy with all its weights, for what reads weights outside of forward."""
+        """The module; if it is sharded, an ordinary copy with all its weights, for what reads
+        weights outside of forward."""
         if not self.sharded:
             return module
         with torch.random.fork_rng(devices=[]):  # building it must not advance the random numbers
@@ -131,16 +147,19 @@ class Run:
         """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and
         maybe `ema` and `discriminator`; the optimizers, by their modules' names; and `stateful`
         modules, which have small buffers only."""
-        self.modules = {name: self.accelerator.unwrap_model(m) for name, m in modules.items() if m is not None}
+        self.modules = {name: self.accelerator.unwrap_model(module)
+                        for name, module in modules.items() if module is not None}
         self.guard = Guard(self.accelerator, self.train, self.modules, stateful.values())
         self.checkpoints = Checkpoints(
             self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"],
             self.modules, optimizers, list(stateful.values()))
-        if not self.is_main:  # the weights are made: from here on, each process has random numbers of its own
+        # The weights are made: from here on, each process has random numbers of its own.
+        if not self.is_main:
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
 
     def resume(self) -> int:
-        """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps done, 0 for a new run."""
+        """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
+        done, 0 for a new run."""
         manifest = self.checkpoints.load(self.wanted)
         step = manifest["step"]
         self.guard.row += manifest["bad_row"]
@@ -220,8 +239,11 @@ class Run:
             signal.signal(number, handler)
 
     def average_batchnorm(self) -> None:
-        """While it trains, each process has BatchNorm statistics of its own; what is validated and kept is their mean."""
-        for module in self.modules.values() if self.world > 1 else ():
+        """While it trains, each process has BatchNorm statistics of its own; what is validated and
+        kept is their mean."""
+        if self.world == 1:
+            return
+        for module in self.modules.values():
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.running_mean.copy_(self.accelerator.reduce(part.running_mean, "mean"))
@@ -241,14 +263,16 @@ class Run:
 
     # Stopping
 
-    def _on_signal(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: Any):
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C
         self._signal = signal.Signals(number).name
 
     def stop_reason(self, step: int) -> str | None:
-        """Why to save and end now: a signal, or max_minutes. The same on all processes, which agree every 10 steps."""
-        reason, limit = self._signal, self.train["max_minutes"]
+        """Why to save and end now: a signal, or max_minutes. The same on all processes, which
+        agree every 10 steps."""
+        reason = self._signal
+        limit = self.train["max_minutes"]
         if limit is not None and time.monotonic() - self.started > 60 * limit:
             reason = reason or f"train.max_minutes={limit:g}"
         if self.world > 1:
@@ -264,7 +288,8 @@ class Run:
 
 
 def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
-    """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this code is not made for."""
+    """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this
+    code is not made for."""
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
@@ -273,10 +298,13 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
         raise UserError(f"accelerate was asked for a parallelism config, {instead}")
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=train["gradient_accumulation_steps"], mixed_precision=train["mixed_precision"],
+            gradient_accumulation_steps=train["gradient_accumulation_steps"],
+            mixed_precision=train["mixed_precision"],
             log_with=train["log_with"],
-            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-            # Buffers are kept equal by the models themselves, and must not change between two forwards of one step.
+            project_config=ProjectConfiguration(
+                project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+            # Buffers are kept equal by the models themselves, and must not change between two
+            # forwards of one step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
@@ -317,63 +345,80 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
 
 
 def check_folder(folder: Path, config: dict, resume: str | None) -> None:
-    """UserError if the folder holds checkpoints that are not resumed, another network's, links that lead out of it, or files that are not
-    a run's."""
-    own_folder(folder, "checkpoints", "checkpoints/.step_*", "samples", "tensorboard", "tensorboard/*", "codebook", "stage1")
+    """UserError if the folder holds checkpoints that are not resumed, another network's, links
+    that lead out of it, or files that are not a run's."""
+    own_folder(folder, "checkpoints", "checkpoints/.step_*", "samples", "tensorboard",
+               "tensorboard/*", "codebook", "stage1")
     try:
         run_config(folder)
     except UserError:  # config.yaml is the first file of a run
-        for name in ("config.yaml", "metrics.jsonl", "stage1", "classes.json", "thresholds.json", "codebook"):
+        for name in ("config.yaml", "metrics.jsonl", "stage1", "classes.json", "thresholds.json",
+                     "codebook"):
             if (folder / name).exists():
-                raise UserError(f"{folder} is not a run folder, but holds {name}, which a run would write over; choose another "
-                                "train.output_dir") from None
+                raise UserError(f"{folder} is not a run folder, but holds {name}, which a run "
+                                "would write over; choose another train.output_dir") from None
     own = list_checkpoints(folder / "checkpoints")
     if resume is None and own:
-        raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, or choose another train.output_dir")
+        raise UserError(f"{folder} already holds checkpoints; continue it with --resume auto, "
+                        "or choose another train.output_dir")
     source = folder if resume == "auto" else Path(resume or "").parent.parent
     if resume and own and source.resolve() != folder.resolve():
-        raise UserError(f"{folder} already holds checkpoints of another run than {source}; choose another train.output_dir")
+        raise UserError(f"{folder} already holds checkpoints of another run than {source}; "
+                        "choose another train.output_dir")
     if resume is None or not (source / "config.yaml").is_file():
         return
-    before, now = (_networks(c) for c in (read_yaml(source / "config.yaml"), config))
+    before = _networks(read_yaml(source / "config.yaml"))
+    now = _networks(config)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config asks for {now.get(key)}; "
-                            f"use its own config ({source}/config.yaml) or another train.output_dir")
+            raise UserError(f"{source} holds a run with {key}={before.get(key)}, but the config "
+                            f"asks for {now.get(key)}; use its own config ({source}/config.yaml) "
+                            "or another train.output_dir")
 
 
 def _networks(config: dict) -> dict[str, Any]:
-    """The settings that decide which weights a run has, and which of them have an optimizer's state."""
+    """The settings that decide which weights a run has, and which of them have an optimizer's
+    state."""
     flat = flatten(config)
-    gan = flat.get("loss.disc_weight", 0) > 0
-    return {k: v for k, v in flat.items() if k.startswith("model.") or (gan and k.startswith("discriminator."))
-            or k in ("train.use_ema", "train.freeze")}
+    has_gan = flat.get("loss.disc_weight", 0) > 0
+    sections = ("model.", "discriminator.") if has_gan else ("model.",)
+    return {key: value for key, value in flat.items()
+            if key.startswith(sections) or key in ("train.use_ema", "train.freeze")}
 
 
 def own_folder(run: Path, *parts: str) -> Path:
-    """The run folder, before its `parts` (glob patterns) are written to. UserError if one is a link that leads out of the folder: a run
-    folder from someone else must not redirect our writes. (The run folder may itself be a link.)"""
-    for path in (path for part in parts for path in run.glob(part)):
-        target = os.path.realpath(path)
-        if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(run)):
-            raise UserError(f"{path} is a link to {target}, outside of the run folder, and would be written to; remove it (instead, the "
-                            "whole run folder may be a link, and train.output_dir, codes.cache_dir and --out can name other places)")
+    """The run folder, before its `parts` (glob patterns) are written to. UserError if one is a link
+    that leads out of the folder: a run folder from someone else must not redirect our writes. (The
+    run folder may itself be a link.)"""
+    for part in parts:
+        for path in run.glob(part):
+            target = os.path.realpath(path)
+            if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(run)):
+                raise UserError(f"{path} is a link to {target}, outside of the run folder, and "
+                                "would be written to; remove it (instead, the whole run folder "
+                                "may be a link, and train.output_dir, codes.cache_dir and --out "
+                                "can name other places)")
     return run
 
 
-def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") -> tuple[nn.Module, dict]:
+def load_run(folder: str | Path,
+             which: Literal["latest", "best"] = "latest") -> tuple[nn.Module, dict]:
     """The model of a run folder, in eval mode on the CPU, and its config.
 
-    which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be from before the GAN
-    loss began). Averaged weights, if the run kept them. UserError if there is no such run.
+    which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be
+    from before the GAN loss began). Averaged weights, if the run kept them. UserError if there is
+    no such run.
     """
     folder = Path(run_folder(folder))
-    config, path = run_config(folder), folder / "checkpoints/best.safetensors"
+    config = run_config(folder)
+    path = folder / "checkpoints/best.safetensors"
     if which == "latest":
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
             raise UserError(f"{folder} has no whole checkpoint yet")
-        path = next(p for n in ("ema", "model") if (p := checkpoint / f"{n}.safetensors").is_file())
+        path = checkpoint / "ema.safetensors"
+        if not path.is_file():
+            path = checkpoint / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{folder} has no {path.name} yet")
     model = make_model(config)
@@ -382,7 +427,8 @@ def load_run(folder: str | Path, which: Literal["latest", "best"] = "latest") ->
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
     except RuntimeError as error:
-        raise UserError(f"{path} does not hold the weights of the model in {folder}/config.yaml") from error
+        raise UserError(f"{path} does not hold the weights of the model in "
+                        f"{folder}/config.yaml") from error
     return model.eval(), config
 
 
@@ -398,16 +444,20 @@ def run_config(folder: str | Path) -> dict:
 
 
 def class_names(folder: str | Path) -> list[str] | None:
-    """The names of a run's classes; None if it has none, or is a converted one, which has numbers."""
+    """The names of a run's classes; None if it has none, or is a converted one, which has
+    numbers."""
     path = Path(folder) / "classes.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
-    """The images of a split of the data that a run was trained on, or of other data by overrides (data.root=...)."""
-    given, sections = {"data": dict(config["data"])}, {"data": make_dataset}
-    override(given, overrides, sections)
-    dataset = build(make_dataset, check_config(given, sections, "the command line")["data"], split=split)
+    """The images of a split of the data that a run was trained on, or of other data by overrides
+    (data.root=...)."""
+    sections = {"data": make_dataset}
+    settings = {"data": dict(config["data"])}
+    override(settings, overrides, sections)
+    settings = check_config(settings, sections, "the command line")
+    dataset = build(make_dataset, settings["data"], split=split)
     set_image_size(model, dataset.image_size)
     return dataset
 
@@ -430,7 +480,8 @@ def set_rate(model: nn.Module, rate: float | list[float]) -> None:
 
 def asked_rate(codes: dict) -> float | list[float] | None:
     """The rate that the section `codes` of a stage-2 run chooses, if any."""
-    ratio, ratios = codes.get("ratio"), codes.get("ratios")
+    ratio = codes.get("ratio")
+    ratios = codes.get("ratios")
     if ratio is not None and ratios is not None:
         raise UserError("give codes.ratio or codes.ratios, not both")
     return ratio if ratios is None else ratios
@@ -446,27 +497,40 @@ def make_model(config: dict) -> nn.Module:
     return build(MODELS[settings.pop("name")], settings)
 
 
-def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more: dict[str, dict[str, Tensor]] | None = None) -> None:
-    """Makes a run folder of weights alone, {"model": ...}, which load_run reads; `more`: other files, as named tensors."""
+def save_run(folder: Path, config: dict, modules: dict[str, nn.Module],
+             more: dict[str, dict[str, Tensor]] | None = None) -> None:
+    """Makes a run folder of weights alone, {"model": ...}, which load_run reads; `more`: other
+    files, as named tensors."""
     shutil.rmtree(folder, ignore_errors=True)
-    write_weights(folder / "checkpoints/step_00000000", {name: whole_state(module) for name, module in modules.items()} | (more or {}))
-    write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))  # last: with it, the folder is a run
+    weights = {name: whole_state(module) for name, module in modules.items()}
+    write_weights(folder / "checkpoints/step_00000000", weights | (more or {}))
+    # Last: with it, the folder is a run.
+    write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch: float) -> float:
-    """The learning rate of step number `step` (from 0): linear warm-up, then constant, or cosine or linear to min_lr."""
-    peak = train["learning_rate"] if train["learning_rate"] is not None else train["base_lr"] * global_batch
+def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int,
+                     steps_per_epoch: float) -> float:
+    """The learning rate of step number `step` (from 0): linear warm-up, then constant, or cosine or
+    linear to min_lr."""
+    peak = train["learning_rate"]
+    if peak is None:
+        peak = train["base_lr"] * global_batch
     warmup = train["lr_warmup_steps"] + train["lr_warmup_epochs"] * steps_per_epoch
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, max_steps - warmup)
-    share = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[train["lr_scheduler"]]
+    shares = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+    }
+    share = shares[train["lr_scheduler"]]
     return train["min_lr"] + share * (peak - train["min_lr"])
 
 
 def compile_parts(model: nn.Module) -> None:
-    """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, which has no parts and at whose weight the
-    adaptive GAN weight asks for gradients."""
+    """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, which
+    has no parts and at whose weight the adaptive GAN weight asks for gradients."""
     for child in model.children():
         if child is getattr(model, "quantizer", None):
             continue
@@ -477,8 +541,8 @@ def compile_parts(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Moves the averaged weights towards the model's; in the first steps faster, by 9 / (10 + step).
-    Buffers, such as statistics and a router's thresholds, are copied."""
+    """Moves the averaged weights towards the model's; in the first steps faster, by
+    9 / (10 + step). Buffers, such as statistics and a router's thresholds, are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
     for averaged, current in zip(ema.buffers(), model.buffers()):
@@ -487,15 +551,18 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 def perplexities(values: dict[str, float]) -> dict[str, float]:
     """exp of the cross-entropies (nats) among the values."""
-    return {f"perplexity_{k}": math.exp(min(v, 50)) for k, v in values.items() if k in ("code", "content", "position", "layout")}
+    return {f"perplexity_{name}": math.exp(min(value, 50)) for name, value in values.items()
+            if name in ("code", "content", "position", "layout")}
 
 
 def peak_memory() -> float:
-    """GiB: of the GPU, or of this process where there is none. NaN, which is not logged, where this cannot be told."""
+    """GiB: of the GPU, or of this process where there is none. NaN, which is not logged, where this
+    cannot be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    per_gib = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gib

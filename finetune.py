@@ -1,9 +1,12 @@
 """Starting from other weights, with a fresh optimizer.
 
-    init_from       train.init_from: the weights of another run, as far as they fit; classes by their names
+    init_from       train.init_from: the weights of another run, as far as they fit; classes by
+                    their names
     freeze          train.freeze: parts that do not learn
 
-    train_stage1.py --config ... train.init_from=runs/vqgan train.freeze=[encoder,pre_quant,quantizer]       # the decoder alone
+    # the decoder alone
+    train_stage1.py --config ... train.init_from=runs/vqgan
+        train.freeze=[encoder,pre_quant,quantizer]
 """
 
 from __future__ import annotations
@@ -24,40 +27,53 @@ SHOWN = 8  # how many names a sentence lists
 
 
 def init_from(run: Run, **modules: nn.Module | None) -> None:
-    """Loads what fits of train.init_from, a run folder or one of its checkpoints, into `model` and the others that it has; names what does
-    not. Averaged weights, if there are any. Nothing, if the run goes on from a checkpoint of its own."""
-    source, resumed = run.train["init_from"], run.wanted == "auto" and list_checkpoints(run.folder / "checkpoints")
+    """Loads what fits of train.init_from, a run folder or one of its checkpoints, into `model` and
+    the others that it has; names what does not. Averaged weights, if there are any. Nothing, if the
+    run goes on from a checkpoint of its own."""
+    source = run.train["init_from"]
+    resumed = run.wanted == "auto" and list_checkpoints(run.folder / "checkpoints")
     if source is None or resumed or run.wanted not in (None, "auto"):
         return
     path = Path(run_folder(source)).expanduser()
-    checkpoint, folder = path, path.parent.parent
     if (path / "config.yaml").is_file():
-        checkpoint, folder = newest_whole(path / "checkpoints", run.accelerator.print), path
+        folder = path
+        checkpoint = newest_whole(path / "checkpoints", run.accelerator.print)
+    else:
+        folder = path.parent.parent
+        checkpoint = path
     if checkpoint is None or not (checkpoint / "model.safetensors").is_file():
-        raise UserError(f"train.init_from must be a run folder or one of its checkpoints; {source} has no model.safetensors")
-    kind, wanted = run_config(folder)["model"]["name"], run.config["model"]["name"]
-    if kind != wanted:
-        raise UserError(f"train.init_from={source} holds a {kind}, but the config asks for a {wanted}")
+        raise UserError("train.init_from must be a run folder or one of its checkpoints; "
+                        f"{source} has no model.safetensors")
+    theirs = run_config(folder)["model"]["name"]
+    ours = run.config["model"]["name"]
+    if theirs != ours:
+        raise UserError(f"train.init_from={source} holds a {theirs}, but the config asks for a "
+                        f"{ours}")
+    averaged = checkpoint / "ema.safetensors"
     for name, module in modules.items():
-        files = [checkpoint / f"{n}.safetensors" for n in (("ema", "model") if name == "model" else (name,))]
-        files = [file for file in files if file.is_file()]
-        if module is None or not files:
+        file = checkpoint / f"{name}.safetensors"
+        if name == "model" and averaged.is_file():
+            file = averaged
+        if module is None or not file.is_file():
             continue
-        state, own = ({k: v for k, v in tensors.items() if not k.endswith("queue")}  # usage is counted anew
-                      for tensors in (load_file(files[0]), module.state_dict()))
+        state = load_file(file)
+        own = {key: tensor for key, tensor in module.state_dict().items()
+               if not key.endswith("queue")}  # usage is counted anew
         classes = ""
         if isinstance(module, CodeTransformer):
             classes = match_classes(run, folder, module, state)
-        fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+        fits = {key: tensor for key, tensor in state.items()
+                if key in own and own[key].shape == tensor.shape}
         module.load_state_dict(fits, strict=False)
         rest = [key for key in own if key not in fits]
-        run.accelerator.print(f"{name}: {len(fits)} of {len(own)} tensors from {files[0]}{new_ones(rest)}"
-                              f"{classes}")
+        run.accelerator.print(f"{name}: {len(fits)} of {len(own)} tensors from {file}"
+                              f"{new_ones(rest)}{classes}")
 
 
 def match_classes(run: Run, folder: Path, model: CodeTransformer, state: dict[str, Tensor]) -> str:
-    """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start token is
-    that of the class of the same name, or the model's own if there is none. Returns words about it."""
+    """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start
+    token is that of the class of the same name, or the model's own if there is none. Returns words
+    about it."""
     settings = run_config(folder)["model"]
     source = CodeTransformer(settings["num_classes"], settings["label_dropout"])
     ours = run.dataset.classes[:model.num_classes]
@@ -71,7 +87,8 @@ def match_classes(run: Run, folder: Path, model: CodeTransformer, state: dict[st
         other = state.pop(key, table[:0])
         if other.shape != (sum(before) + len(before) * source.num_starts, table.shape[1]):
             continue  # of another codebook, grid or width
-        first, other_first = 0, 0
+        first = 0
+        other_first = 0
         for rows in before:
             table[first:first + rows] = other[other_first:other_first + rows]
             table[[first + rows + i for i in to]] = other[[other_first + rows + i for i in of]]
@@ -83,17 +100,20 @@ def match_classes(run: Run, folder: Path, model: CodeTransformer, state: dict[st
 
 
 def new_ones(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"; new are {', '.join(names[:SHOWN])}{more}" if names else ""
+    if not names:
+        return ""
+    others = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"; new are {', '.join(names[:SHOWN])}{others}"
 
 
 def freeze(model: nn.Module, names: list[str] | None) -> None:
-    """Keeps parts of the model, by their attributes' names, as they are: no gradients, and always in eval mode, so that an EMA codebook and
-    BatchNorm's statistics stay too."""
+    """Keeps parts of the model, by their attributes' names, as they are: no gradients, and always
+    in eval mode, so that an EMA codebook and BatchNorm's statistics stay too."""
     parts = dict(model.named_modules())
     for name in names or ():
         if name not in parts or not name:
-            raise UserError(f"train.freeze: there is no part {name!r}; the parts are {', '.join(k for k, _ in model.named_children())}")
+            children = ", ".join(child for child, _ in model.named_children())
+            raise UserError(f"train.freeze: there is no part {name!r}; the parts are {children}")
         part = parts[name].requires_grad_(False).eval()
         for module in part.modules():
             module.train = lambda mode=True, module=module: module  # stays in eval mode

@@ -1,9 +1,11 @@
 """Skips and undoes training steps whose loss or gradient is not finite, on all processes alike.
 
-    Guard       one for each run: begin, backward, clip and end around a step; stop_if_too_many at a log line
+    Guard       one for each run: begin, backward, clip and end around a step; stop_if_too_many at a
+                log line
 
-Weights, optimizers, codebook and statistics are then as before the step; averaged weights move on towards the unchanged weights. Flags stay
-on the device until a log line, so no step waits for the GPU (except under fp16, whose scaler does).
+Weights, optimizers, codebook and statistics are then as before the step; averaged weights move on
+towards the unchanged weights. Flags stay on the device until a log line, so no step waits for the
+GPU (except under fp16, whose scaler does).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Guard:
     """Skips, undoes and counts bad steps.
 
     train       the config's section `train`
-    modules     name to module; each may have an optimizer of its own; a bad step of one does not undo the others'
+    modules     name to module; each may have an optimizer of its own; a bad step of one does not
+                undo the others'
     stateful    modules of buffers that follow the discriminator's steps (LeCam's averages)
     """
 
@@ -41,11 +44,14 @@ class Guard:
         self.max_row = train["max_bad_steps"]
         self.max_norm = train["max_grad_norm"] or math.inf
         # What a forward pass changes: codebook and statistics, but not those of frozen parts.
-        self.moving = {name: [v for m in (module, *(stateful if name == "discriminator" else ()))
-                              for v in moving_tensors(m)]
+        self.moving = {name: moving_tensors(module)
                        for name, module in modules.items() if name != "ema"}
+        if "discriminator" in modules:
+            for module in stateful:
+                self.moving["discriminator"] += moving_tensors(module)
         # Bad steps since the last log line and in a row, and the step at which they were too many.
-        self.count, self.row, self.too_many = torch.zeros(3, dtype=torch.long, device=accelerator.device)
+        self.count, self.row, self.too_many = torch.zeros(
+            3, dtype=torch.long, device=accelerator.device)
 
     @property
     def scale(self) -> float:
@@ -55,58 +61,71 @@ class Guard:
     def begin(self) -> None:
         self.bad: dict[str, Tensor] = {}  # of each module with an optimizer
         self.scale_before = self.scale
-        self.kept = {name: [v.detach().clone() for v in moving] for name, moving in self.moving.items()}
+        self.kept = {}
+        for name, moving in self.moving.items():
+            self.kept[name] = [tensor.detach().clone() for tensor in moving]
 
     def backward(self, loss: Tensor) -> None:
         """A loss that is not finite becomes NaN, so that all processes see NaN gradients."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def follow_scale(self, module: nn.Module) -> None:
-        """Before the last backward of a module whose gradients accumulate: another optimizer's step may have changed fp16's scale."""
+        """Before the last backward of a module whose gradients accumulate: another optimizer's step
+        may have changed fp16's scale."""
         if self.scale != self.scale_before:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.scale / self.scale_before)
 
     def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clips the gradients of this optimizer's module and returns the norm before clipping. If the norm is not finite, which all
-        processes see alike, the optimizer's step does nothing. (accelerate's own clipping would undo the fp16 loss scale of all
-        optimizers' gradients, including those that still accumulate.)"""
+        """Clips the gradients of this optimizer's module and returns the norm before clipping. If
+        the norm is not finite, which all processes see alike, the optimizer's step does nothing.
+        (accelerate's own clipping would undo the fp16 loss scale of all optimizers' gradients,
+        including those that still accumulate.)"""
         self.accelerator.unscale_gradients(optimizer)
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor
         bad = ~norm.isfinite()
-        self.bad[next(name for name, m in self.modules.items() if m is self.accelerator.unwrap_model(module))] = bad
+        unwrapped = self.accelerator.unwrap_model(module)
+        name = next(name for name, own in self.modules.items() if own is unwrapped)
+        self.bad[name] = bad
         if self.accelerator.scaler is None:  # fp16's scaler skips by itself
             if optimizer.param_groups[0]["fused"]:
-                optimizer.optimizer.found_inf = bad.float()  # read on the device: the CPU need not wait for it
+                # Read on the device: the CPU need not wait for it.
+                optimizer.optimizer.found_inf = bad.float()
             elif bad:
                 optimizer.zero_grad()
         return norm
 
     @torch.no_grad()
     def end(self, step: int) -> None:
-        """Undoes what a skipped step did to codebook and statistics, and counts it. An overflow under fp16's scale is undone but not
-        counted: its scaler expects some."""
+        """Undoes what a skipped step did to codebook and statistics, and counts it. An overflow
+        under fp16's scale is undone but not counted: its scaler expects some."""
         for name, bad in self.bad.items():
             for now, before in zip(self.moving[name], self.kept[name]):
                 now.copy_(torch.where(bad, before, now))
         if self.accelerator.scaler is None or self.scale <= 1:  # the scale cannot be the reason
             bad = torch.stack(list(self.bad.values())).any()
-            self.count, self.row = self.count + bad, (self.row + 1) * bad
-            self.too_many = torch.where((self.too_many == 0) & (self.row > self.max_row), step, self.too_many)
+            self.count = self.count + bad
+            self.row = (self.row + 1) * bad
+            is_first = (self.too_many == 0) & (self.row > self.max_row)
+            self.too_many = torch.where(is_first, step, self.too_many)
         if self.scale < 1:
-            self.accelerator.scaler.update(1.0)  # or bad losses would shrink it, and gradients with it, to nothing
+            # Or bad losses would shrink it, and gradients with it, to nothing.
+            self.accelerator.scaler.update(1.0)
 
     def pop_count(self) -> Tensor:
         """Bad steps since the last call, float ()."""
-        count, self.count = self.count.float(), torch.zeros_like(self.count)
+        count = self.count.float()
+        self.count = torch.zeros_like(self.count)
         return count
 
     def stop_if_too_many(self) -> None:
         """Ends the run if too many steps in a row were bad."""
         if self.too_many:
             last = int(self.too_many)
-            raise UserError(f"the loss or a gradient was not finite in steps {last - self.max_row} to {last}, "
-                            "more in a row than train.max_bad_steps; they were skipped: lower train.learning_rate "
-                            "or set train.max_grad_norm, and continue from the last checkpoint with --resume auto")
+            raise UserError("the loss or a gradient was not finite in steps "
+                            f"{last - self.max_row} to {last}, more in a row than "
+                            "train.max_bad_steps; they were skipped: lower train.learning_rate or "
+                            "set train.max_grad_norm, and continue from the last checkpoint with "
+                            "--resume auto")

@@ -20,24 +20,30 @@ from config import UserError
 from dataset import DataError, end_workers
 from gpt import NotFinite
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+PEER_ENDED = "closed by peer|reset by peer|Broken pipe|remote process exited"
+
 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a script. If it is one of several processes, ends this process."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names need not be UTF-8
+    # As stderr has it: file names need not be UTF-8.
+    sys.stdout.reconfigure(errors="backslashreplace")
     status = 0
     try:
         _check_processes()
         main()
     except (Exception, KeyboardInterrupt) as error:
         end_workers()  # now: torch would give each of them five seconds
-        sentence, status = _sentence(error), 1
+        sentence = _sentence(error)
+        status = 1
         if not torch.distributed.is_initialized():
             if sentence is None:
                 raise
             sys.exit(sentence)
         print(sentence or traceback.format_exc(), file=sys.stderr)
     if torch.distributed.is_initialized():
-        # destroy_process_group can deadlock on Python's lock. Everything is written, so exit directly.
+        # destroy_process_group can deadlock on Python's lock. Everything is written, so exit
+        # directly.
         end_workers()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -46,31 +52,38 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback."""
+    message = str(error)
     if isinstance(error, (UserError, DataError, NotFinite)):
         return f"error: {error}"
     if isinstance(error, UnicodeEncodeError):
-        return f"error: the name {error.object!r} is not UTF-8, which is needed here; choose another"
+        return (f"error: the name {error.object!r} is not UTF-8, which is needed here; "
+                "choose another")
     if isinstance(error, SafetensorError):
         return f"error: {error}; what was saved before is whole"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return (f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved before is whole (training continues from "
-                "it by --resume auto)")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("(can't allocate|not enough) memory", str(error)):
-        why = str(error).partition("\n")[0] or "of the CPU"
-        return (f"error: out of memory ({why}); halve the batch size (in training double train.gradient_accumulation_steps), or choose a "
-                "smaller model or image_size; what was saved before is whole")
-    if isinstance(error, RuntimeError) and re.search("closed by peer|reset by peer|Broken pipe|remote process exited", str(error)):
-        return "error: another process has ended; what it said is above, or on its machine (training continues by --resume auto)"
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return (f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved "
+                "before is whole (training continues from it by --resume auto)")
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or re.search("(can't allocate|not enough) memory", message):
+        why = message.partition("\n")[0] or "of the CPU"
+        return (f"error: out of memory ({why}); halve the batch size (in training double "
+                "train.gradient_accumulation_steps), or choose a smaller model or image_size; "
+                "what was saved before is whole")
+    if isinstance(error, RuntimeError) and re.search(PEER_ENDED, message):
+        return ("error: another process has ended; what it said is above, or on its machine "
+                "(training continues by --resume auto)")
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
-def _check_processes() -> None:
-    """Lets torchrun's processes train together on CPUs, too. `accelerate launch --cpu` leaves the starting of
-    several processes to MPI, and without MPI starts one."""
+def _check_processes():
+    """Lets torchrun's processes train together on CPUs, too. `accelerate launch --cpu` leaves the
+    starting of several processes to MPI, and without MPI starts one."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if "RANK" in os.environ:
         if not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif on_cpu and "MASTER_PORT" in os.environ and get_cpu_distributed_information().world_size == 1:
-        raise UserError("accelerate was asked for several processes on CPUs, but without MPI it starts one; "
-                        "use torchrun --nproc-per-node NUMBER in place of accelerate launch")
+    elif (on_cpu and "MASTER_PORT" in os.environ
+            and get_cpu_distributed_information().world_size == 1):
+        raise UserError("accelerate was asked for several processes on CPUs, but without MPI it "
+                        "starts one; use torchrun --nproc-per-node NUMBER in place of "
+                        "accelerate launch")

@@ -1,4 +1,5 @@
-"""What a run writes while it trains: metrics.jsonl, the tracker's log, pictures. A full disk costs a line or a picture, not the run.
+"""What a run writes while it trains: metrics.jsonl, the tracker's log, pictures. A full disk costs
+a line or a picture, not the run.
 
     Log         add scalars at every step, write their means; picture
     printable   a file's name as any text that can be written
@@ -26,10 +27,12 @@ from checkpoint import write_file
 
 
 class Log:
-    """The records in a run's folder; the same object on every process, of which the first one writes."""
+    """The records in a run's folder; the same object on every process, of which the first one
+    writes."""
 
     def __init__(self, accelerator: Accelerator, folder: Path):
-        self.accelerator, self.folder = accelerator, folder
+        self.accelerator = accelerator
+        self.folder = folder
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
@@ -40,15 +43,18 @@ class Log:
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.is_file() and step else []
             write_file(path, "".join(line + "\n" for line in lines if _step(line) <= step))
-        settings = {k: v if isinstance(v, (int, float)) else printable(str(v)) for k, v in settings.items()}
+        settings = {key: value if isinstance(value, (int, float)) else printable(str(value))
+                    for key, value in settings.items()}
         self.accelerator.init_trackers("minVQ", settings, {"tensorboard": {"purge_step": step + 1}})
 
     def close(self) -> None:
-        for tracker in self.accelerator.trackers:  # accelerator.end_training() would take apart the process group: see launch.py
+        # accelerator.end_training() would take apart the process group: see launch.py.
+        for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds scalars to the means. They stay on the device; values that are not finite do not count."""
+        """Adds scalars to the means. They stay on the device; values that are not finite do not
+        count."""
         for key, value in values.items():
             value = value.detach().float()
             finite = value.isfinite()
@@ -58,28 +64,38 @@ class Log:
     def means(self, **more: Tensor) -> dict[str, float]:
         """The means over steps and processes since the last call; of `more`, over processes."""
         means = {k: self.sums[k] / self.counts[k] for k in self.sums} | more
-        self.sums, self.counts = {}, {}
-        return dict(zip(means, self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()))
+        self.sums = {}
+        self.counts = {}
+        values = self.accelerator.reduce(torch.stack(list(means.values())), "mean")
+        return dict(zip(means, values.tolist()))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars to the tracker and to metrics.jsonl."""
-        values = {k: v for k, v in values.items() if math.isfinite(v)}  # gradient norms are not, where fp16 overflowed
+        # Gradient norms are not finite where fp16 overflowed.
+        values = {k: v for k, v in values.items() if math.isfinite(v)}
         with self.spare("the tracker's log"):
             self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.spare("metrics.jsonl"), open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
-                line, end = (json.dumps({"step": step, **values}) + "\n").encode(), file.tell()
+            path = self.folder / "metrics.jsonl"
+            with self.spare("metrics.jsonl"), open(path, "ab", buffering=0) as file:
+                line = (json.dumps({"step": step, **values}) + "\n").encode()
+                end = file.tell()
                 if file.write(line) < len(line):  # no part of a line stays
                     file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
-        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in [-1, 1], the first at the top.
-        Small images are enlarged by a whole factor, to about 128 pixels."""
+        """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in
+        [-1, 1], the first at the top. Small images are enlarged by a whole factor, to about 128
+        pixels."""
         path = self.folder / "samples" / f"{name}_{step:08d}.png"
         if self.accelerator.is_main_process:
             size = [s * max(1, 128 // s) for s in columns[0][0].shape[-2:]]
-            cells = [F.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1) for row in zip(*columns) for cell in row]
+            cells = []
+            for row in zip(*columns):
+                for cell in row:
+                    enlarged = F.interpolate(cell[None].detach().float().cpu(), size)
+                    cells.append(enlarged.expand(-1, 3, -1, -1))
             from torchvision.utils import make_grid, save_image  # takes seconds
 
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
@@ -87,20 +103,23 @@ class Log:
             save_image(grid, file, "png")
             with self.spare(f"the picture of step {step}"):
                 write_file(path, file.getvalue())
+            pictures = {name: grid.permute(1, 2, 0)[None].numpy()}
             with self.spare("the tracker's log"):
-                for tracker in (t for t in self.accelerator.trackers if hasattr(t, "log_images")):
-                    nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({name: grid.permute(1, 2, 0)[None].numpy()}, step=step, **nhwc)
+                for tracker in self.accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        nhwc = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images(pictures, step=step, **nhwc)
         return path
 
     @contextmanager
     def spare(self, what: str) -> Iterator[None]:
-        """Failing to write a log or a picture is a warning; failing to write a checkpoint is an error."""
+        """Failing to write a log or a picture is a warning; failing to write a checkpoint is an
+        error."""
         try:
             yield
         except OSError as error:
-            warnings.warn(f"{what} could not be written ({error.strerror or error}); training goes on: make room in {self.folder}",
-                          stacklevel=3)
+            warnings.warn(f"{what} could not be written ({error.strerror or error}); training goes "
+                          f"on: make room in {self.folder}", stacklevel=3)
 
 
 def printable(text: str) -> str:
