@@ -77,11 +77,15 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: I
         if cache.missing():
             raise UserError(f"{cache.folder} is still not complete, although all was encoded; "
                             "remove the folder and start again")
+    labels = b""
     for i in range(0, len(cache), 4096):
-        codes, _ = cache[i:i + 4096]
+        codes, some = cache[i:i + 4096]
+        labels += some.int().numpy().tobytes()
         if codes["indices"].max() >= K:
             raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; "
                             "remove the folder and start again")
+    if run.is_main:  # a record for users: each run takes the labels of its dataset
+        (cache.folder / "labels.bin").write_bytes(labels)
     return cache
 
 
