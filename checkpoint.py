@@ -79,8 +79,8 @@ class Checkpoints:
             self.optimizer.load_state_dict(state)
 
     def save(self, step: int, bad_row: int) -> None:
-        """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes the oldest. With it, the
-        number of bad steps in a row."""
+        """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes the
+        oldest. bad_row: how many of the last steps were bad, kept with it."""
         self._check_agreement(step)
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
@@ -263,7 +263,8 @@ def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None
 
 def write_manifest(checkpoint: Path, step: int, bad_row: int = 0) -> None:
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"step": step, "bad_row": bad_row, "files": files}, indent=1))
+    manifest = {"step": step, "bad_row": bad_row, "files": files}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
     for path in (*checkpoint.iterdir(), checkpoint):  # on the disk before the folder is renamed
         _sync(path)
 

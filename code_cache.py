@@ -90,7 +90,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
         names += dataset.source.box.places[dataset.source.rows].tobytes()
     names = hashlib.sha256(names).hexdigest()
     may_move = isinstance(dataset.source, Files) or data["name"] == "webdataset"
-    left_out = {"label_column", "root"} if may_move else {"label_column"}  # no label is in the cache
+    left_out = {"label_column"} | ({"root"} if may_move else set())  # no label is in the cache
     data = {k: v for k, v in data.items() if k not in left_out}
     about = [weights.hexdigest(), names, data, views, rate, precision]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

@@ -30,7 +30,8 @@ class Guard:
     """Skips, undoes and counts bad steps.
 
     train       the config's section `train`
-    modules     name to module; each may have an optimizer of its own; a bad step of one does not undo the others'
+    modules     name to module; each may have an optimizer of its own; a bad step of one does not
+                undo the others'
     stateful    modules of buffers that follow the discriminator's steps (LeCam's averages)
     """
 
@@ -107,6 +108,7 @@ class Guard:
         """Ends the run if too many steps in a row were bad."""
         if self.too_many:
             last = int(self.too_many)
-            raise UserError(f"the loss or a gradient was not finite in steps {last - self.max_row} to {last}, "
-                            "more in a row than train.max_bad_steps; they were skipped: lower train.learning_rate "
-                            "or set train.max_grad_norm, and continue from the last checkpoint with --resume auto")
+            raise UserError(
+                f"the loss or a gradient was not finite in steps {last - self.max_row} to {last}, more "
+                "in a row than train.max_bad_steps; they were skipped: lower train.learning_rate or set "
+                "train.max_grad_norm, and continue from the last checkpoint with --resume auto")

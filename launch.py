@@ -65,12 +65,13 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _check_processes() -> None:
-    """Lets torchrun's processes train together on CPUs, too. `accelerate launch --cpu` leaves the starting of
-    several processes to MPI, and without MPI starts one."""
+    """Lets torchrun's processes train together on CPUs, too. `accelerate launch --cpu` leaves the
+    starting of several processes to MPI, and without MPI starts one."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if "RANK" in os.environ:
         if not torch.cuda.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif on_cpu and "MASTER_PORT" in os.environ and get_cpu_distributed_information().world_size == 1:
-        raise UserError("accelerate was asked for several processes on CPUs, but without MPI it starts one; "
-                        "use torchrun --nproc-per-node NUMBER in place of accelerate launch")
+    elif (on_cpu and "MASTER_PORT" in os.environ
+          and get_cpu_distributed_information().world_size == 1):
+        raise UserError("accelerate was asked for several processes on CPUs, but without MPI it starts "
+                        "one; use torchrun --nproc-per-node NUMBER in place of accelerate launch")

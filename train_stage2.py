@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         batches = ((stage1.encode(images), labels) for images, labels in loader)
 
     # Loop
-    for _ in run.steps(start, [optimizer], partial(report, run, ema or raw_model, stage1, val_codes)):
+    validate_and_draw = partial(report, run, ema or raw_model, stage1, val_codes)
+    for _ in run.steps(start, [optimizer], validate_and_draw):
         for _ in range(accumulate):
             codes, labels = next(batches)
             with accelerator.accumulate(model):
