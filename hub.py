@@ -11,12 +11,12 @@ from pathlib import Path
 
 from config import UserError
 
-LEFT_OUT = ["codes/*", "tensorboard/*"]  # of a run folder that was uploaded as it is
+# What of a run folder is not downloaded with the rest: caches and logs never, config.yaml later.
+LEFT_OUT = ["codes/*", "tensorboard/*", "config.yaml"]
 
 
 def run_folder(name: str | Path) -> str | Path:
-    """The folder of a run. "hf:user/name" is downloaded from the Hugging Face Hub to
-    runs/user/name, unless it is there."""
+    """The folder of a run. "hf:user/name" is downloaded to runs/user/name, unless it is there."""
     if not str(name).startswith("hf:"):
         return name
     repository = str(name).removeprefix("hf:")
@@ -25,9 +25,8 @@ def run_folder(name: str | Path) -> str | Path:
         from huggingface_hub import hf_hub_download, snapshot_download  # takes a second
 
         try:
-            snapshot_download(repository, local_dir=folder,
-                              ignore_patterns=["config.yaml", *LEFT_OUT])
-            # Last: with it, the folder is a run.
+            snapshot_download(repository, local_dir=folder, ignore_patterns=LEFT_OUT)
+            # The last, because with it the folder is a run.
             hf_hub_download(repository, "config.yaml", local_dir=folder)
         except Exception as error:  # of the network, of httpx, of the Hub: they have no common base
             why = f"{type(error).__name__}: {error}".partition("\n")[0]

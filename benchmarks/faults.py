@@ -59,7 +59,8 @@ STAGES = {1: (train_stage1, "mqvae", ["discriminator.norm=batch", "loss.lecam_we
 MOMENTS = {
     "amid weights": (checkpoint, "save_file"), "amid optimizers": (torch, "save"), "before the manifest": (checkpoint, "write_manifest"),
     "before a rename": (os, "replace"), "before fsync": (os, "fsync"), "while removing": (shutil, "rmtree"),
-    "amid a picture": (torchvision.utils, "save_image"), "amid a code cache": (os, "pwrite"), "making a cache": (code_cache, "make_file"),
+    "amid a picture": (torchvision.utils, "save_image"), "amid a code cache": (os, "pwrite"),
+    "making a cache": (code_cache, "make_file"),
 }
 
 
@@ -401,7 +402,7 @@ def images(labs: list[Lab], seconds: float) -> None:
 
 def processes(labs: list[Lab], seconds: float) -> None:
     count, slowest = 0, 0.0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def begin(lab: Lab, run: Path):

@@ -55,7 +55,8 @@ def counted(self):
     count[0] += 1
 
 def spoiled(self, loss):  # in the second step of a run that is called so, on one of the processes
-    bad = count[0] == 2 and self.folder.name.startswith("spoiled") and self.accelerator.process_index == 1
+    is_spoiled = "/spoiled" in self.accelerator.project_dir
+    bad = count[0] == 2 and is_spoiled and self.accelerator.process_index == 1
     backward(self, loss * torch.nan if bad else loss)
 
 Guard.begin, Guard.backward = counted, spoiled

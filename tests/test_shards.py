@@ -297,9 +297,11 @@ def test_a_run_on_shards_that_dies_and_resumes_equals_a_whole_one(train, tmp_pat
 
 
 def test_the_name_of_a_code_cache(tmp_path):
-    """Another one for other images, also under the same names; not for other labels, nor for shards that moved."""
+    """Another one for other images, also under the same names; not for other labels, nor for shards
+    that moved."""
     model, data = VQVAE(ch=4, quantizer=VectorQuantizer(8, 4)), make_dataset("shapes", image_size=16)
-    settings = {"name": "shapes", "root": None, "image_size": 16, "image_column": None, "label_column": None}
+    settings = {"name": "shapes", "root": None, "image_size": 16}
+    settings |= {"image_column": None, "label_column": None}
     first = cache_key(model, data, settings, [0], 1, None, "no")
     assert cache_key(model, data, settings | {"label_column": "x"}, [0], 1, None, "no") == first
     assert cache_key(model, data, settings | {"image_column": "x"}, [0], 1, None, "no") != first
@@ -307,7 +309,8 @@ def test_the_name_of_a_code_cache(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write(tmp_path / "c/1.tar", numbered("a 0", "b 0", "c 0"))
     write(tmp_path / "d/0.tar", {f"{key}.png": picture(5 + i) + b"x" for i, key in enumerate("abc")})
-    keys = [cache_key(model, make_dataset("webdataset", root), {"name": "webdataset", "root": root}, [0, 1], 1, None, "no")
+    keys = [cache_key(model, make_dataset("webdataset", root), {"name": "webdataset", "root": root},
+                      [0, 1], 1, None, "no")
             for root in (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/b/{{0..0}}.tar", f"{tmp_path}/c", f"{tmp_path}/d")]
     assert keys[0] == keys[1] == keys[2] != keys[3]
     assert keys[4] not in keys[:4]  # other images under the same names

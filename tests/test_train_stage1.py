@@ -360,8 +360,9 @@ def test_mqvae_knows_how_far_its_training_is(train, tmp_path, monkeypatch):
 
 
 def launch(tiny, *overrides, processes=2):
-    return command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
-                   "train_stage1.py", "--config", tiny, *overrides)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return command(*launcher, f"--nproc-per-node={processes}", "train_stage1.py", "--config", tiny,
+                   *overrides)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(train, tiny, tmp_path):
