@@ -70,7 +70,7 @@ def test_too_little_memory_is_one_sentence(main):
 
 
 def test_the_size_of_images_is_checked_without_memory():
-    model, discriminator = SimpleNamespace(factor=1), PatchGAN()
+    model, discriminator = SimpleNamespace(set_image_size=lambda size: None), PatchGAN()
     train_stage1.check_image_size(2**20, model, discriminator)
     with pytest.raises(UserError, match="too small for discriminator.num_layers"):
         train_stage1.check_image_size(8, model, discriminator)

@@ -121,7 +121,7 @@ def test_classes_are_taken_by_name(tmp_path, make):
         if isinstance(model, GPT):
             return model.start_emb.weight[start].unsqueeze(0)
         first = (model.slot_kind == START).nonzero().squeeze(1)
-        places = [model.embedding_indices(slot, model.slot_special[slot], torch.tensor(start)) for slot in first]
+        places = [model.rows(slot, model.slot_special[slot], torch.tensor(start)) for slot in first]
         return torch.stack([x for content, place, _ in places for x in (model.content_emb(content), model.position_emb(place))])
 
     old = write(["ant", "bee", "cat"], 0.1)
@@ -153,7 +153,7 @@ def test_bad_questions(train, tiny, tmp_path):
     for words, sentence in (([f"train.init_from={other}"], "holds a mqvae, but the config asks for a vqgan"),
                             ([f"train.init_from={tmp_path}/empty"], "must be a run folder or one of its checkpoints"),
                             (["train.init_from=/nowhere"], "must be a run folder or one of its checkpoints"),
-                            (["train.freeze=[encodr]"], "there is no part 'encodr'; the parts are encoder, pre_quant, quantizer"),
+                            (["train.freeze=[encodr]"], "there is no part 'encodr'; the parts are quantizer, encoder, pre_quant"),
                             (["train.freeze=[encoder,pre_quant,quantizer,post_quant,decoder,to_image]"], "leaves nothing to learn"),
                             (["train.freeze=[to_image]"], "set loss.adaptive_weight=false"),
                             (["train.freeze=encoder"], "train.freeze must be list")):

@@ -341,7 +341,7 @@ def test_a_transformer_refuses_a_residual_one(train, train2, tmp_path):
     from conftest import write_tiny2
 
     train("train.max_train_steps=1", config=config_of(tmp_path, "vqgan", "residual"))
-    with pytest.raises(UserError, match="2 codes per cell .residual., which no transformer here reads"):
+    with pytest.raises(UserError, match="a GPT reads one code per cell; this stage-1 model has 2"):
         train2(write_tiny2(tmp_path, "gpt"), f"codes.stage1={tmp_path}/run")
 
 

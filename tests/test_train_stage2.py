@@ -99,8 +99,8 @@ def test_settings(train2, tmp_path, name, settings):
 
 def test_the_best_step_is_named_at_the_end(train2, tmp_path, capfd, monkeypatch):
     bits = iter([10.0, 20.0, 15.0, 5.0])
-    validate = train_stage2.validate
-    monkeypatch.setattr(train_stage2, "validate", lambda *given: validate(*given) | {"bits": next(bits)})
+    mean_losses = train_stage2.mean_losses
+    monkeypatch.setattr(train_stage2, "mean_losses", lambda *given: mean_losses(*given) | {"bits": next(bits)})
     config = write_tiny2(tmp_path, "gpt")
     sentence = "The best weights are those of step 3 (10.0 bits): sample.py --which best"
     train2(config)
