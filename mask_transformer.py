@@ -96,9 +96,7 @@ class MaskTransformer(CodeTransformer):
     def survey(self, batches: Iterable[Codes]) -> Tensor:
         """As CodeTransformer.survey. Also keeps the mean number of codes, which normalises the
         training loss (see DQTransformer.survey)."""
-        device = self.rope.device
-        batches = ({k: v.to(device) for k, v in codes.items()} for codes in batches)
-        lengths = super().survey(batches).cpu()
+        lengths = super().survey(batches)
         self.mean_length = lengths.double().mean().item() - 1
         return lengths
 
