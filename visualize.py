@@ -201,7 +201,8 @@ def rate(args):
             print(f"{name} ({kind}){where}: {bits:.3g} bits per pixel, {', '.join(listed)}")
         bits, *columns = zip(*points)
         for ax, values in zip(axes, columns):
-            ax.plot(bits, values, marker, label=name, markersize=5 if len(points) > 1 else 7)
+            size = 5 if len(points) > 1 else 7
+            ax.plot(bits, values, f"{marker}-", linewidth=1, label=name, markersize=size)
     for ax, label in zip(axes, METRICS.values()):
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=label)
         ax.grid(alpha=0.3)
