@@ -7,8 +7,8 @@
 
 First the layout, then the contents. The layout says which cells of an MQ-VAE have a code, or the
 granularity of each region of a DQ-VAE (a VQGAN has none); the contents are the codes. Each has a
-bidirectional transformer that was trained to predict masked tokens from the others. Sampling starts
-from masks alone, and in each of a few steps keeps the tokens that the model is most confident of.
+bidirectional transformer that was trained to predict masked tokens from the others. At first all
+tokens are masks; in each of a few steps, sampling keeps those that the model is most confident of.
 Shapes: R regions (cells of the coarsest grid), N finest cells, P places where a code can be (the
 cells of all grids), L codes of the longest row, K codes in the codebook, C channels.
 
