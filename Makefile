@@ -20,7 +20,7 @@ demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with ne
 	$(BIN)/python train_stage1.py --config configs/quickstart/demo_dqvae.yaml --resume auto
 	$(BIN)/python train_stage2.py --config configs/quickstart/demo_dq_transformer.yaml --resume auto
 
-test: install  ## run the tests, one process per core (4 minutes on 2 cores)
+test: install  ## run the tests, one process per core (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n logical --dist loadgroup
 
 lint: install  ## check the style
