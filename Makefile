@@ -27,4 +27,4 @@ lint: install  ## check the style
 	$(BIN)/ruff check .
 
 clean:  ## remove the environment and caches, but not runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .pytest_cache .ruff_cache `find . -name __pycache__ -not -path './.venv/*'`

@@ -15,18 +15,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from harness.config import UserError, check_config, override, read_yaml
+from harness.launch import run_main
+from harness.models import STAGE1, load_run, model_class, save_run
+from harness.reference import FIRST_STAGE, KINDS, from_reference, pick
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
-
-import train_stage1
-import train_stage2
-from config import UserError, check_config, override, read_yaml
-from experiment import STAGE1, STAGE2, load_run, save_run
-from launch import run_main
-from reference import FIRST_STAGE, KINDS, from_reference, pick
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +92,7 @@ def _first_stage(args, release, state: dict[str, Tensor], section) -> tuple[nn.M
         raise UserError(f"{args.checkpoint} does not hold the weights of the first stage; convert "
                         "them first and give the run as --stage1")
     try:
-        transformer = STAGE2[section["name"]]
+        transformer = model_class(section["name"])
         settings = transformer.settings_for(model, config["data"]["image_size"])
     except ValueError as error:
         raise UserError(f"the first stage does not fit: {error}") from error
@@ -118,14 +116,14 @@ def _convert(kind, state: dict[str, Tensor], release, thresholds) -> tuple[nn.Mo
 
 def _run_config(section, size: int, args) -> dict:
     """The complete config of a run with this model. The data can be named later."""
-    script = train_stage1 if section["name"] in STAGE1 else train_stage2
+    sections = STAGE1_SECTIONS if section["name"] in STAGE1 else STAGE2_SECTIONS
     output_dir = str(Path(args.out).expanduser())
     config = {
         "model": dict(section), "data": {"name": "folder", "image_size": size},
         "train": {"output_dir": output_dir, "learning_rate": 1e-4, "max_train_steps": 1},
     }
-    override(config, [f"data.{setting}" for setting in args.data], script.SECTIONS)
-    return check_config(config, script.SECTIONS, "--data")
+    override(config, [f"data.{setting}" for setting in args.data], sections)
+    return check_config(config, sections, "--data")
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,11 +32,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from images import decode, files_below, image_extensions, read_image
-from shapes import Shapes
-from shards import SPLIT, Shards, Table, by_folder, tables, tar_shards
+from data.images import (
+    SPLIT, by_folder, decode, files_below, image_extensions, read_image,
+)
 
-Part = Shards | Table
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
 Batches = Iterator[tuple[Tensor, Tensor]]  # images float (B, 3, H, W) in [-1, 1], labels int64 (B,)
@@ -93,6 +92,8 @@ def make_dataset(
             raise DataError("data.image_size must be a number or [height, width]; it is "
                             f"{image_size}")
     if name == "shapes":
+        from data.shapes import Shapes  # which no other dataset needs
+
         count = train_size if train else val_size
         source = Shapes(train, image_size, seed, count, max_objects)
     else:
@@ -392,7 +393,7 @@ class Arrays:
 class Packed:
     """Some rows of what lies in shards or in a table."""
 
-    box: Part
+    box: Any  # Shards or Table
     rows: Sequence[int]
     labels: list[int]
     classes: list[str | None]
@@ -534,16 +535,19 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def webdataset(root: Path, train: bool, val_fraction: float) -> Packed:
+    from data.shards import tar_shards
+
     return packed(*tar_shards(root), train, val_fraction)
 
 
 def huggingface(root: Path, train: bool, val_fraction: float, image_column: str | None,
                 label_column: str | None) -> Packed:
+    from data.shards import tables
+
     return packed(*tables(root, image_column, label_column), train, val_fraction)
 
 
-def packed(training: Part | None, validation: Part | None, train: bool,
-           val_fraction: float) -> Packed:
+def packed(training, validation, train: bool, val_fraction: float) -> Packed:
     """A split of what is for training, and of what is for validation, if anything is."""
     if not training:
         reason = ""

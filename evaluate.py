@@ -50,32 +50,32 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import openmp  # noqa: F401, before torch
+from harness.checkpoint import write_file
+from harness.config import UserError, check_config, override
+from harness.hub import run_folder
+from harness.inception import (
+    FEATURES, LOGITS, check_images, check_neighbours, distances, gaussians, inception_features,
+    load_inception, load_reference, read_npz, sample_quality, save_statistics,
+)
+from harness.launch import run_main
+from harness.metrics import compare, mean_and_spread, perplexity, usage
+from harness.models import (
+    STAGE2, class_names, in_precision, load_run, run_config, run_dataset, set_rate,
+)
+from harness.run import PATIENCE
+from harness.sampling import draw, load_models, model_parser, sampling_arguments
+from harness.settings import SampleSettings
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from checkpoint import write_file
-from config import UserError, check_config, override
-from dataset import (
-    ImageDataset, eval_loader, list_images, make_dataset, read_image, to_float, to_uint8,
-)
-from experiment import (
-    PATIENCE, STAGE2, class_names, load_run, run_config, run_dataset, set_rate,
-)
-from gpt import sides
-from hub import run_folder
-from inception import (
-    FEATURES, LOGITS, check_images, check_neighbours, distances, gaussians, inception_features,
-    load_inception, load_reference, read_npz, sample_quality, save_statistics,
-)
-from launch import run_main
+from data.images import read_image
+from dataset import ImageDataset, eval_loader, list_images, make_dataset, to_uint8
 from losses import load_lpips
-from sample import (
-    SampleSettings, draw, in_precision, load_models, model_parser, sampling_arguments,
-)
+from vqgan import sides
 
 QUEUE = 65536
 
@@ -558,49 +558,6 @@ def read_pixels(file, size):
         raise UserError(f"{file} has {pixels.shape[1]} x {pixels.shape[0]} pixels, but the data "
                         f"that it is compared with {size[1]} x {size[0]}")
     return pixels
-
-
-# Metrics
-
-
-def compare(a, b, lpips=None):
-    """How much two batches of uint8 images (B, 3, H, W) differ: "psnr", "ssim" and, with a network,
-    "lpips", each (B,). Equal images have a PSNR of 100 dB."""
-    import torchmetrics.functional.image as functional  # takes seconds, as others below
-
-    x = a.float()
-    y = b.float()
-    psnr = functional.peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3),
-                                              reduction="none")
-    _, ssim = functional.structural_similarity_index_measure(
-        y, x, data_range=255.0, reduction="none", return_full_image=True)
-    # Where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
-    ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))
-    values = {"psnr": psnr.clamp(max=100), "ssim": ssim}  # of no error at all: infinite
-    if lpips:
-        values["lpips"] = lpips(to_float(a), to_float(b)).flatten()
-    return values
-
-
-def mean_and_spread(name, values):
-    return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
-
-
-def usage(uses, draws=math.inf):
-    """The share of codes that occur, of `draws` codes drawn without replacement from those that
-    were used uses (K,) times: what is expected of it."""
-    from scipy.stats import hypergeom
-
-    total = int(uses.sum())
-    unseen = hypergeom.pmf(0, total, uses.numpy(), min(draws, total))   # (K,)
-    return 1 - unseen.mean()
-
-
-def perplexity(uses):
-    """exp(entropy) of the frequencies."""
-    from scipy.stats import entropy
-
-    return math.exp(entropy(uses.numpy()))
 
 
 # The table

@@ -7,7 +7,6 @@
     IBQ         gradients for all codes, by softmax     Shi et al., 2024 (2412.02692)
     ResidualVQ  several codes per vector, each of what  Lee et al., "RQ-VAE", CVPR 2022 (2203.01941)
                 the ones before left
-    QUANTIZERS  all by their names in a config, model.quantizer.name
 
 z are vectors (..., D). `forward(z)` returns (codes (..., D) with gradients for z, indices (...),
 losses, info), `nearest(z)` indices, `lookup(indices)` codes. FSQ, LFQ and BSQ have no codebook to
@@ -326,10 +325,6 @@ class ResidualVQ(nn.Module):
 
     def _all(self) -> list[VectorQuantizer]:
         return [self.layers[i % self.codebooks] for i in range(self.depth)]
-
-
-QUANTIZERS = {"vq": VectorQuantizer, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "simvq": SimVQ, "ibq": IBQ,
-              "residual": ResidualVQ}
 
 
 def gradient_norms(quantizer: VectorQuantizer, z: Tensor, indices: Tensor,

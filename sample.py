@@ -28,16 +28,23 @@ codes of 1,024.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import math
-from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import openmp  # noqa: F401, before torch
+from harness.checkpoint import make_file
+from harness.config import UserError, build, check_config
+from harness.hub import run_folder
+from harness.launch import run_main
+from harness.models import own_folder
+from harness.run import PATIENCE
+from harness.sampling import (
+    GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
+)
+from harness.settings import SampleSettings
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,15 +54,9 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
-from checkpoint import make_file
-from config import UserError, build, check_config, mapping
-from dataset import Files, ImageDataset, image_extensions, read_image, to_uint8
-from experiment import (
-    PATIENCE, STAGE2, asked_rate, class_names, load_run, own_folder, set_image_size, set_rate,
-)
-from gpt import Blocks, Cache, check_sampling, sides
-from hub import run_folder
-from launch import run_main
+from data.images import image_extensions, read_image
+from dataset import Files, ImageDataset, to_uint8
+from gpt import Blocks, Cache, sides
 
 SETTINGS = {  # options of that name
     "temperature": float,
@@ -68,27 +69,6 @@ SETTINGS = {  # options of that name
     "layout_steps": int,
     "choice_temperature": float,
 }
-GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}  # granularities' names
-
-
-@dataclass
-class SampleSettings:
-    """The section `sample`: of the pictures made while training, and the defaults of this script.
-    See GPT.sample."""
-
-    columns: int = 8  # of samples in a picture; a class-conditional model has a class per column
-    rows: int = 4
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    cfg_scale: float = 1.0
-    temperature_pos: float | None = None  # of positions, if the model has them; null: temperature
-    top_k_pos: int | None = None
-    top_p_pos: float | None = None
-    steps: int | None = None  # from here on for MaskTransformer.sample; null: its default
-    layout_steps: int | None = None
-    choice_temperature: float | None = None
-    cfg_schedule: Literal["constant", "linear"] | None = None
 
 
 class Edit(NamedTuple):
@@ -97,6 +77,11 @@ class Edit(NamedTuple):
     codes: dict[str, Tensor]  # (1, ...)
     known: Tensor  # (1, h, w) bool: the cells of the finest grid whose codes stay
     shown: Tensor  # (2, 3, H, W): the photo, and what stays of it
+
+    def repeated(self, n: int) -> dict:
+        """The arguments of model.sample for n images."""
+        codes = {name: value.expand(n, *value.shape[1:]) for name, value in self.codes.items()}
+        return {"codes": codes, "known": self.known.expand(n, -1, -1)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,7 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         mine = list(range(args.n))[state.process_index::state.num_processes]
         for i in tqdm(range(0, len(mine), args.batch_size), disable=not state.is_main_process):
             numbers = mine[i:i + args.batch_size]
-            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings, edited)
+            if edited:
+                settings |= edited.repeated(len(numbers))
+            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings)
             for number in numbers if out.is_dir() else ():
                 Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
         pixels.flush()
@@ -128,18 +115,6 @@ def main(argv: list[str] | None = None) -> None:
             if out.is_dir():
                 save_settings(out, args, settings, labels)
             print(f"{args.n} images: {file}")
-
-
-def model_parser(description):
-    """A parser with the options of all scripts that sample."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--which", choices=("latest", "best"), default="latest",
-                        help="which of the run's weights")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"),
-                        help="no: float32 (default: as the run was trained)")
-    return parser
 
 
 def parse_arguments(argv):
@@ -197,50 +172,6 @@ def wanted_settings(args, model, config, labels, edited):
     sections = {"sample": SampleSettings}
     config = check_config({"sample": settings | asked}, sections, "the command line")
     return sampling_arguments(model, config["sample"], labels)
-
-
-def sampling_arguments(model: Module | type, settings: dict,
-                       labels: Tensor | None = None) -> dict:
-    """The sampling settings that this model accepts. UserError, before anything is drawn, for
-    settings that make no sense; of a model (not only its class) also for guidance that it cannot
-    have."""
-    model_class = model if isinstance(model, type) else type(model)
-    accepted = inspect.signature(model_class.sample).parameters
-    names = [name for name in settings if name in accepted]
-    for name, value in settings.items():
-        if value is not None and name not in (*names, "columns", "rows"):
-            raise UserError(f"sample.{name} is not for a {model_class.__name__}, which has "
-                            f"{', '.join(names)}")
-    for end in ("", "_pos"):
-        build(check_sampling, {}, temperature=settings[f"temperature{end}"] or 0.0,
-              top_k=settings[f"top_k{end}"], top_p=settings[f"top_p{end}"])
-    scale = settings["cfg_scale"]
-    if model is not model_class and scale != 1 and (labels is None or not model.has_null):
-        raise UserError(f"--cfg {scale:g} needs a class-conditional model that was trained with "
-                        "label_dropout")
-    return {name: settings[name] for name in names if settings[name] is not None}
-
-
-def chosen_labels(asked: str | None, classes: list[str], n: int) -> Tensor:
-    """Labels (n,) that go through the classes asked for, by name, number or part of a name."""
-    chosen = range(len(classes))
-    if asked:
-        words = [asked] if asked in classes else asked.split(",")
-        chosen = [label for word in words for label in labels_of(word.strip().lower(), classes)]
-    return torch.tensor(chosen)[torch.arange(n) % len(chosen)]
-
-
-def labels_of(word, classes):
-    matches = [i for i, name in enumerate(classes) if name.lower() == word]
-    if not matches and word.removeprefix("-").isdecimal():
-        matches = [int(word)]
-    elif not matches and word:
-        matches = [i for i, name in enumerate(classes) if word in name.lower()]
-    if not matches or not 0 <= matches[-1] < len(classes):
-        listed = ", ".join(classes[:20] + ["..."] * (len(classes) > 20))
-        raise UserError(f"there is no class {word!r}; the classes are 0 to {len(classes) - 1}: "
-                        f"{listed}")
-    return matches
 
 
 # Parts of a photo
@@ -348,45 +279,6 @@ def whole_codes(stage1, codes, keep):
 # Models
 
 
-def load_models(folder: str | Path, which: str = "latest",
-                device: torch.device = torch.device("cpu"), precision: str | None = None
-                ) -> tuple[Module, Module, dict, list[str]]:
-    """(stage-2 model, stage-1 model, config, names of the classes) of a stage-2 run, in eval mode
-    on this device. Each model computes in this precision, or else in the one that it was trained
-    in."""
-    model, config = load_run(folder, which)
-    if config["model"]["name"] not in STAGE2:
-        raise UserError(f"{folder} holds a stage-1 model ({config['model']['name']}); give the run "
-                        "folder of a stage-2 one")
-    stage1, stage1_config = load_run(Path(folder) / "stage1")
-    set_image_size(stage1, config["data"]["image_size"])
-    rate = asked_rate(config["codes"])
-    if rate is not None:
-        set_rate(stage1, rate)
-    model = in_precision(model, config, device, precision)
-    stage1 = in_precision(stage1, stage1_config, device, precision)
-    names = class_names(folder) or [str(i) for i in range(model.num_classes)]
-    return model, stage1, config, names
-
-
-def in_precision(model: Module, config: dict, device: torch.device,
-                 asked: str | None = None) -> Module:
-    """The model on the device, for use, not for training: it encodes, decodes and samples in the
-    precision that was asked for, or else in the one that its run was trained in."""
-    precision = asked or precision_of(config)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
-    for name in ("encode", "decode", "bits", "sample"):
-        if hasattr(model, name):
-            setattr(model, name, autocast(getattr(model, name)))
-    return model.to(device)
-
-
-def precision_of(config: dict) -> str:
-    """The precision that a run was trained in; a converted one has none, which is float32, "no"."""
-    return mapping(config.get("train"), "train").get("mixed_precision") or "no"
-
-
 def compile_steps(model):
     for module in model.modules():
         if isinstance(module, Blocks):
@@ -395,36 +287,6 @@ def compile_steps(model):
 
 
 # Images
-
-
-@torch.no_grad()
-def draw(model: Module, stage1: Module, numbers: list[int], labels: Tensor | None, seed: int,
-         settings: dict, edited: Edit | None = None) -> np.ndarray:
-    """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
-    n = len(numbers)
-    if labels is not None:
-        labels = labels[numbers]
-    if edited:
-        codes = {name: value.expand(n, *value.shape[1:]) for name, value in edited.codes.items()}
-        settings = settings | {"codes": codes, "known": edited.known.expand(n, -1, -1)}
-    try:
-        codes = model.sample(n, labels, generator=generators(seed, numbers), **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    # On the CPU one by one: in batches they would round differently.
-    at_once = 1 if stage1.last_layer.device.type == "cpu" else n
-    images = []
-    for parts in zip(*(value.split(at_once) for value in codes.values())):
-        images.append(stage1.decode(dict(zip(codes, parts))))
-    return to_uint8(torch.cat(images)).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def generators(seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
-    """The random numbers of each of a seed's images."""
-    # A CPU generator uses 32 bits of its seed. All numbers of one seed give different ones, those
-    # of two seeds are far apart.
-    first = seed * 2_654_435_761
-    return [torch.Generator().manual_seed((first + number) % 2**32) for number in numbers]
 
 
 # Files

@@ -7,59 +7,39 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 """
 
 import copy
-import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import openmp  # noqa: F401, before torch
-import numpy as np
+from harness.checkpoint import write_file
+from harness.codebook import recorder
+from harness.config import UserError, build, load_config, parse_arguments
+from harness.finetune import freeze, init_from
+from harness.launch import run_main
+from harness.models import make_model, set_image_size
+from harness.run import Run, compile_parts, update_ema
+from harness.settings import STAGE1_SECTIONS
+
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_file
-from config import TrainSettings, UserError, build, load_config, parse_arguments
 from dataset import ImageDataset, eval_loader, make_dataset, train_loader
-from experiment import STAGE1, Run, compile_parts, make_model, set_image_size, update_ema
-from finetune import freeze, init_from
-from launch import run_main
 from losses import PatchGAN, Stage1Loss
-from quantizers import QUANTIZERS, gradient_norms
 from vqgan import sides
 
 
-@dataclass
-class Stage1Settings(TrainSettings):
-    # The memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it.
-    channels_last: bool = False
-    # How many training images the thresholds of an entropy router are computed from.
-    calibration_images: int = 2000
-    calibration_file: str | None = None  # thresholds.json of another run, to use instead
-    # Record usage, norms and gradients of the codes every so many steps, for visualize.py.
-    codebook_stats_every: int | None = None
-
-
-SECTIONS = {"model": STAGE1, "model.quantizer": QUANTIZERS, "model.image_size": "data.image_size",
-            "data": make_dataset, "loss": Stage1Loss, "discriminator": PatchGAN,
-            "train": Stage1Settings}
-
-
 def main(argv: list[str] | None = None) -> None:
-    # Config and run folder
+    # Config, data and run folder
     args = parse_arguments(__doc__, argv)
-    config = load_config(args.config, args.overrides, SECTIONS)
+    config = load_config(args.config, args.overrides, STAGE1_SECTIONS)
     train = config["train"]
-    run = Run(config, args.resume)
+    train_set = build(make_dataset, config["data"], split="train")
+    val_set = build(make_dataset, config["data"], split="val")
+    run = Run(config, train_set, args.resume)
     accelerator = run.accelerator
     device = accelerator.device
     accumulate = train["gradient_accumulation_steps"]
-
-    # Data
-    train_set = build(make_dataset, config["data"], split="train")
-    val_set = build(make_dataset, config["data"], split="val")
-    run.plan(train_set)
     if min(train["num_validation_images"] or len(val_set), len(val_set)) < run.world:
         raise UserError(f"there are fewer validation images than processes ({run.world}); hold out "
                         "more, or start fewer")
@@ -99,12 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         optimizers["discriminator"] = d_optimizer
 
     # Resume
-    run.track(optimizers, {"lecam": criterion.lecam},
-              model=model, discriminator=discriminator, ema=ema)
-    start = run.resume()
+    start = run.resume(optimizers, {"lecam": criterion.lecam},
+                       model=model, discriminator=discriminator, ema=ema)
     if start == 0:
         calibrate(run, raw_model, train_set)
-    record_codebook = codebook_recorder(run, raw_model.quantizer, start)
+    record_codebook = recorder(run, raw_model.quantizer, start)
     batches = train_loader(
         train_set, train["train_batch_size"], train["seed"], train["dataloader_num_workers"],
         start * accumulate, accelerator.process_index, run.world, device)
@@ -229,45 +208,6 @@ def read_thresholds(path: str, model: torch.nn.Module) -> dict:
             raise ValueError(f"they are for {key} {thresholds[key]}, but the config asks for "
                              f"{value}")
     return thresholds
-
-
-def codebook_recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int], None]:
-    """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64
-    (K,) of the last codes (see VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of
-    the first process's last batch."""
-    every = run.train["codebook_stats_every"]
-    folder = run.folder / "codebook"
-    last = {}  # of the last forward pass
-    if every is not None and not quantizer.has_codebook:
-        raise UserError("train.codebook_stats_every needs a codebook of learned vectors, which "
-                        f"{type(quantizer).__name__} does not have")
-    if every is None or not run.is_main:
-        return lambda step: None
-    folder.mkdir(exist_ok=True)
-    for path in folder.glob("step_*.npz"):
-        if path.stem > f"step_{start:08d}":  # of steps that are done again
-            path.unlink()
-
-    def before(_, inputs: tuple) -> None:
-        last["codebook"] = quantizer.codebook.detach().clone()  # which the step will change
-
-    def after(_, inputs: tuple, outputs: tuple) -> None:
-        vectors, *loss_weight = inputs[:2]
-        last["args"] = vectors.detach(), outputs[1], *loss_weight
-
-    def record(step: int) -> None:
-        if step % every == 0:
-            norms = quantizer.codebook.detach().float().norm(dim=1)
-            gradients = gradient_norms(quantizer, *last["args"], codebook=last["codebook"])
-            arrays = {"uses": quantizer.uses(), "norms": norms, "gradient_norms": gradients}
-            file = io.BytesIO()
-            np.savez(file, **{name: values.cpu().numpy() for name, values in arrays.items()})
-            with run.log.spare(f"the codebook's record of step {step}"):
-                write_file(folder / f"step_{step:08d}.npz", file.getvalue())
-
-    quantizer.register_forward_pre_hook(before)
-    quantizer.register_forward_hook(after)
-    return record
 
 
 @torch.no_grad()

@@ -13,60 +13,34 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import openmp  # noqa: F401, before torch
+from harness.checkpoint import wanted_checkpoint, write_file
+from harness.code_cache import CodeCache, code_loader, encode_dataset, image
+from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
+from harness.finetune import freeze, init_from
+from harness.hub import run_folder
+from harness.launch import run_main
+from harness.models import (
+    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of, save_run,
+    set_image_size, set_rate,
+)
+from harness.run import Run, compile_parts, perplexities, update_ema
+from harness.sampling import sampling_arguments
+from harness.settings import STAGE2_SECTIONS
+
 import torch
 from accelerate.utils import gather_object
 
-from checkpoint import wanted_checkpoint, write_file
-from code_cache import CodeCache, code_loader, encode_dataset, image
-from config import TrainSettings, UserError, build, load_config, mapping, read_yaml, parse_arguments
 from dataset import ImageDataset, make_dataset, train_loader
-from experiment import (
-    STAGE2, Run, asked_rate, class_names, compile_parts, load_run, make_model, perplexities,
-    save_run, set_image_size, set_rate, update_ema,
-)
-from finetune import freeze, init_from
 from gpt import NotFinite, parameter_groups
-from hub import run_folder
-from launch import run_main
-from sample import SampleSettings, in_precision, precision_of, sampling_arguments
-
-
-@dataclass
-class CodeSettings:
-    """The section `codes`."""
-
-    stage1: str | None = None  # the run folder of the stage-1 model
-    which: Literal["latest", "best"] = "latest"  # of its weights
-    # Of a stage-1 model for any rate: the share of cells to keep or regions to refine; null: the
-    # middle of its range. Or the shares of each granularity but the coarsest.
-    ratio: float | None = None
-    ratios: list[float] | None = None
-    cache: bool = True  # encode the training images once; false: encode every batch anew
-    cache_views: int = 2  # crops and flips of each image; epochs take them in turn
-    # Default: the folder `codes` in the stage-1 run, which several runs can share.
-    cache_dir: str | None = None
-    batch_size: int = 64  # images encoded at a time, per process
-
-
-@dataclass
-class Stage2Settings(TrainSettings):
-    class_conditional: bool = False  # learn the labels of the images
-
-
-SECTIONS = {"model": STAGE2, "codes": CodeSettings, "data": make_dataset, "sample": SampleSettings,
-            "train": Stage2Settings}
 
 
 def main(argv: list[str] | None = None) -> None:
     # Config, stage-1 model and run folder
     args = parse_arguments(__doc__, argv)
-    config = load_config(args.config, args.overrides, SECTIONS,
+    config = load_config(args.config, args.overrides, STAGE2_SECTIONS,
                          lambda settings: inherit_data(settings, args.resume))
     train = config["train"]
     stage1, stage1_config, source = load_stage1(config, args.resume)
@@ -78,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         train_set.set_classes(classes or train_set.classes)
         val_set.set_classes(train_set.classes)
     complete(config, stage1, train_set.classes)
-    run = Run(config, args.resume, fsdp=True)
-    run.plan(train_set)
+    run = Run(config, train_set, args.resume, fsdp=True)
     accelerator = run.accelerator
     device = accelerator.device
     accumulate = train["gradient_accumulation_steps"]
@@ -108,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         train_codes = encode_dataset(run, stage1, precision, train_set, views=views)
 
     # Resume
-    run.track({"model": optimizer}, {}, model=model, ema=ema)
-    start = run.resume()
+    start = run.resume({"model": optimizer}, {}, model=model, ema=ema)
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
@@ -217,7 +189,7 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
         raise UserError("train.class_conditional=true needs images with labels, but this data has "
                         "none; docs/data.md says how each kind of data names them")
     try:
-        settings = STAGE2[name].settings_for(stage1, size)
+        settings = model_class(name).settings_for(stage1, size)
     except ValueError as error:
         raise UserError(f"codes.stage1 does not fit: {error}") from error
     settings["num_classes"] = len(classes) if conditional else 0
@@ -233,7 +205,7 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
     if config["sample"]["cfg_scale"] != 1 and not (conditional and has_null):
         raise UserError("sample.cfg_scale other than 1 needs train.class_conditional=true and "
                         "model.label_dropout above 0")
-    sampling_arguments(STAGE2[name], config["sample"])
+    sampling_arguments(model_class(name), config["sample"])
 
 
 @torch.no_grad()

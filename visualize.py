@@ -36,28 +36,29 @@ import math
 from itertools import cycle
 from pathlib import Path
 
-import openmp  # noqa: F401, before torch
+from harness.codebook import RECORDS, read_history
+from harness.config import UserError
+from harness.figures import (
+    DEVICE, NAMES, batches, distinct, load, new_figure, pick_images, pixels, psnr, row, save, tiles,
+)
+from harness.hub import run_folder
+from harness.launch import run_main
+from harness.log import printable
+from harness.metrics import compare
+from harness.models import own_folder, set_rate
+from harness.sampling import GRAINS, chosen_labels, load_models, sample_codes, sampling_arguments
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
 from dataset import to_uint8
-from evaluate import compare
-from experiment import own_folder, set_rate
-from figures import (
-    DEVICE, NAMES, batches, distinct, load, new_figure, pick_images, pixels, psnr, row, save,
-    tiles)
-from gpt import sides
-from hub import run_folder
-from launch import run_main
-from log import printable
 from losses import load_lpips
 from mask_transformer import MaskTransformer
 from quantizers import gradient_norms
-from sample import GRAINS, chosen_labels, generators, load_models, sampling_arguments
+from vqgan import sides
 
 LEGENDS = {  # of dqvae.COLOURS
     2: "blue: coarse\nred: fine",
@@ -72,11 +73,6 @@ METRICS = {
     "psnr": "PSNR (dB), higher is better",
     "ssim": "SSIM, higher is better",
     "lpips": "LPIPS (VGG), lower is better",
-}
-RECORDS = {  # of a codebook over training
-    "uses": "times used, of the last codes",
-    "norms": "norm of the code",
-    "gradient_norms": "norm of the gradient",
 }
 GREY = 0.0  # for cells without a code, in images in [-1, 1]
 
@@ -461,24 +457,6 @@ def code_gradients(model, dataset):
     return gradient_norms(model.quantizer, *map(torch.cat, zip(*calls))).cpu()
 
 
-def read_history(run):
-    """The record of a codebook over training: `steps` (T,), and `uses`, `norms`, `gradient_norms`
-    (T, K), in order of step; None if there is none."""
-    paths = sorted((run / "codebook").glob("step_*.npz"))
-    if not paths:
-        return None
-    records = []
-    for path in paths:
-        try:
-            with np.load(path) as file:
-                records.append({key: np.nan_to_num(np.float64(file[key])) for key in RECORDS})
-        except Exception:  # numpy raises almost anything on a broken file
-            raise UserError(f"{path} is not a whole record of a codebook; remove it") from None
-    history = {key: np.stack([record[key] for record in records]) for key in RECORDS}
-    history["steps"] = np.array([int(path.stem.removeprefix("step_")) for path in paths])
-    return history
-
-
 def heat_map(values, is_log):
     """Values (T, K) to bin edges (B + 1,), and the share of each row in each bin (B, T). is_log:
     edges are log10, the first bin is for 0."""
@@ -520,7 +498,8 @@ def interactive(args):
         "images": [page_record(model, image) for image in images],
     }
     data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("harness") / "codes.html"
+    page = page.read_text(encoding="utf-8")
     page = page.replace("{{TITLE}}", html.escape(f"{name}: {kind}"))
     page = page.replace("{{K}}", str(model.quantizer.codebook_size)).replace("{{DATA}}", data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -569,8 +548,7 @@ def sequence(args):
     in_steps = isinstance(model, MaskTransformer)
     if in_steps:
         settings["trace"] = trace
-    drawn = model.sample(args.n, labels, generator=generators(args.seed, range(args.n)),
-                         **settings)
+    drawn = sample_codes(model, range(args.n), labels, args.seed, settings)
     if in_steps:
         ranks = (trace[0] - 1).clamp(-1)
         counts = trace[0].max().expand(args.n, 1)  # the number of steps

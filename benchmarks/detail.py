@@ -17,17 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import openmp  # noqa: F401, before torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
 from dataset import eval_loader
 from evaluate import run_images
-from experiment import load_run
-from launch import run_main
-from sample import in_precision
+from harness.config import UserError
+from harness.launch import run_main
+from harness.models import in_precision, load_run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,14 +41,13 @@ from accelerate.utils import load
 from conftest import TINY_MODELS, metrics, weights, write_tiny, write_tiny2
 from safetensors.torch import load_file
 
-import checkpoint
-import code_cache
 import dataset
-import experiment
-import launch
 import train_stage1
 import train_stage2
-from config import setting_names, signature
+from harness import checkpoint, code_cache, launch
+from harness.config import setting_names, signature
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+from vqgan import VQGAN
 
 LOSSES: list[str] = []
 SETTINGS = ["train.max_train_steps=12", "train.use_ema=true", "train.ema_decay=0.9", "train.checkpointing_steps=2",
@@ -467,10 +466,10 @@ def settings_of(lab: Lab) -> dict[str, list[str]]:
             of = next((k for k in (list, bool, float, int) if k.__name__ in words), str)
             found[f"{where}.{key}"] = VALUES[of] * 3 + ANY
 
-    for section, target in lab.loop.SECTIONS.items():
+    for section, target in (STAGE1_SECTIONS if lab.stage == 1 else STAGE2_SECTIONS).items():
         if "." not in section:
             kinds(target[name] if isinstance(target, dict) else target, section)
-    for key in setting_names(experiment.MODELS["vqgan"], "model") if lab.stage == 1 else []:
+    for key in setting_names(VQGAN, "model") if lab.stage == 1 else []:
         if key.startswith("model.quantizer."):
             found[key] = VALUES[int] + VALUES[float] + VALUES[bool]
     found = {k: v + ["9" * 20] * (k.split(".")[0] in ("train", "sample")) for k, v in found.items()}  # of layers, that would take for ever
@@ -504,12 +503,13 @@ def leak(labs: list[Lab], seconds: float) -> None:
     code = f"""
 import os, sys, psutil
 sys.path.insert(0, {str(ROOT)!r})
-import experiment, train_stage1
-me, save = psutil.Process(), experiment.Run.save
+import train_stage1
+from harness.run import Run
+me, save = psutil.Process(), Run.save
 def measured(self, step):
     save(self, step)
     print("USED", step, me.memory_info().rss, me.num_fds(), len(me.children()), flush=True)
-experiment.Run.save = measured
+Run.save = measured
 train_stage1.main(sys.argv[1:])
 """
     words = ["--config", config, f"train.output_dir={run}", "train.max_train_steps=2000", "train.checkpointing_steps=50",

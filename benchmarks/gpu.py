@@ -41,19 +41,20 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU can 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from sampling import bandwidth, cached, stacks, whole_prefix
 from torchvision.models import vgg
+from training import measure, padding, stage1_step, stage2_step
 
 import evaluate
 import losses
 import train_stage1
 import train_stage2
-from config import load_config
 from dataset import make_dataset, train_loader
-from experiment import MODELS, make_model
 from gpt import Cache
-from guard import Guard
-from sampling import bandwidth, cached, stacks, whole_prefix
-from training import measure, padding, stage1_step, stage2_step
+from harness.config import load_config
+from harness.guard import Guard
+from harness.models import make_model, model_class
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
 
 Checks = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # what is shown, and the function that finds it
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2}  # of the largest absolute value
@@ -175,7 +176,7 @@ def models(device: torch.device, args: argparse.Namespace) -> Checks:
     precisions = list(TOLERANCE)[:2 if device.type == "cuda" else 1]
     small = ["model.ch=32", "data.image_size=32", "model.quantizer.codebook_size=64", "model.quantizer.dim=16"]
     for name in ("vqgan", "vqvae", "mqvae", "dqvae", "dqvae_triple", "dqvae_entropy"):
-        config = load_config(str(ROOT / f"configs/quickstart/{name}.yaml"), small, train_stage1.SECTIONS)
+        config = load_config(str(ROOT / f"configs/quickstart/{name}.yaml"), small, STAGE1_SECTIONS)
         for precision in precisions:
             yield f"{name}, {precision}", lambda c=config, p=precision: compare_stage1(c, p, device)
     kinds = {"gpt": {"grid": 12}, "stackformer": {"grid": 16, "num_codes": 80}, "dq_transformer": {"grids": [4, 8]},
@@ -210,7 +211,7 @@ def compare_stage1(config: dict, precision: str, device: torch.device) -> dict[s
 
 def compare_stage2(name: str, settings: dict, precision: str, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = MODELS[name](**settings, dropout=0.0, label_dropout=0.1).eval()
+    model = model_class(name)(**settings, dropout=0.0, label_dropout=0.1).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     codes = random_codes(SimpleNamespace(grids=[(4, 4), (8, 8)], codebook_size=64) if name == "mask_transformer" else model, 8)
@@ -385,7 +386,7 @@ def stage1(device: torch.device, args: argparse.Namespace) -> Checks:
 
     def run(name: str, batch: int, *words: str) -> dict[str, Any]:
         config = load_config(str(ROOT / f"configs/stage1/{name}.yaml"), [f"train.train_batch_size={batch}", *words, *toy],
-                             train_stage1.SECTIONS)
+                             STAGE1_SECTIONS)
         count = batch * flops[name] if name in flops else None
         found = measure(stage1_step(config, device), batch, *((3, 10) if device.type == "cuda" else (0, 1)), flops=count)
         flops[name] = found["flops"] // batch
@@ -407,7 +408,7 @@ def speeds(found: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
 
 def transformer(name: str, device: torch.device, *words: str) -> dict:
     """The config of a stage-2 file, for codes of 256 x 256 images (K = 1024)."""
-    sections = {k: v for k, v in train_stage2.SECTIONS.items() if k != "data"}
+    sections = {k: v for k, v in STAGE2_SECTIONS.items() if k != "data"}
     config = load_config(str(ROOT / f"configs/stage2/{name}.yaml"), [*words], sections)
     side = 2 if device.type == "cpu" else 16
     of_codes = {"gpt": {"grid": side}, "stackformer": {"grid": 2 * side, "num_codes": side**2},
@@ -443,7 +444,7 @@ def sampling(device: torch.device, args: argparse.Namespace) -> Checks:
     def run(name: str, batch: int, way: str) -> dict[str, Any]:
         settings = transformer(name, device)["model"]
         with device:
-            model = MODELS[settings["name"]](**{k: v for k, v in settings.items() if k != "name"}).to(dtype).eval()
+            model = model_class(settings["name"])(**{k: v for k, v in settings.items() if k != "name"}).to(dtype).eval()
         Cache.graphs = way != "no graphs"
         for blocks in stacks(model) if way == "compiled" else ():
             blocks.step = torch.compile(blocks.step)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiment import peak_memory
+from harness.run import peak_memory
 from quantizers import BSQ, FSQ, IBQ, LFQ, ResidualVQ, SimVQ
 from vqgan import VQGAN, VectorQuantizer
 

@@ -28,14 +28,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_stage2
-from code_cache import CodeBatches, CodeCache, code_loader, image
 from dataset import make_dataset, train_loader
-from config import build, load_config, read_yaml
-from experiment import STAGE2, compile_parts, make_model, peak_memory
-from launch import run_main
 from gpt import parameter_groups, sides
+from harness.code_cache import CodeBatches, CodeCache, code_loader, image
+from harness.config import build, load_config, read_yaml
+from harness.launch import run_main
+from harness.models import make_model
+from harness.run import compile_parts, peak_memory
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
 from losses import PatchGAN, Stage1Loss
-from train_stage1 import SECTIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def stage1(args) -> None:
-    config = load_config(args.config, args.overrides, SECTIONS)
+    config = load_config(args.config, args.overrides, STAGE1_SECTIONS)
     train, device = config["train"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, batches = train["train_batch_size"], None
     if args.data:
@@ -105,7 +106,7 @@ def stage1_step(config: dict, device: torch.device, batches: Iterator[tuple[torc
 
 
 def stage2(args) -> None:
-    config = load_config(args.config, args.overrides, train_stage2.SECTIONS, lambda given: train_stage2.inherit_data(given, None))
+    config = load_config(args.config, args.overrides, STAGE2_SECTIONS, lambda given: train_stage2.inherit_data(given, None))
     train, device = config["train"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = build(make_dataset, config["data"], split="train")
     autoencoder, *_ = train_stage2.load_stage1(config, None)
@@ -143,7 +144,7 @@ def stage2(args) -> None:
 def stage2_step(config: dict, device: torch.device) -> tuple[torch.nn.Module, Callable[[dict, torch.Tensor], None]]:
     """The model of a stage-2 config, and a training step of it on codes and labels."""
     train, dtype = config["train"], DTYPES.get(precision(config, device))
-    model = build(STAGE2[config["model"]["name"]], {k: v for k, v in config["model"].items() if k != "name"}).to(device)
+    model = make_model(config).to(device)
     if train["compile"]:
         compile_parts(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), 1e-6, fused=device.type == "cuda")

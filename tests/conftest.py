@@ -138,20 +138,18 @@ def save_stage1(folder, name, **data):
     """The run folder of an untrained stage-1 model whose codes vary."""
     import torch
 
-    import train_stage1
     from dataset import make_dataset
-    from config import build, load_config
-    from experiment import STAGE1, save_run
+    from harness.config import load_config
+    from harness.models import make_model, save_run
+    from harness.settings import STAGE1_SECTIONS
 
-    config = load_config(str(write_tiny(folder, model=TINY_MODELS[name])), [], train_stage1.SECTIONS)
+    config = load_config(str(write_tiny(folder, model=TINY_MODELS[name])), [], STAGE1_SECTIONS)
     config["data"] |= data
-    settings = dict(config["model"])
     torch.manual_seed(0)
-    model = build(STAGE1[settings.pop("name")], settings)
+    model = make_model(config)
     images = make_dataset("shapes", image_size=config["data"]["image_size"])
     images = torch.stack([images[i][0] for i in range(16)])
-    if hasattr(model, "calibrate"):
-        model.calibrate([images])
+    model.calibrate([images])
     with torch.no_grad():
         model(images)  # in training mode: codes become vectors of these images
     save_run(folder / f"stage1_{name}", config, {"model": model})
@@ -248,7 +246,7 @@ def command_in_copy(folder, files, code):
 import sys
 class OnlyTorch:
     missing = {{"accelerate", "torchvision", "lpips", "yaml", "tqdm", "tensorboard", "safetensors", "einops",
-               "dataset", "experiment", "losses", "scipy", "PIL"}}
+               "dataset", "harness", "losses", "scipy", "PIL"}}
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.missing:
             raise ImportError(name)

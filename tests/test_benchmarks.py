@@ -11,16 +11,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT, command, save_stage1
 
 sys.path.append(str(ROOT / "benchmarks"))
 import detail
 import gpu
-import guard
-from config import UserError
+
 from dataset import make_dataset
-from experiment import load_run
+from harness import guard
+from harness.config import UserError
+from harness.models import load_run
 
 
 def test_every_part_runs_at_toy_size(tmp_path):

@@ -6,9 +6,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
-import train_stage1
-import train_stage2
-from config import load_config
+from harness.config import load_config
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
 
 MQ = {"model.release_training": True, "model.demask_layers": 8, "model.ch_mult": [1, 1, 2, 2], "model.attn_resolutions": [32],
       "model.quantizer.codebook_size": 1024, "model.quantizer.dim": 256, "loss.disc_weight": 0.75, "loss.disc_weight_max": 1.0,
@@ -86,7 +85,7 @@ COMMANDS = [line for path in (ROOT / "docs/training.md", ROOT / "README.md")
 def test_the_generator_hears_the_discriminator(words):
     """In every config, and in every command of the docs, before the run ends."""
     _, path, *overrides = shlex.split(words, comments=True)
-    config = load_config(str(ROOT / path), [word for word in overrides if "=" in word], train_stage1.SECTIONS)
+    config = load_config(str(ROOT / path), [word for word in overrides if "=" in word], STAGE1_SECTIONS)
     loss, settings = config["loss"], config["train"]
     if settings["max_train_steps"] is None:
         steps = settings["num_train_epochs"] * IMAGES[config["data"]["name"]] / (settings["train_batch_size"] * GPUS)
@@ -103,8 +102,8 @@ def test_the_documented_fine_tuning_is_among_them():
 @pytest.mark.parametrize("name", RELEASES)
 def test_what_differs_from_the_release_is_marked(name):
     path = ROOT / f"configs/{name}.yaml"
-    script = train_stage1 if name.startswith("stage1") else train_stage2
-    config = load_config(str(path), [], script.SECTIONS)
+    sections = STAGE1_SECTIONS if name.startswith("stage1") else STAGE2_SECTIONS
+    config = load_config(str(path), [], sections)
     marked = {line.partition(":")[0].strip() for line in path.read_text().splitlines() if "# ours" in line and not line.startswith("#")}
     for key, value in RELEASES[name].items():
         found = config

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 import convert
 import evaluate
 import sample
-from config import UserError
 from convert import read_config
-from experiment import load_run, save_run
-from reference import KINDS, from_reference
+from harness.config import UserError
+from harness.models import load_run, save_run
+from harness.reference import KINDS, from_reference
+from harness.sampling import load_models
 
 FIXTURES = ROOT / "tests/fixtures"
 
@@ -374,7 +375,7 @@ def test_a_transformer_of_taming_brings_its_vqgan(tmp_path):
     state = {f"transformer.{k}": v for k, v in tokens.items()} | taming_state("first_stage_model.")
     path, out = write(tmp_path / "net.ckpt", state, NET2NET), tmp_path / "gpt"
     run("gpt_taming", path, out)
-    model, stage1, about, classes = sample.load_models(out)
+    model, stage1, about, classes = load_models(out)
     assert torch.equal(model.head.weight, tokens["head.weight"]) and classes == [] and about["model"]["grid"] == 8
     assert torch.equal(model.start_emb.weight[0], tokens["tok_emb.weight"][0])
     sample.main(["--run", str(out), "-n", "2", "--out", str(tmp_path / "x.npz")])
@@ -386,7 +387,7 @@ def test_a_transformer_of_taming_brings_its_vqgan(tmp_path):
     # By class
     params["model"]["params"] |= {"cond_stage_key": "class_label", "cond_stage_config": {"params": {"n_classes": 5}}}
     run("gpt_taming", write(tmp_path / "c.ckpt", state, params), tmp_path / "c")
-    model, *_, classes = sample.load_models(tmp_path / "c")
+    model, *_, classes = load_models(tmp_path / "c")
     assert model.num_classes == 5 and classes == ["0", "1", "2", "3", "4"]
     sample.main(["--run", str(tmp_path / "c"), "-n", "2", "--classes", "4", "--out", str(tmp_path / "c.npz")])
 

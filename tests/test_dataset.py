@@ -12,8 +12,17 @@ import torch
 from PIL import Image, ImageOps
 
 import dataset
-from dataset import DataError, TrainBatches, eval_loader, make_dataset, read_image, to_float, to_uint8, train_loader
-from shapes import draw_shapes
+from data.images import read_image
+from data.shapes import draw_shapes
+from dataset import (
+    DataError,
+    TrainBatches,
+    eval_loader,
+    make_dataset,
+    to_float,
+    to_uint8,
+    train_loader,
+)
 
 
 def save(path, size=(20, 16), colour=None, **options):

@@ -328,7 +328,7 @@ def test_bad_thresholds_and_images_are_one_sentence():
 
 def test_fine_regions_are_where_the_detail_is():
     """On the embedded dataset, where the detailed area is known."""
-    from shapes import draw_shapes
+    from data.shapes import draw_shapes
 
     data = make_dataset("shapes", image_size=32, train_size=64)
     images = torch.stack([data[i][0] for i in range(64)])

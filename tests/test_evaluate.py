@@ -17,12 +17,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 import evaluate
-import inception
 import sample
-from config import UserError
 from dataset import DataError, make_dataset, to_uint8
-from experiment import load_run
 from gpt import GPT
+from harness import inception
+from harness.config import UserError
+from harness.models import load_run
 
 
 @pytest.fixture(scope="module")

@@ -16,26 +16,35 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import ROOT, TINY_MODELS, forked, metrics, start_two, weights, write_tiny, write_tiny2
-
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 
-import checkpoint
 import evaluate
-import experiment
-import launch
-import log
 import sample
 import train_stage1
 import train_stage2
 import visualize
-from config import TextLoader, UserError, check_config, load_config, parse_yaml, read_yaml, setting_names
 from dataset import DataError, make_dataset
-from guard import Guard
+from harness import checkpoint, launch, log
+from harness.config import (
+    TextLoader,
+    UserError,
+    check_config,
+    load_config,
+    parse_yaml,
+    read_yaml,
+    setting_names,
+)
+from harness.guard import Guard
+from harness.models import STAGE1, STAGE2, load_run
+from harness.run import Run
+from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
 from losses import PatchGAN
+
 
 def test_one_process_in_place_of_several_is_one_sentence(monkeypatch):
     """As `accelerate launch --cpu --num_processes 2` starts it, where there is no MPI."""
@@ -196,13 +205,13 @@ SCALER = torch.amp.GradScaler
 def fp16(monkeypatch):
     """fp16 on the CPU: autocast and torch's own scaler, which accelerate makes for GPUs alone; fp16(2.0**30) begins with that scale."""
     def make(scale):
-        class Half(experiment.Accelerator):
+        class Half(Accelerator):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.state._mixed_precision, self.native_amp = "fp16", True
                 self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
-        monkeypatch.setattr(experiment, "Accelerator", Half)
+        monkeypatch.setattr("harness.run.Accelerator", Half)
     return make
 
 
@@ -391,7 +400,7 @@ def test_a_damaged_best_is_told_and_replaced(train, tmp_path, capsys):
     best.write_bytes(best.read_bytes()[:100])
     train(resume="auto")
     assert "best.safetensors is damaged" in capsys.readouterr().out
-    assert experiment.load_run(tmp_path / "run", "best")[0].state_dict().keys()
+    assert load_run(tmp_path / "run", "best")[0].state_dict().keys()
 
 
 def test_results_that_cannot_be_kept_are_printed(train, tmp_path, monkeypatch, capsys):
@@ -431,7 +440,7 @@ def test_weights_of_another_model_are_one_sentence(train, tmp_path):
     path = tmp_path / "run/config.yaml"
     path.write_text(path.read_text().replace("codebook_size: 32", "codebook_size: 33"))
     with pytest.raises(UserError, match="does not hold the weights of the model in"):
-        experiment.load_run(tmp_path / "run")
+        load_run(tmp_path / "run")
 
 
 class Bomb:
@@ -594,7 +603,7 @@ def everything(sections, name):
     return [k for section, t in targets.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
 
 
-KEYS = sorted({k for name in train_stage1.STAGE1 for k in everything(train_stage1.SECTIONS, name)})
+KEYS = sorted({k for name in STAGE1 for k in everything(STAGE1_SECTIONS, name)})
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2, 40), st.floats(), st.text(max_size=5), st.sampled_from(["1e-4", 10**20]))
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)).map(json.dumps)
 FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -608,7 +617,7 @@ WORDS = st.one_of(st.builds("{}{}={}".format, st.sampled_from(KEYS), st.sampled_
 @settings(max_examples=200, **FUZZ)
 @given(st.lists(WORDS, min_size=1, max_size=2))
 def test_any_words_are_a_config_or_one_sentence(words):
-    for path, sections in (("vqgan", train_stage1.SECTIONS), ("gpt", train_stage2.SECTIONS)):
+    for path, sections in (("vqgan", STAGE1_SECTIONS), ("gpt", STAGE2_SECTIONS)):
         try:
             found = load_config(str(ROOT / f"configs/quickstart/{path}.yaml"), words, sections)
         except UserError as error:
@@ -619,7 +628,7 @@ def test_any_words_are_a_config_or_one_sentence(words):
             assert repr(check_config(parse_yaml(saved, TextLoader), sections, "saved")) == repr(found)  # also as a config
 
 
-KEYS2 = sorted({k for name in train_stage2.STAGE2 for k in everything(train_stage2.SECTIONS, name)})
+KEYS2 = sorted({k for name in STAGE2 for k in everything(STAGE2_SECTIONS, name)})
 ENDLESS = ("train.max_", "train.num_train_epochs", "train.compile", "train.output_dir", "train.gradient_accumulation", "train.dataloader",
            "loss.perceptual_weight", "train.log_with", "codes.cache_dir", "codes.cache_views")
 
@@ -708,7 +717,8 @@ def broken_script(tmp_path, code):
     (tmp_path / "broken.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import os, signal, torch, checkpoint, guard, launch, train_stage1
+import os, signal, train_stage1, torch
+from harness import checkpoint, guard, launch
 Guard, rank = guard.Guard, int(os.environ.get("RANK", 0))
 {code}
 launch.run_main(train_stage1.main)
@@ -782,11 +792,11 @@ Guard.end = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if not rank 
 def test_open_files_and_memory_stay_flat(train, monkeypatch):
     used, me = [], psutil.Process()
 
-    def save(self, step, original=experiment.Run.save):
+    def save(self, step, original=Run.save):
         original(self, step)
         used.append((me.num_fds(), len(me.children()), me.memory_info().rss))
 
-    monkeypatch.setattr(experiment.Run, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     train("train.max_train_steps=24", "train.validation_steps=2", "train.checkpointing_steps=2", "train.log_with=tensorboard",
           "train.checkpoints_total_limit=1")
     files, children, memory = zip(*used)

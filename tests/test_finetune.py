@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import TINY_MODELS, metrics, save_stage1, weights, write_tiny, write_tiny2
 
-from config import UserError
 from dq_transformer import START, DQTransformer
-from experiment import load_run
-from finetune import match_classes
 from gpt import GPT
-from guard import Guard
+from harness.config import UserError
+from harness.finetune import match_classes
+from harness.guard import Guard
+from harness.models import load_run
 
 DECODER_ALONE = ["train.freeze=[encoder,pre_quant,quantizer]", "train.use_ema=true", "train.max_train_steps=4"]
 

@@ -12,9 +12,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, forked, metrics, same_pictures, weights, write_tiny2
 
 import sample
-from config import UserError
 from dataset import make_dataset
-from experiment import load_run
+from harness.config import UserError
+from harness.models import load_run
+from harness.sampling import load_models
 
 # accelerate shards on accelerators only. Here AcceleratorState says FSDP on the CPU too; what accelerate and torch do then, with the
 # settings of `accelerate launch`, is their own: shards, collectives (gloo), optimizer. Several runs share a start of two processes,
@@ -25,9 +26,9 @@ sys.path.insert(0, {str(ROOT)!r})
 import accelerate, torch, train_stage2
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from experiment import Run
-from guard import Guard
-from launch import run_main
+from harness.run import Run
+from harness.guard import Guard
+from harness.launch import run_main
 
 init, save, AdamW = AcceleratorState.__init__, Run.save, torch.optim.AdamW
 begin, backward, count = Guard.begin, Guard.backward, [0]
@@ -132,7 +133,7 @@ def test_a_mask_transformer_learns_the_same_with_half_of_the_weights_each(folder
     bits = [[line["val_bits"] for line in metrics(run) if "val_bits" in line] for run in (plain, fsdp)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-4)
     # The bits do not depend on who shares the images out
-    model, stage1, config, _ = sample.load_models(plain)
+    model, stage1, config, _ = load_models(plain)
     images = make_dataset(**config["data"], split="val")
     with torch.no_grad():
         codes = stage1.encode(torch.stack([images[i][0] for i in range(4)]))
@@ -213,7 +214,7 @@ def test_what_is_refused(train, train2, tmp_path, monkeypatch, stage, kind, opti
             super().__init__(*args, **kwargs)
             self.state.distributed_type, self.state.fsdp_plugin = DistributedType[kind], FullyShardedDataParallelPlugin(**options)
 
-    monkeypatch.setattr("experiment.Accelerator", Asked)
+    monkeypatch.setattr("harness.run.Accelerator", Asked)
     with pytest.raises(UserError, match=sentence) as error:
         setting = "train.mixed_precision=" + ("fp16" if "fp16" in sentence else "no")
         train(setting) if stage == 1 else train2(write_tiny2(tmp_path, "gpt"), setting)

@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 import evaluate
 import sample
 import visualize
-from config import UserError
-from experiment import load_run
+from harness.config import UserError
+from harness.models import load_run
 
 
 @pytest.fixture

@@ -4,20 +4,23 @@ import ast
 
 from conftest import ROOT, forked
 
-FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+PATHS = [path for place in (".", "harness", "data") for path in sorted((ROOT / place).glob("*.py"))]
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+         for path in PATHS}
+SCRIPTS = {"train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"}
 COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
           "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
 
 
-def imports(name):
-    """{file: names} that a file imports from other top-level files."""
-    found = {}
-    for node in ast.walk(FILES[name]):
+def imports(name, nodes=ast.walk):
+    """{file: names} that a file imports from our other files."""
+    used = {}
+    for node in nodes(FILES[name]):
         if isinstance(node, ast.ImportFrom) and node.module in FILES:
-            found.setdefault(node.module, set()).update(a.name for a in node.names)
+            used.setdefault(node.module, set()).update(a.name for a in node.names)
         elif isinstance(node, ast.Import):
-            found |= {a.name: set() for a in node.names if a.name in FILES}
-    return found
+            used |= {a.name: set() for a in node.names if a.name in FILES}
+    return used
 
 
 def test_arrows_go_down():
@@ -28,6 +31,28 @@ def test_arrows_go_down():
         assert free, f"these import each other: {rest}"
         placed |= set(free)
     assert {name: set(imports(name)) for name in COPIED} == COPIED
+
+
+def test_nothing_imports_a_script():
+    assert {name for name in FILES if imports(name).keys() & SCRIPTS} == set()
+
+
+def test_training_a_vqgan_loads_no_transformer(tmp_path):
+    """And what it loads can be read in an evening."""
+    (tmp_path / "load.py").write_text("""
+import sys
+import train_stage1
+from harness.models import model_class
+model_class("vqgan")
+for name in set(sys.modules) - {"__main__"}:
+    print("loaded", name)
+""")
+    told = forked(tmp_path, tmp_path / "load.py")
+    loaded = [path for path, name in zip(PATHS, FILES) if f"loaded {name}\n" in told]
+    names = {path.stem for path in loaded}
+    assert {"train_stage1", "vqgan", "losses", "dataset", "run"} <= names
+    assert not names & {"gpt", "stackformer", "dq_transformer", "mask_transformer", "mqvae", "dqvae", "sampling"}
+    assert sum(bool(line.strip()) for path in loaded for line in path.read_text().splitlines()) < 3000
 
 
 def test_models_need_torch_alone():
@@ -64,15 +89,16 @@ def test_models_are_read_line_by_line():
 
 
 def test_every_file_begins_with_its_map():
-    assert all((ast.get_docstring(tree) or "").count("\n") > 1 for tree in FILES.values())
+    assert all((ast.get_docstring(tree) or "").count("\n") > 1 for name, tree in FILES.items() if name != "data")
 
 
-def test_scripts_set_openmp_before_torch_is_loaded():
-    for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"):
+def test_scripts_import_the_harness_before_torch():
+    """Which sets what OpenMP reads when torch is loaded."""
+    for name in SCRIPTS:
         lines = [node for node in FILES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
-        heavy = next(n for n in imported if n in ("torch", "train_stage1", "safetensors.torch"))
-        assert imported.index("openmp") < imported.index(heavy), name
+        modules = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
+        packages = [module.split(".")[0] for module in modules]
+        assert packages.index("harness") < min(packages.index(package) for package in ("torch", "numpy") if package in packages), name
 
 
 def test_help_needs_nothing_that_windows_lacks(tmp_path):
@@ -80,7 +106,7 @@ def test_help_needs_nothing_that_windows_lacks(tmp_path):
 import importlib, signal, sys
 sys.modules["resource"] = sys.modules["fcntl"] = None
 del signal.SIGUSR1, signal.SIGCHLD
-from experiment import peak_memory
+from harness.run import peak_memory
 for name in ("train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"):
     try:
         importlib.import_module(name).main(["--help"])

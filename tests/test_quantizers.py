@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import TINY_MODELS, copy_test, write_tiny
 
 import quantizers
-from config import UserError
+from harness.config import UserError
 from mqvae import MQVAE
 from quantizers import BSQ, FSQ, IBQ, LFQ, QUANTIZERS, ResidualVQ, SimVQ
 from vqgan import VQGAN, VectorQuantizer, rotate
@@ -271,7 +271,7 @@ def config_of(tmp_path, model, name):
 def test_every_model_trains_with_every_quantizer_and_resumes_exactly(train, tmp_path, capsys, model, name):
     import evaluate
     import visualize
-    from experiment import load_run
+    from harness.models import load_run
 
     config = config_of(tmp_path, model, name)
     if name == "residual" and model != "vqgan":
@@ -325,7 +325,7 @@ def test_usage_is_of_each_codebook(train, tmp_path):
     import json
 
     import evaluate
-    from experiment import load_run, save_run
+    from harness.models import load_run, save_run
 
     train("train.max_train_steps=1", config=config_of(tmp_path, "vqgan", "residual"))
     model, config = load_run(tmp_path / "run")
@@ -352,10 +352,11 @@ def test_large_codebooks_in_stage2(train, train2, tmp_path, name, stage1, quanti
     """Trained, resumed exactly, sampled and measured by digits; without, the model would have K rows."""
     import json
 
+    from conftest import write_tiny2
+
     import evaluate
     import sample
-    from conftest import write_tiny2
-    from experiment import load_run
+    from harness.models import load_run
 
     lines = TINY_MODELS[stage1]
     old = next(line for line in lines.splitlines() if "quantizer:" in line)

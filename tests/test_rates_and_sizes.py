@@ -12,8 +12,9 @@ from PIL import Image
 import evaluate
 import sample
 import visualize
-from config import UserError
-from experiment import load_run, set_image_size, set_rate
+from harness.config import UserError
+from harness.models import load_run, set_image_size, set_rate
+from harness.sampling import load_models
 
 RANGES = {"mqvae": "model.topk_ratio=[0.1,0.9]", "dqvae": "model.ratios=[[0.1,0.9]]", "dqvae_entropy": "model.ratios=[[0.1,0.9]]",
           "dqvae_triple": "model.ratios=[[0.1,0.4],[0.1,0.5]]"}
@@ -125,7 +126,7 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
         words += ["codes.ratio=0.3" if name != "dq_transformer_triple" else "codes.ratios=[0.3,0.2]"]
     train2(config, *words)
     run = tmp_path / "run2"
-    model, first, about, _ = sample.load_models(run)
+    model, first, about, _ = load_models(run)
     cells = int(0.3 * 8 * 12) if stage1 == "mqvae" else 8 * 12
     codes = model.sample(3, torch.tensor([0, 1, 0]))
     assert codes["indices"][0].numel() == cells and first.decode(codes).shape == (3, 3, 16, 24)
@@ -158,8 +159,8 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
 
 
 def test_each_rate_and_precision_has_a_code_cache_of_its_own():
-    from code_cache import cache_key
     from dataset import make_dataset
+    from harness.code_cache import cache_key
     from vqgan import VQVAE, VectorQuantizer
 
     model, data = VQVAE(ch=4, quantizer=VectorQuantizer(8, 4)), make_dataset("shapes", image_size=16)

@@ -16,13 +16,12 @@ from torch import nn
 
 import convert
 import evaluate
-import figures
-import inception
 import sample
 import visualize
 from dataset import make_dataset
-from experiment import load_run
 from gpt import Cache
+from harness import figures, inception
+from harness.models import load_run
 from quantizers import gradient_norms
 
 QUICK = ["--num_workers", "0", "--batch_size", "4"]

@@ -15,10 +15,10 @@ from conftest import metrics, weights
 from PIL import Image, ImageDraw
 
 import dataset
-import shards
-from code_cache import cache_key
+from data import shards
 from dataset import DataError, ImageDataset, eval_loader, make_dataset, train_loader
-from guard import Guard
+from harness.code_cache import cache_key
+from harness.guard import Guard
 from vqgan import VQVAE, VectorQuantizer
 
 

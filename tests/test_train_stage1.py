@@ -15,11 +15,11 @@ import yaml
 from conftest import ROOT, TINY_MODELS, command, forked, metrics, start, weights, write_tiny
 from PIL import Image
 
-import experiment
-from checkpoint import wanted_checkpoint, write_weights
 from dataset import DataError
-from config import UserError
-from experiment import load_run
+from harness.checkpoint import wanted_checkpoint, write_weights
+from harness.config import UserError
+from harness.models import load_run
+from harness.run import Run
 from mqvae import MQVAE
 
 EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "loss.lecam_weight=0.01", "loss.disc_start=1", "loss.gan_start=3",
@@ -164,8 +164,10 @@ def test_two_processes_hold_the_same(tmp_path, name, setting):
     (tmp_path / "agree.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, experiment, launch, train_stage1
-finish = experiment.Run.finish
+import train_stage1, torch
+from harness import launch
+from harness.run import Run
+finish = Run.finish
 def agree(self, *arguments):
     for name, module in self.modules.items():
         for key, value in module.state_dict().items():
@@ -182,7 +184,7 @@ def agree(self, *arguments):
     assert rates[0] == rates[1]
     print("agreed", flush=True)
     finish(self, *arguments)
-experiment.Run.finish = agree
+Run.finish = agree
 launch.run_main(train_stage1.main)
 """)
     config = write_tiny(tmp_path, model=TINY_MODELS[name], discriminator="ch: 8\n  num_layers: 1")
@@ -393,7 +395,8 @@ def test_mistakes_end_with_one_sentence(tiny, tmp_path):
     """As the user sees them: the script prints one line and no traceback."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "say.py").write_text(f"""
-import sys, warnings, launch, train_stage1
+import sys, warnings, train_stage1
+from harness import launch
 def say(*words):
     sys.argv[1:] = ["--config", {str(tiny)!r}, *words]
     try:
@@ -503,7 +506,7 @@ def test_unreadable_images_stop_the_run(train, tmp_path):
 def test_second_interrupt_stops_at_once(train, monkeypatch):
     """The first Ctrl-C asks the loop to save and end, the second raises."""
     seen = []
-    original = experiment.Run.stop_reason
+    original = Run.stop_reason
 
     def interrupt(self, step):
         os.kill(os.getpid(), signal.SIGINT)
@@ -512,7 +515,7 @@ def test_second_interrupt_stops_at_once(train, monkeypatch):
             return None
         return original(self, step)
 
-    monkeypatch.setattr(experiment.Run, "stop_reason", interrupt)
+    monkeypatch.setattr(Run, "stop_reason", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train()
     assert len(seen) == 1

@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (TRANSFORMERS, forked, metrics, same_pictures, save_stage1, share_of_others,
-                      weights, write_tiny2)
+from conftest import TRANSFORMERS, forked, metrics, same_pictures, save_stage1, share_of_others, weights, write_tiny2
 from PIL import Image
 
 import evaluate
 import sample
 import train_stage2
-from code_cache import CodeBatches, CodeCache
-from config import UserError
 from dataset import DataError, make_dataset, to_uint8
-from experiment import load_run, save_run
 from gpt import GPT, Blocks
+from harness.code_cache import CodeBatches, CodeCache
+from harness.config import UserError
+from harness.models import load_run, save_run
+from harness.sampling import chosen_labels, draw, load_models
 from vqgan import VQGAN
 
 
@@ -78,7 +78,7 @@ def test_equal_codes_are_equal_images_in_any_batch(tmp_path, name):
     for first, last in ((0, 9), (0, 1), (1, 8), (8, 9)):
         part = {k: v[first:last] for k, v in codes.items()}
         model = SimpleNamespace(sample=lambda *_, part=part, **__: part)
-        drawn.append(sample.draw(model, stage1, list(range(first, last)), None, 0, {}))
+        drawn.append(draw(model, stage1, list(range(first, last)), None, 0, {}))
     assert drawn[0].shape == (9, 16, 16, 3)
     assert (drawn[0] == np.concatenate(drawn[1:])).all()
 
@@ -314,10 +314,10 @@ def test_labels_of_images_that_take_the_place_of_unreadable_ones(tmp_path):
 def test_chosen_classes():
     classes = ["10", "8", "crane, bird", "bird", "2", "big bird", "f-1"]
     for asked, labels in (("10", [0]), ("8", [1]), ("3,2", [3, 4]), ("Bird", [3]), ("big", [5]), ("crane, bird", [2]), ("ne,6", [2, 6])):
-        assert sample.chosen_labels(asked, classes, len(labels)).tolist() == labels, asked
+        assert chosen_labels(asked, classes, len(labels)).tolist() == labels, asked
     for asked in ("7", "-1", "-8", "cat", ""):
         with pytest.raises(UserError, match="there is no class .*; the classes are 0 to 6: 10, 8, crane, bird, bird, 2, big bird, f-1$"):
-            sample.chosen_labels(f"{asked},10", classes, 1)
+            chosen_labels(f"{asked},10", classes, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_the_stage1_run_is_never_the_copy(train2, tmp_path):
     train2(config, "train.max_train_steps=3")
     shutil.rmtree(tmp_path / "stage1_vqgan/checkpoints")
     train2(config, f"train.output_dir={tmp_path}/other", resume=str(tmp_path / "run2/checkpoints/step_00000003"))
-    assert metrics(tmp_path / "other")[-1]["step"] == 6 and sample.load_models(tmp_path / "other")[3][0] == "striped disc"
+    assert metrics(tmp_path / "other")[-1]["step"] == 6 and load_models(tmp_path / "other")[3][0] == "striped disc"
 
 
 def test_weights_alone_cannot_be_resumed(train2, tmp_path):
@@ -483,7 +483,7 @@ def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
     outs = []
     for compiled in (False, True):
         # In float64: the compiled step rounds differently
-        model = sample.load_models(tmp_path / "run2")[0].double()
+        model = load_models(tmp_path / "run2")[0].double()
         for blocks in (m for m in model.modules() if isinstance(m, Blocks) and compiled):
             blocks.step = torch.compile(blocks.step, backend="aot_eager")
         outs.append(model.sample(2, [0, 1], generator=torch.Generator().manual_seed(0)))
@@ -574,14 +574,16 @@ def test_a_part_of_a_photo_is_drawn_anew(train2, tmp_path, name, monkeypatch):
     mask.paste(255, (32, 0, 64, 48))
     mask.save(tmp_path / "mask.png")
     keep = ["--mask", str(tmp_path / "mask.png")] if KEEPS[name] == "MASK" else ["--keep", KEEPS[name]]
-    caught, draw = [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda *args: caught.append(args[-1]) or draw(*args))
+    drawn, edits = [], []
+    edit = sample.edit
+    monkeypatch.setattr(sample, "edit", lambda *args: edits.append(edit(*args)) or edits[-1])
+    monkeypatch.setattr(sample, "draw", lambda *args: drawn.append(args) or draw(*args))
     sample.main(["--run", str(run), "-n", "3", "--image", str(photo), *keep, "--out", str(out)])
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png", "samples.json"]
     assert json.loads((out / "samples.json").read_text())["labels"] is None                  # the class of a photo is not known
-    model, stage1, _, _ = sample.load_models(run)
-    assert len(caught) == 1                                                                  # nothing is drawn as a check
-    edited, known = caught[0], caught[0].known
+    model, stage1, _, _ = load_models(run)
+    assert len(drawn) == 1                                                                  # nothing is drawn as a check
+    edited, known = edits[0], edits[0].known
     assert torch.equal(edited.shown[0], sample.load_image(str(photo), (16, 16))[0])
     want = torch.zeros(1, 8, 8, dtype=torch.bool)
     if name.startswith("dq"):

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 import dq_transformer
 import gpt
 import stackformer
-from code_cache import CodeBatches
 from dataset import make_dataset
 from dq_transformer import DQTransformer
 from dqvae import DQVAE
 from gpt import GPT, NotFinite, draw, filter_logits, parameter_groups
+from harness.code_cache import CodeBatches
 from mqvae import MQVAE
 from stackformer import Stackformer
 from vqgan import VQGAN, VectorQuantizer

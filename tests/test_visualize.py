@@ -12,10 +12,10 @@ from conftest import TINY_MODELS, TRANSFORMERS, save_stage1, write_tiny2
 from PIL import Image, ImageSequence
 
 import visualize
-from config import UserError, build
 from dataset import DataError, make_dataset, to_uint8
-from experiment import STAGE2, load_run
-from sample import chosen_labels, draw, load_models, sampling_arguments
+from harness.config import UserError, build
+from harness.models import load_run, model_class
+from harness.sampling import chosen_labels, draw, load_models, sampling_arguments
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_frames_show_what_has_a_code(tmp_path, name):
         codes = stage1.encode(torch.stack([data[i][0] for i in range(3)]))
     more = {"gpt": dict(grid=8), "stackformer": dict(grid=8, num_codes=16), "dq_transformer": dict(grids=[4, 8]),
             "dq_transformer_triple": dict(grids=[2, 4, 8])}[name]
-    model = build(STAGE2[name.removesuffix("_triple")], more | dict(codebook_size=32, n_embd=8, n_head=1)).eval()
+    model = build(model_class(name.removesuffix("_triple")), more | dict(codebook_size=32, n_embd=8, n_head=1)).eval()
     ranks, counts = visualize.code_ranks(model, codes)
     total = counts.sum(1)
     order = [sorted(set(r.flatten().tolist()) - {-1}) for r in ranks]

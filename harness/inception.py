@@ -16,8 +16,8 @@ import io
 import numpy as np
 import torch
 
-from checkpoint import write_file
-from config import UserError
+from harness.checkpoint import write_file
+from harness.config import UserError
 
 FEATURES = 2048  # numbers for an image
 SPATIAL = 7 * 17 * 17

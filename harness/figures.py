@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from harness.config import UserError
 from dataset import eval_loader, to_uint8
-from evaluate import compare
-from experiment import STAGE1, load_run, run_dataset
-from gpt import sides
+from harness.metrics import compare
+from harness.models import STAGE1, load_run, run_dataset
+from vqgan import sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = {

@@ -17,11 +17,11 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint import list_checkpoints, newest_whole
-from config import UserError
-from experiment import Run, class_names, run_config
-from gpt import CodeTransformer
-from hub import run_folder
+from harness.checkpoint import list_checkpoints, newest_whole
+from harness.config import UserError
+from harness.hub import run_folder
+from harness.models import STAGE2, class_names, run_config
+from harness.run import Run
 
 SHOWN = 8  # how many names a sentence lists
 
@@ -60,7 +60,7 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
         own = {key: tensor for key, tensor in module.state_dict().items()
                if not key.endswith("queue")}  # usage is counted anew
         classes = ""
-        if isinstance(module, CodeTransformer):
+        if name == "model" and ours in STAGE2:
             classes = match_classes(run, folder, module, state)
         fits = {key: tensor for key, tensor in state.items()
                 if key in own and own[key].shape == tensor.shape}
@@ -70,10 +70,12 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
                               f"{new_ones(rest)}{classes}")
 
 
-def match_classes(run: Run, folder: Path, model: CodeTransformer, state: dict[str, Tensor]) -> str:
+def match_classes(run: Run, folder: Path, model: nn.Module, state: dict[str, Tensor]) -> str:
     """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start
     token is that of the class of the same name, or the model's own if there is none. Returns words
     about it."""
+    from gpt import CodeTransformer  # which stage 1 does not need
+
     settings = run_config(folder)["model"]
     source = CodeTransformer(settings["num_classes"], settings["label_dropout"])
     ours = run.dataset.classes[:model.num_classes]

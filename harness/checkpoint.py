@@ -22,7 +22,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +35,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from config import UserError
+from harness.config import UserError
 
 
 class Checkpoints:
     """The checkpoints of a run in `folder`; the same object on every process.
 
-    modules     name to module: each is NAME.safetensors
-    optimizers  name to optimizer, of the modules that have one: together they are optimizer.bin
-    stateful    modules of small buffers only; accelerate saves them, and the random numbers
     limit       how many of the last ones are kept; None: all
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None,
-                 modules: dict[str, nn.Module], optimizers: dict[str, AcceleratedOptimizer],
-                 stateful: list[nn.Module]):
+    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None):
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.folder = folder
         self.limit = limit
-        self.modules = modules
-        self.optimizers = {name: wrapper.optimizer for name, wrapper in optimizers.items()}
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.best = -math.inf  # the best score
         self.best_step = 0  # of the best score, known to the first process
         self.agreed = 0  # the last step at which all processes held the same weights
-        accelerator.register_for_checkpointing(*stateful)
-        accelerator._models.clear()  # or it would save these too, each process its own part
-        accelerator._optimizers.clear()
 
     def _write(self, folder: Path):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -142,10 +134,22 @@ class Checkpoints:
                                 "--resume auto")
         self.agreed = step
 
-    def load(self, wanted: str | None) -> dict:
+    def open(self, modules: dict[str, nn.Module], optimizers: dict[str, AcceleratedOptimizer],
+             stateful: Iterable[nn.Module], wanted: str | None) -> dict:
         """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what
         is in its checkpoint.json, or that of a new run. Later checkpoints are renamed to
-        abandoned_*."""
+        abandoned_*.
+
+        modules     name to module: each is NAME.safetensors
+        optimizers  name to optimizer, of the modules that have one: together, optimizer.bin
+        stateful    modules of small buffers only; accelerate saves them, and the random numbers
+        """
+        self.modules = modules
+        self.optimizers = {name: wrapper.optimizer for name, wrapper in optimizers.items()}
+        self.accelerator.register_for_checkpointing(*stateful)
+        # Or accelerate would save these too, each process its own part.
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
         path = wrong = None
         if self.is_main and wanted == "auto":
             path = newest_whole(self.folder, self.accelerator.print)

@@ -16,9 +16,8 @@ import torch
 from accelerate.utils import get_cpu_distributed_information
 from safetensors import SafetensorError
 
-from config import UserError
+from harness.config import UserError
 from dataset import DataError, end_workers
-from gpt import NotFinite
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 PEER_ENDED = "closed by peer|reset by peer|Broken pipe|remote process exited"
@@ -53,7 +52,7 @@ def run_main(main: Callable[[], None]) -> None:
 def _sentence(error: BaseException) -> str | None:
     """What to tell the user instead of a traceback."""
     message = str(error)
-    if isinstance(error, (UserError, DataError, NotFinite)):
+    if isinstance(error, (UserError, DataError)):
         return f"error: {error}"
     if isinstance(error, UnicodeEncodeError):
         return (f"error: the name {error.object!r} is not UTF-8, which is needed here; "

@@ -3,7 +3,6 @@
     load_config         a script's config: its YAML file, key.sub=value overrides, defaults
     check_config        the same for settings that were read already
     build               calls a class or function with its section of the config
-    TrainSettings       the section `train`, common to both stages
 
 Any mistake is a UserError of one sentence. A section is described by the signature of what takes
 its keys: their types, defaults and ranges. An int is from 1 to 2^31 and a float finite and not
@@ -15,12 +14,12 @@ called 2023 or on.
 import argparse
 import copy
 import difflib
+import importlib
 import inspect
 import types
 import typing
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,58 +29,6 @@ import yaml
 
 class UserError(Exception):
     """Something that the user can mend, in one sentence."""
-
-
-Count = Annotated[int, (0, 2**62)]
-Share = Annotated[float, (0, 1 - 1e-9)]
-
-
-@dataclass
-class TrainSettings:
-    """The section `train`. Names follow accelerate's and diffusers' scripts."""
-
-    # A subclass in another file inherits these annotations evaluated: so this file is without
-    # `from __future__ import annotations`.
-
-    output_dir: str | None = None  # the run folder; default: runs/NAME for configs/.../NAME.yaml
-    seed: Annotated[int, (0, 2**32 - 1)] = 0
-    train_batch_size: int = 12  # images per process and forward pass
-    gradient_accumulation_steps: int = 1  # batch size x processes x this is the "global batch"
-    # Start from the weights of this run or checkpoint, as far as they fit.
-    init_from: str | None = None
-    # Parts of the model that do not learn, such as [encoder, pre_quant, quantizer].
-    freeze: list[str] | None = None
-    max_train_steps: int | None = None  # give this
-    # Or this; or both: the first to end.
-    num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None
-    # Save and stop, for clusters with time limits; --resume auto continues.
-    max_minutes: float | None = None
-    learning_rate: float | None = None
-    base_lr: float | None = None  # or this: per image, multiplied by the global batch
-    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
-    min_lr: float = 0.0  # where cosine and linear end
-    lr_warmup_steps: Count = 0  # added to lr_warmup_epochs
-    lr_warmup_epochs: float = 0.0
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.95
-    adam_weight_decay: float = 0.0
-    adam_epsilon: float = 1e-8
-    # Gradient clipping, per optimizer.
-    max_grad_norm: Annotated[float, (1e-12, 1e300)] | None = None
-    # Steps with a non-finite loss or gradient are skipped; more than this in a row stop the run.
-    max_bad_steps: Count = 10
-    # null: what `accelerate launch` says.
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    use_ema: bool = False  # average the weights, for validation and load_run
-    ema_decay: Annotated[float, (0, 1)] = 0.9999
-    compile: bool = False  # torch.compile the parts of the model
-    dataloader_num_workers: Annotated[int, (0, 1024)] = 4
-    logging_steps: int = 50
-    validation_steps: int = 1000
-    num_validation_images: int | None = 1000  # spread evenly over the validation split; null: all
-    checkpointing_steps: int = 5000
-    checkpoints_total_limit: int | None = 2  # how many of the last checkpoints to keep; null: all
-    log_with: str | None = "tensorboard"  # any tracker that accelerate knows, or null
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +53,7 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
 
     sections    "model": the function or class that takes the section's keys as arguments (an
                 argument without a default may be left out: the script knows it); or
-                {name: class}, from which the section's key `name` chooses
+                {name: "file.Class"}, from which the section's key `name` chooses
                 "model.quantizer": the same {name: class} for a setting that is a section of its
                 own; without `name`, it is of the class in the setting's annotation
                 "model.image_size": the full name of another setting, whose value is the default
@@ -177,8 +124,8 @@ def check_config(config: dict, sections: dict[str, Any], path: str | Path) -> di
 
 
 def choose(target: Any, section: Any, where: str, default: Callable | None = None) -> Callable:
-    """What takes the keys of the section `where`: the target; or, of a {name: class}, the one that
-    the section's key `name` chooses."""
+    """What takes the keys of the section `where`: the target; or, of a {name: "file.Class"},
+    the class that the section's key `name` chooses."""
     if not isinstance(target, dict):
         return target
     section = mapping(section, where)
@@ -187,7 +134,13 @@ def choose(target: Any, section: Any, where: str, default: Callable | None = Non
     name = section.get("name")
     if name not in list(target):  # it may be a list
         raise UserError(f"{where}.name must be one of {', '.join(target)}; it is {name!r}")
-    return target[name]
+    return load_class(target[name])
+
+
+def load_class(path: str) -> type:
+    """The class "file.Name", whose file is loaded now."""
+    file, _, name = path.partition(".")
+    return getattr(importlib.import_module(file), name)
 
 
 def build(target: Callable, settings: dict, **more: Any) -> Any:
@@ -248,7 +201,7 @@ def _fill(target, section, where, sections, valid) -> dict:
     for key in settings:
         if key not in expected:
             name = f"{where}.{key}"
-            if "." in where and any(key in signature(other) for other in choices.values()):
+            if "." in where and any(key in signature(load_class(path)) for path in choices.values()):
                 raise UserError(f"{name} is not a setting of {target.__name__}, "
                                 f"which has {', '.join(expected)}")
             raise UserError(

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from checkpoint import make_file
-from config import UserError
+from harness.checkpoint import make_file
+from harness.config import UserError
 from dataset import DataError, Files, ImageDataset, on_device, to_float, worker_settings
-from experiment import Run, asked_rate, own_folder
-from hub import run_folder
+from harness.hub import run_folder
+from harness.models import asked_rate, own_folder
+from harness.run import Run
 
 
 def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: ImageDataset,

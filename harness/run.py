@@ -1,20 +1,13 @@
 """A run: its folder, how it trains, what it writes, and when it stops.
 
-    STAGE1, STAGE2          the models by name
-    Run                     a run folder and the training in it
-    load_run, save_run      a model from a run folder, and the other way round
+    Run                 a run folder and the training in it
     learning_rate_at, compile_parts, update_ema     what both training scripts need
-
-A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl,
-tensorboard/, samples/*.png and checkpoints/.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -22,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -31,33 +24,17 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import (
     DistributedType, DynamoBackend, ProjectConfiguration, gather_object, set_seed,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    Checkpoints, list_checkpoints, newest_whole, wanted_checkpoint, whole_state, write_file,
-    write_weights,
+from dataset import SIGUSR1, ImageDataset
+from harness.checkpoint import (
+    Checkpoints, list_checkpoints, wanted_checkpoint, whole_state, write_file,
 )
-from config import UserError, build, check_config, choose, flatten, mapping, override, read_yaml
-from dataset import SIGUSR1, ImageDataset, make_dataset
-from dq_transformer import DQTransformer
-from dqvae import DQVAE
-from gpt import GPT
-from guard import Guard
-from hub import run_folder
-from log import Log
-from mask_transformer import MaskTransformer
-from mqvae import MQVAE
-from quantizers import QUANTIZERS
-from stackformer import Stackformer
-from vqgan import VQGAN, VQVAE
+from harness.config import UserError, flatten, read_yaml
+from harness.guard import Guard
+from harness.log import Log
+from harness.models import make_model, own_folder, run_config
 
-STAGE1 = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE}
-STAGE2 = {"gpt": GPT, "stackformer": Stackformer, "dq_transformer": DQTransformer,
-          "mask_transformer": MaskTransformer}
-MODELS = STAGE1 | STAGE2
 # One process may wait long for another's codes, FID or images.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 
@@ -65,50 +42,63 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 class Run:
     """A run folder and the training in it; the same object on every process.
 
-    Made before the models, so that a folder that cannot be used stops the script at once. Then
-    come `plan`, `track` and `resume`, in this order, `start` before the loop and `finish` after it.
+    Made before the models, so that a folder that cannot be used stops the script at once. `resume`
+    comes when all that a checkpoint holds is made, `start` before the loop and `finish` after it.
 
-    fsdp: the script can train sharded weights, which `prepare` makes. Each process then holds a
-    part of the model, of its average and of the optimizer's state.
+    dataset  the training images
+    fsdp     the script can train sharded weights, which `prepare` makes. Each process then holds a
+             part of the model, of its average and of the optimizer's state
     """
 
-    def __init__(self, config: dict[str, dict], resume: str | None = None, fsdp: bool = False):
-        train = self.train = config["train"]
+    def __init__(self, config: dict[str, dict], dataset: ImageDataset, resume: str | None = None,
+                 fsdp: bool = False):
+        train = config["train"]
         if (train["learning_rate"] is None) == (train["base_lr"] is None):
             raise UserError("give one of train.learning_rate and train.base_lr")
         if train["max_train_steps"] is None and train["num_train_epochs"] is None:
             raise UserError("give train.max_train_steps or train.num_train_epochs, or both: "
                             "the one that ends first counts")
         self.config = config
+        self.train = train
+        self.dataset = dataset
         self.folder = Path(train["output_dir"]).expanduser()
-        resume = self.wanted = wanted_checkpoint(resume, self.folder)
-        check_folder(self.folder, config, resume)
+        self.wanted = wanted_checkpoint(resume, self.folder)
+        check_folder(self.folder, config, self.wanted)
+
+        # Processes
         self.accelerator = make_accelerator(train, self.folder, fsdp)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
-        set_seed(train["seed"])
         self.is_main = self.accelerator.is_main_process
         self.world = self.accelerator.num_processes
-        self.started = time.monotonic()
-        self.log = Log(self.accelerator, self.folder)
-        self._signal: str | None = None
-        self._handlers = {s: signal.signal(s, self._on_signal)
-                          for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
+        train["mixed_precision"] = self.accelerator.mixed_precision  # as it was resolved
+        set_seed(train["seed"])
 
-    def plan(self, dataset: ImageDataset) -> None:
-        """How many steps, on how many images each."""
-        train = self.train
+        # How many steps, on how many images each
         together = train["train_batch_size"] * self.world
         if len(dataset) < together:
             raise UserError(f"{len(dataset)} training images are fewer than one batch of "
                             f"{train['train_batch_size']} x {self.world} processes; "
                             "choose a smaller train.train_batch_size")
-        self.dataset = dataset
         self.global_batch = together * train["gradient_accumulation_steps"]
         self.steps_per_epoch = len(dataset) / self.global_batch
         epochs = train["num_train_epochs"]
         of_epochs = max(1, round(epochs * self.steps_per_epoch)) if epochs else math.inf
         self.max_steps = min(train["max_train_steps"] or math.inf, of_epochs)
+
+        # What a checkpoint holds: see `resume`
+        self.modules: dict[str, nn.Module] = {}
+        self.guard = Guard(self.accelerator, train)
+        self.checkpoints = Checkpoints(
+            self.accelerator, self.folder / "checkpoints", train["checkpoints_total_limit"])
+
+        # Records and signals
+        self.log = Log(self.accelerator, self.folder)
+        self.bar = tqdm(total=self.max_steps, unit="step", disable=True)
+        self.logged_step = 0
+        self.started = self.clock = time.monotonic()
+        self._signal: str | None = None
+        self._handlers = {s: signal.signal(s, self._on_signal)
+                          for s in {signal.SIGINT, signal.SIGTERM, SIGUSR1}}
 
     # FSDP
 
@@ -142,25 +132,23 @@ class Run:
 
     # Checkpoints
 
-    def track(self, optimizers: dict[str, torch.optim.Optimizer], stateful: dict[str, nn.Module],
-              **modules: nn.Module | None) -> None:
-        """Names the modules whose weights a checkpoint holds, as NAME.safetensors: `model`, and
-        maybe `ema` and `discriminator`; the optimizers, by their modules' names; and `stateful`
-        modules, which have small buffers only."""
-        self.modules = {name: self.accelerator.unwrap_model(module)
-                        for name, module in modules.items() if module is not None}
-        self.guard = Guard(self.accelerator, self.train, self.modules, stateful.values())
-        self.checkpoints = Checkpoints(
-            self.accelerator, self.folder / "checkpoints", self.train["checkpoints_total_limit"],
-            self.modules, optimizers, list(stateful.values()))
+    def resume(self, optimizers: dict[str, torch.optim.Optimizer],
+               stateful: dict[str, nn.Module], **modules: nn.Module | None) -> int:
+        """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
+        done, 0 for a new run.
+
+        modules     whose weights a checkpoint holds, as NAME.safetensors: `model`, and maybe `ema`
+                    and `discriminator`
+        optimizers  by their modules' names
+        stateful    modules that have small buffers only
+        """
+        self.modules |= {name: self.accelerator.unwrap_model(module)
+                         for name, module in modules.items() if module is not None}
+        self.guard.watch(self.modules, stateful.values())
         # The weights are made: from here on, each process has random numbers of its own.
         if not self.is_main:
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
-
-    def resume(self) -> int:
-        """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
-        done, 0 for a new run."""
-        manifest = self.checkpoints.load(self.wanted)
+        manifest = self.checkpoints.open(self.modules, optimizers, stateful.values(), self.wanted)
         step = manifest["step"]
         self.guard.row += manifest["bad_row"]
         if step:
@@ -384,128 +372,6 @@ def _networks(config: dict) -> dict[str, Any]:
     sections = ("model.", "discriminator.") if has_gan else ("model.",)
     return {key: value for key, value in flat.items()
             if key.startswith(sections) or key in ("train.use_ema", "train.freeze")}
-
-
-def own_folder(run: Path, *parts: str) -> Path:
-    """The run folder, before its `parts` (glob patterns) are written to. UserError if one is a link
-    that leads out of the folder: a run folder from someone else must not redirect our writes. (The
-    run folder may itself be a link.)"""
-    for part in parts:
-        for path in run.glob(part):
-            target = os.path.realpath(path)
-            if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(run)):
-                raise UserError(f"{path} is a link to {target}, outside of the run folder, and "
-                                "would be written to; remove it (instead, the whole run folder "
-                                "may be a link, and train.output_dir, codes.cache_dir and --out "
-                                "can name other places)")
-    return run
-
-
-def load_run(folder: str | Path,
-             which: Literal["latest", "best"] = "latest") -> tuple[nn.Module, dict]:
-    """The model of a run folder, in eval mode on the CPU, and its config.
-
-    which: the newest whole checkpoint, or the one of the best validation (whose PSNR may well be
-    from before the GAN loss began). Averaged weights, if the run kept them. UserError if there is
-    no such run.
-    """
-    folder = Path(run_folder(folder))
-    config = run_config(folder)
-    path = folder / "checkpoints/best.safetensors"
-    if which == "latest":
-        checkpoint = newest_whole(folder / "checkpoints", print)
-        if checkpoint is None:
-            raise UserError(f"{folder} has no whole checkpoint yet")
-        path = checkpoint / "ema.safetensors"
-        if not path.is_file():
-            path = checkpoint / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder} has no {path.name} yet")
-    model = make_model(config)
-    try:
-        model.load_state_dict(load_file(path))
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold the weights of the model in "
-                        f"{folder}/config.yaml") from error
-    return model.eval(), config
-
-
-def run_config(folder: str | Path) -> dict:
-    """The config of a run folder."""
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    config = read_yaml(path)
-    if mapping(config.get("model"), "model").get("name") not in MODELS:
-        raise UserError(f"{path} names no model of {', '.join(MODELS)}")
-    return config
-
-
-def class_names(folder: str | Path) -> list[str] | None:
-    """The names of a run's classes; None if it has none, or is a converted one, which has
-    numbers."""
-    path = Path(folder) / "classes.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
-    """The images of a split of the data that a run was trained on, or of other data by overrides
-    (data.root=...)."""
-    sections = {"data": make_dataset}
-    settings = {"data": dict(config["data"])}
-    override(settings, overrides, sections)
-    settings = check_config(settings, sections, "the command line")
-    dataset = build(make_dataset, settings["data"], split=split)
-    set_image_size(model, dataset.image_size)
-    return dataset
-
-
-def set_image_size(model: nn.Module, size: int | list[int]) -> None:
-    """Tells a stage-1 model the size of its images; UserError if it cannot take them."""
-    try:
-        model.set_image_size(size)
-    except ValueError as error:
-        raise UserError(f"data.{error}") from error
-
-
-def set_rate(model: nn.Module, rate: float | list[float]) -> None:
-    """Chooses the rate of a stage-1 model wherever none is given; UserError if it cannot be."""
-    try:
-        model.set_rate(rate)
-    except ValueError as error:
-        raise UserError(f"this rate cannot be chosen: {error}") from error
-
-
-def asked_rate(codes: dict) -> float | list[float] | None:
-    """The rate that the section `codes` of a stage-2 run chooses, if any."""
-    ratio = codes.get("ratio")
-    ratios = codes.get("ratios")
-    if ratio is not None and ratios is not None:
-        raise UserError("give codes.ratio or codes.ratios, not both")
-    return ratio if ratios is None else ratios
-
-
-def make_model(config: dict) -> nn.Module:
-    """The model of a config, untrained."""
-    settings = dict(config["model"])
-    if quantizer := dict(settings.get("quantizer") or {}):
-        quantizer_class = choose(QUANTIZERS, quantizer, "model.quantizer", QUANTIZERS["vq"])
-        quantizer.pop("name", None)
-        settings["quantizer"] = build(quantizer_class, quantizer)
-    return build(MODELS[settings.pop("name")], settings)
-
-
-def save_run(folder: Path, config: dict, modules: dict[str, nn.Module],
-             more: dict[str, dict[str, Tensor]] | None = None) -> None:
-    """Makes a run folder of weights alone, {"model": ...}, which load_run reads; `more`: other
-    files, as named tensors."""
-    shutil.rmtree(folder, ignore_errors=True)
-    weights = {name: whole_state(module) for name, module in modules.items()}
-    write_weights(folder / "checkpoints/step_00000000", weights | (more or {}))
-    # Last: with it, the folder is a run.
-    write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int,

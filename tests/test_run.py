@@ -6,14 +6,15 @@ import yaml
 from conftest import ROOT
 
 import train_stage2
-from config import UserError, build, check_config, load_config, read_yaml
-from experiment import learning_rate_at, load_run, make_model
-from train_stage1 import SECTIONS
+from harness.config import UserError, build, check_config, load_config, read_yaml
+from harness.models import load_run, make_model, model_class
+from harness.run import learning_rate_at
+from train_stage1 import STAGE1_SECTIONS
 from vqgan import VQGAN
 
 
 def load(path, *overrides):
-    return load_config(str(path), list(overrides), SECTIONS)
+    return load_config(str(path), list(overrides), STAGE1_SECTIONS)
 
 
 def test_config_is_complete_and_typed(tiny):
@@ -51,7 +52,7 @@ def images(size: int | list[int] = [4, 8]):
 
 
 def test_sections_give_the_choices_and_defaults_of_settings():
-    """Of any setting: config.py itself knows none."""
+    """Of any setting: harness/config.py itself knows none."""
     sections = {"whole": whole, "whole.part": {"wide": Wide, "deep": Deep}, "whole.size": "images.size", "images": images}
     config = check_config({"whole": {"part": {"name": "deep"}}}, sections, "a file")
     assert config == {"whole": {"part": {"name": "deep", "depth": 3}, "size": [4, 8]}, "images": {"size": [4, 8]}}
@@ -176,7 +177,7 @@ def test_every_stage1_config_of_the_repo_builds(path):
     config = load(path)
     settings = dict(config["model"])
     with torch.device("meta"):  # shapes only
-        model = build(SECTIONS["model"][settings.pop("name")], settings)
+        model = build(STAGE1_SECTIONS["model"][settings.pop("name")], settings)
     assert config["train"]["output_dir"] == f"runs/{path.stem}"
     assert config["data"]["image_size"] % model.factor == 0
 
@@ -186,13 +187,13 @@ def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path,
     stage1_path = next(p for p in CONFIGS if f"stage1: runs/{p.stem}\n" in path.read_text())
     assert stage1_path.parent.name == {"quickstart": "quickstart", "stage2": "stage1"}[path.parent.name]
     theirs = load(stage1_path)
-    config = load_config(str(path), [], train_stage2.SECTIONS, lambda given: given.update(data=theirs["data"] | given.get("data", {})))
+    config = load_config(str(path), [], train_stage2.STAGE1_SECTIONS, lambda given: given.update(data=theirs["data"] | given.get("data", {})))
     settings = dict(theirs["model"])
     with torch.device("meta"):
         stage1 = make_model({"model": settings})
         train_stage2.complete(config, stage1, ["a", "b"])
         settings = dict(config["model"])
-        model = build(train_stage2.STAGE2[settings.pop("name")], settings)
+        model = build(model_class(settings.pop("name")), settings)
     assert model.codebook_size == stage1.quantizer.codebook_size
 
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 from accelerate import Accelerator
 from torch import Tensor
 
-from config import UserError
+from harness.config import UserError
 
 
 def moving_tensors(module: nn.Module) -> list[Tensor]:
@@ -32,26 +32,35 @@ class Guard:
     """Skips, undoes and counts bad steps.
 
     train       the config's section `train`
-    modules     name to module; each may have an optimizer of its own; a bad step of one does not
-                undo the others'
-    stateful    modules of buffers that follow the discriminator's steps (LeCam's averages)
     """
 
-    def __init__(self, accelerator: Accelerator, train: dict, modules: dict[str, nn.Module],
-                 stateful: Iterable[nn.Module]):
+    def __init__(self, accelerator: Accelerator, train: dict):
         self.accelerator = accelerator
-        self.modules = modules
+        self.modules: dict[str, nn.Module] = {}
+        self.moving: dict[str, list[Tensor]] = {}  # what a forward pass changes
+        self.kept: dict[str, list[Tensor]] = {}  # their values before the step
+        self.bad: dict[str, Tensor] = {}  # whether the step was bad, of each module
+        self.scale_before = 1.0
         self.max_row = train["max_bad_steps"]
         self.max_norm = train["max_grad_norm"] or math.inf
-        # What a forward pass changes: codebook and statistics, but not those of frozen parts.
+        # Bad steps since the last log line and in a row, and the step at which they were too many.
+        self.count, self.row, self.too_many = torch.zeros(
+            3, dtype=torch.long, device=accelerator.device)
+
+    def watch(self, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]) -> None:
+        """Guards these modules from now on.
+
+        modules     name to module; each may have an optimizer of its own; a bad step of one does
+                    not undo the others'
+        stateful    modules of buffers that follow the discriminator's steps (LeCam's averages)
+        """
+        self.modules = modules
+        # Codebook and statistics, but not those of frozen parts.
         self.moving = {name: moving_tensors(module)
                        for name, module in modules.items() if name != "ema"}
         if "discriminator" in modules:
             for module in stateful:
                 self.moving["discriminator"] += moving_tensors(module)
-        # Bad steps since the last log line and in a row, and the step at which they were too many.
-        self.count, self.row, self.too_many = torch.zeros(
-            3, dtype=torch.long, device=accelerator.device)
 
     @property
     def scale(self) -> float:
@@ -59,7 +68,7 @@ class Guard:
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
     def begin(self) -> None:
-        self.bad: dict[str, Tensor] = {}  # of each module with an optimizer
+        self.bad = {}
         self.scale_before = self.scale
         self.kept = {}
         for name, moving in self.moving.items():

@@ -1,6 +1,7 @@
 """Image files: which there are, and their pixels.
 
     files_below          the files in folders, at any depth
+    SPLIT, by_folder     what the names of files and folders say: split, class
     image_extensions     which of them are images
     read_image, decode   one of them as 8-bit RGB, whatever it is
 """
@@ -10,7 +11,9 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from contextlib import suppress
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -24,6 +27,9 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
 # A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+# The first of these words in a path tells the split.
+SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 @functools.cache
@@ -73,6 +79,13 @@ def _entries(links, folder, path):
         is_around = f"{path}/".startswith(os.path.join(target, ""))
         if not is_around and not entry.name.startswith(PASSED_OVER):
             yield links + is_link, os.path.join(folder, entry.name), target, entry.is_dir()
+
+
+def by_folder(keys: Sequence[str]) -> list[str]:
+    """The first-level folder of each image, if all are in one; otherwise "image"."""
+    if all("/" in key for key in keys):
+        return [key.partition("/")[0] for key in keys]
+    return ["image"] * len(keys)
 
 
 def read_image(path: str | Path, background: str = BACKGROUND) -> Image.Image:

@@ -36,10 +36,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from images import files_below, image_extensions
+from data.images import SPLIT, by_folder, files_below, image_extensions
 
-# The first of these words in a path tells the split.
-SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
 # WebDataset's key, up to the first dot of the file's name, and the rest. What is hidden has none,
 # nor is a leading / or ./ in it.
 MEMBER = re.compile(r"(?!(?:.*/)?\.[^./])(?:\.?/)*((?:.*/)?[^./]+)\.([^/]*)")
@@ -53,13 +51,6 @@ def by_split(names: Iterable[str]) -> tuple[list[str], list[str]]:
         match = SPLIT.search(name)
         parts[match and match[1].lower()].append(name)
     return parts["train"] or parts[None], parts["val"]
-
-
-def by_folder(keys: Sequence[str]) -> list[str]:
-    """The first-level folder of each image, if all are in one; otherwise "image"."""
-    if all("/" in key for key in keys):
-        return [key.partition("/")[0] for key in keys]
-    return ["image"] * len(keys)
 
 
 @dataclass

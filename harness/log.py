@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from checkpoint import write_file
+from harness.checkpoint import write_file
 
 
 class Log:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config import UserError
+from harness.config import UserError
 
 # What of a run folder is not downloaded with the rest: caches and logs never, config.yaml later.
 LEFT_OUT = ["codes/*", "tensorboard/*", "config.yaml"]

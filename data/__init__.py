@@ -1,0 +1,1 @@
+"""Where images lie, behind dataset.py: files, shards and shapes made on the fly."""

@@ -1,0 +1,50 @@
+"""How good reconstructions are, and how a codebook is used.
+
+    compare             PSNR, SSIM and LPIPS of each image
+    usage, perplexity   of a codebook, from how often each code was used
+    mean_and_spread     of a metric over the images
+"""
+
+import math
+
+from dataset import to_float
+
+
+def compare(a, b, lpips=None):
+    """How much two batches of uint8 images (B, 3, H, W) differ: "psnr", "ssim" and, with a network,
+    "lpips", each (B,). Equal images have a PSNR of 100 dB."""
+    import torchmetrics.functional.image as functional  # takes seconds
+
+    x = a.float()
+    y = b.float()
+    psnr = functional.peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3),
+                                              reduction="none")
+    _, ssim = functional.structural_similarity_index_measure(
+        y, x, data_range=255.0, reduction="none", return_full_image=True)
+    # Where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
+    ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))
+    values = {"psnr": psnr.clamp(max=100), "ssim": ssim}  # of no error at all: infinite
+    if lpips:
+        values["lpips"] = lpips(to_float(a), to_float(b)).flatten()
+    return values
+
+
+def usage(uses, draws=math.inf):
+    """The share of codes that occur, of `draws` codes drawn without replacement from those that
+    were used uses (K,) times: what is expected of it."""
+    from scipy.stats import hypergeom
+
+    total = int(uses.sum())
+    unseen = hypergeom.pmf(0, total, uses.numpy(), min(draws, total))   # (K,)
+    return 1 - unseen.mean()
+
+
+def perplexity(uses):
+    """exp(entropy) of the frequencies."""
+    from scipy.stats import entropy
+
+    return math.exp(entropy(uses.numpy()))
+
+
+def mean_and_spread(name, values):
+    return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
