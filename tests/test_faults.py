@@ -40,7 +40,7 @@ from harness.config import (
     setting_names,
 )
 from harness.guard import Guard
-from harness.models import STAGE1, STAGE2, load_run
+from harness.models import STAGE1, STAGE2, load_run, model_class
 from harness.run import Run
 from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
 from losses import PatchGAN
@@ -600,7 +600,7 @@ def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
 def everything(sections, name):
     """All keys that a config with this model may set."""
     targets = {section: target for section, target in sections.items() if "." not in section}
-    return [k for section, t in targets.items() for k in setting_names(t[name] if isinstance(t, dict) else t, section)]
+    return [k for section, t in targets.items() for k in setting_names(model_class(name) if isinstance(t, dict) else t, section)]
 
 
 KEYS = sorted({k for name in STAGE1 for k in everything(STAGE1_SECTIONS, name)})
