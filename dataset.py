@@ -24,16 +24,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.images import SPLIT, by_folder, decode, files_below, image_extensions, read_image
+from data.images import (
+    SPLIT, by_folder, decode, files_below, image_extensions, read_image,
+)
 
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
@@ -84,13 +85,17 @@ def make_dataset(
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
     """
     train = split == "train"
-    if not isinstance(image_size, int) and (name == "shapes" or len(image_size) != 2):
-        valid = "a number for shapes" if name == "shapes" else "a number or [height, width]"
-        raise DataError(f"data.image_size must be {valid}; it is {image_size}")
+    if not isinstance(image_size, int):
+        if name == "shapes":
+            raise DataError(f"data.image_size must be a number for shapes; it is {image_size}")
+        if len(image_size) != 2:
+            raise DataError("data.image_size must be a number or [height, width]; it is "
+                            f"{image_size}")
     if name == "shapes":
         from data.shapes import Shapes  # which no other dataset needs
 
-        source = Shapes(train, image_size, seed, train_size if train else val_size, max_objects)
+        count = train_size if train else val_size
+        source = Shapes(train, image_size, seed, count, max_objects)
     else:
         settings = {"folder": [val_fraction], "webdataset": [val_fraction],
                     "huggingface": [val_fraction, image_column, label_column]}
@@ -139,7 +144,7 @@ class ImageDataset(Dataset):
     uint8: bool = False
 
     def __post_init__(self):
-        self._number(self.source.classes)
+        self._number([name for name in self.source.classes if name is not None])
         self.sides = np.broadcast_to(self.image_size, 2).tolist()  # height, width
         self.least = 0  # pixels a side, to which JPEGs may be reduced; 0: whole
         if self.train:
@@ -182,7 +187,8 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        index = range(len(self))[index]  # IndexError where there is no such image
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} images")
         while True:
             index = self.shown(index)
             try:
@@ -253,8 +259,9 @@ def train_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, num_work
     batch_size is per process; process `rank` of `world` gets its share of every batch. The first
     batch is number `start`.
     """
+    dataset.uint8 = True
     batches = TrainBatches(len(dataset), batch_size, seed, start, rank, world)
-    return load_batches(dataset, batches, num_workers, device)
+    return _batches(dataset, batches, num_workers, device)
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None,
@@ -266,15 +273,21 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     limit: at most so many images in all, evenly spread over the dataset.
     """
     dataset = copy.copy(dataset)
+    dataset.uint8 = True
     dataset.least = 0  # whole JPEGs, also of the training split
     count = min(limit or len(dataset), len(dataset))
     indices = [i * len(dataset) // count for i in range(rank, count, world)]
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    return load_batches(dataset, batches, num_workers, device)
+    return _batches(dataset, batches, num_workers, device)
+
+
+def _batches(dataset, batches, num_workers, device):
+    settings = worker_settings(num_workers, device)
+    return on_device(DataLoader(dataset, batch_sampler=batches, **settings), device)
 
 
 @dataclass
-class TrainBatches:
+class TrainBatches(Sampler):
     """Endless lists of (epoch, index). Every epoch is a permutation of all images; what does not
     fill a batch is dropped."""
 
@@ -286,34 +299,38 @@ class TrainBatches:
     world: int = 1
 
     def __iter__(self):
-        size = self.batch_size
-        for epoch, images, first, _ in epochs(self.n, size * self.world, self.seed, self.start):
-            for batch in images[first:, size * self.rank:size * (self.rank + 1)]:
-                yield [(epoch, index) for index in batch.tolist()]
+        per_epoch = self.n // (self.batch_size * self.world)
+        epoch, first_batch = divmod(self.start, per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            order = torch.randperm(self.n, generator=generator)
+            for batch in range(first_batch, per_epoch):
+                first = (batch * self.world + self.rank) * self.batch_size
+                indices = order[first:first + self.batch_size].tolist()
+                yield [(epoch, index) for index in indices]
+            epoch += 1
+            first_batch = 0
 
 
-def epochs(n: int, batch: int, seed: int, start: int):
-    """From batch number `start` on, of each epoch: its number, all its batches (N, batch) of n
-    images, the first of them that is due, and the generator that ordered them."""
-    epoch, first = divmod(start, n // batch)
-    while True:
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        images = torch.randperm(n, generator=generator)[:n // batch * batch]
-        yield epoch, images.view(-1, batch), first, generator
-        epoch += 1
-        first = 0
+def worker_settings(num_workers: int, device: Device) -> dict:
+    """How a DataLoader's workers run."""
+    return dict(num_workers=num_workers, pin_memory=torch.device(device).type == "cuda",
+                prefetch_factor=4 if num_workers else None,
+                worker_init_fn=_leave_signals_to_the_trainer,
+                generator=torch.Generator())  # or it would draw from the models' random numbers
 
 
 def _leave_signals_to_the_trainer(_):
     """Schedulers and Ctrl-C signal every process, but the training process must save before its
-    workers end."""
-    for number in (signal.SIGINT, signal.SIGTERM, SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    workers end. A second SIGTERM, from the training process, ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @atexit.register
 def end_workers():
-    """At exit Python sends its workers a SIGTERM, which they ignore, and would wait for ever."""
+    """At exit Python sends its workers one SIGTERM, which they ignore, and would wait for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
     for process in multiprocessing.active_children():
@@ -321,15 +338,8 @@ def end_workers():
             process.kill()
 
 
-def load_batches(dataset: ImageDataset, batches, num_workers: int, device: Device) -> Batches:
-    """The images of these lists of keys, on `device`."""
-    dataset = copy.copy(dataset)
-    dataset.uint8 = True
-    loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda", prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
-        generator=torch.Generator())  # or it would draw from the models' random numbers
+def on_device(loader: DataLoader, device: Device) -> Batches:
+    """The batches of a loader of uint8 images."""
     for images, labels in loader:
         yield to_float(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
@@ -338,7 +348,7 @@ class Source(Protocol):
     """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
 
     labels: Sequence[int]  # -1: none
-    classes: list[str]  # names of the labels, all different
+    classes: Sequence[str | None]  # names of the labels, all different; None: of no training image
 
     def load(self, index: int) -> Image.Image | Tensor | str | bytes:
         """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor
@@ -386,7 +396,7 @@ class Packed:
     box: Any  # Shards or Table
     rows: Sequence[int]
     labels: list[int]
-    classes: list[str]
+    classes: list[str | None]
 
     def load(self, index):
         return self.box.read(self.rows[index])
@@ -493,16 +503,23 @@ def folder(root: Path, train: bool, val_fraction: float) -> Files:
     splits = split_folders(root)
     splits.setdefault("train", root)
     listed = zip(splits.items(), list_images(*splits.values()))
-    parts = {split: _folder(base, paths) for (split, base), paths in listed}
+    parts = {split: _Folder(base, paths) for (split, base), paths in listed}
     split = _split(parts["train"], parts.get("val"), train, val_fraction)
-    return Files([*map(split.box.name, split.rows)], split.labels, split.classes)
+    return Files([split.name(i) for i in range(len(split.rows))], split.labels, split.classes)
 
 
-def _folder(base, paths):
+class _Folder:
     """Image files, as Shards has those in shards."""
-    keys = [path.relative_to(base).as_posix() for path in paths]
-    return SimpleNamespace(keys=keys, labels=by_folder(keys), order=None,
-                           name=lambda row: str(paths[row]))
+
+    order = None
+
+    def __init__(self, base, paths):
+        self.paths = paths
+        self.keys = [path.relative_to(base).as_posix() for path in paths]
+        self.labels = by_folder(self.keys)
+
+    def name(self, row):
+        return str(self.paths[row])
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -553,18 +570,15 @@ def _split(training, validation, train, val_fraction):
     used = set(labels)
     if used <= {"image"}:
         return Packed(part, rows, [0] * len(rows), ["image"])
-    if max(used) in range(10**6, 2**63):
-        raise DataError("classes must be numbered from 0 to below 1,000,000; they are from "
-                        f"{min(used)} to {max(used)}")
-    order = [label for label in training.order or sorted(used) if label in used]
-    numbers = {label: i for i, label in enumerate(order)}
+    order = _order(used, training.order)
+    numbers = {label: i for i, label in enumerate(order) if label in used}
     labels = [part.labels[row] for row in rows]
     for row, label in zip(rows, labels):
         if validation and label not in numbers and label != "image":
             raise DataError(f"{part.name(row)} is of class {label!r}, which the training split "
                             "does not have")
-    labels = [numbers.get(label, -1) for label in labels]
-    return Packed(part, rows, labels, [*map(str, order)])
+    classes = [str(label) if label in used else None for label in order]
+    return Packed(part, rows, [numbers.get(label, -1) for label in labels], classes)
 
 
 def _held_out(keys, val_fraction):
@@ -572,6 +586,17 @@ def _held_out(keys, val_fraction):
     go. At least one is."""
     places = np.array([zlib.crc32(os.fsencode(key)) for key in keys]) / 2**32
     return places < max(val_fraction, places.min(initial=1) + 2**-32)
+
+
+def _order(used, order):
+    """All labels: words in this order, or sorted; numbers from 0."""
+    largest = max(used)
+    if isinstance(largest, str):
+        return order or sorted(used)
+    if largest >= 10**6:
+        raise DataError("classes must be numbered from 0 to below 1,000,000; they are from "
+                        f"{min(used)} to {largest}")
+    return range(largest + 1)
 
 
 SOURCES = {  # a function of (root, train), and what root must be

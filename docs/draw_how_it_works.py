@@ -31,16 +31,15 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from experiment import load_run
+from data.shapes import CLASSES, draw_shapes
+from harness.models import load_run
 from mask_transformer import Unmask
 from mqvae import DeMask, at, highest
-from shapes import CLASSES, draw_shapes
 
 FOLDER = Path(__file__).resolve().parent
 LEFT = 24  # of the first step
