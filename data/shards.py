@@ -26,7 +26,7 @@ import re
 import tarfile
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -36,21 +36,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.images import SPLIT, by_folder, files_below, image_extensions
+from data.images import files_below, image_extensions
+from data.splits import by_folder, by_split
 
 # WebDataset's key, up to the first dot of the file's name, and the rest. What is hidden has none,
 # nor is a leading / or ./ in it.
 MEMBER = re.compile(r"(?!(?:.*/)?\.[^./])(?:\.?/)*((?:.*/)?[^./]+)\.([^/]*)")
-
-
-def by_split(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The names for training and for validation. Where none says "train", all that do not say
-    "val" are for training."""
-    parts = {"train": [], "val": [], None: []}
-    for name in names:
-        match = SPLIT.search(name)
-        parts[match and match[1].lower()].append(name)
-    return parts["train"] or parts[None], parts["val"]
 
 
 @dataclass
