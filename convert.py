@@ -125,7 +125,7 @@ def _part(state, prefix):
             if name.startswith(prefix)}
 
 
-def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) -> dict[str, Tensor]:
+def read_checkpoint(path, ema=False, trust=False):
     """The named tensors of a .safetensors file, a Lightning checkpoint (`state_dict`) or a LlamaGen
     checkpoint (`model`).
 
@@ -176,7 +176,7 @@ def without_params(release):
     return level | (level.get("params") or {})
 
 
-def read_config(kind: str, release: dict, thresholds: str | Path | None = None) -> dict:
+def read_config(kind, release, thresholds=None):
     """The config that from_reference takes, from the release's YAML file. A config that
     from_reference takes already is returned as is."""
     release = without_params(release)

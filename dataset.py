@@ -19,7 +19,7 @@ import random
 import re
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,10 +148,10 @@ class ImageDataset(Dataset):
     def __len__(self):
         return len(self.source.labels)
 
-    def label(self, index: int) -> int:
+    def label(self, index):
         return self.class_of[self.source.labels[index]]
 
-    def shown(self, index: int) -> int:
+    def shown(self, index):
         """The image at this index, or if it is known to be unreadable, the next one that is not."""
         if self.unreadable[index]:
             index += int(np.roll(self.unreadable, -index).argmin())
@@ -265,10 +265,15 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     """
     dataset = copy.copy(dataset)
     dataset.least = 0  # whole JPEGs, also of the training split
-    count = min(limit or len(dataset), len(dataset))
-    indices = [i * len(dataset) // count for i in range(rank, count, world)]
+    indices = spread(len(dataset), limit)[rank::world]
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
     return load_batches(dataset, batches, num_workers, device)
+
+
+def spread(total, limit):
+    """Indices of at most `limit` (or all) of so many images, evenly spread."""
+    count = min(limit or total, total)
+    return [i * total // count for i in range(count)]
 
 
 @dataclass
@@ -290,7 +295,7 @@ class TrainBatches:
                 yield [(epoch, index) for index in batch.tolist()]
 
 
-def epochs(n: int, batch: int, seed: int, start: int):
+def epochs(n, batch, seed, start):
     """From batch number `start` on, of each epoch: its number, all its batches (N, batch) of n
     images, the first of them that is due, and the generator that ordered them."""
     epoch, first = divmod(start, n // batch)
@@ -319,7 +324,7 @@ def end_workers():
             process.kill()
 
 
-def load_batches(dataset: ImageDataset, batches, num_workers: int, device: Device) -> Batches:
+def load_batches(dataset, batches, num_workers, device) -> Batches:
     """The images of these lists of keys, on `device`."""
     dataset = copy.copy(dataset)
     dataset.uint8 = True
@@ -333,17 +338,14 @@ def load_batches(dataset: ImageDataset, batches, num_workers: int, device: Devic
 
 
 class Source(Protocol):
-    """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
+    """The images of one split: `Files`, `Arrays`, `Packed`, or any class with
 
-    labels: Sequence[int]  # -1: none
-    classes: list[str]  # names of the labels, all different
-
-    def load(self, index):
-        """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor
-        (3, H, W) of the right size, which is neither cropped nor flipped."""
-
-    def name(self, index):
-        """For messages, and for the code cache: unique, and the same in every run."""
+    labels       a number for each image; -1: none
+    classes      the names of the labels, all different
+    load(index)  an RGB image of any size; the path of an image file, or what is in it; or a uint8
+                 tensor (3, H, W) of the right size, which is neither cropped nor flipped
+    name(index)  for messages, and for the code cache: unique, and the same in every run
+    """
 
 
 @dataclass
@@ -382,7 +384,7 @@ class Packed:
     """Some rows of what lies in shards or in a table."""
 
     box: Any  # Shards or Table
-    rows: Sequence[int]
+    rows: list[int]
     labels: list[int]
     classes: list[str]
 
@@ -393,7 +395,7 @@ class Packed:
         return self.box.name(self.rows[index])
 
 
-def list_images(*folders: Path) -> list[list[Path]]:
+def list_images(*folders):
     """The images in each folder, but for those that one before it has (see `files_below`). Files
     that are no images are told of."""
     listed, others = files_below(image_extensions(), *folders)
@@ -441,33 +443,33 @@ def ffhq(root, train):
     if name not in lists:
         raise DataError(f"there is {min(lists.values())} but no {name} beside it; add it, or "
                         "remove both to split at 60,000")
-    by_name = {path.name: path for path in paths}
     listed = [Path(entry).name for entry in lists[name].read_text().split()]
-    missing = [entry for entry in listed if entry not in by_name]
-    if missing:
-        raise DataError(f"{lists[name]} lists {missing[0]} (and {len(missing) - 1} more "
-                        f"images), which {root} does not hold")
-    return _faces([by_name[entry] for entry in listed])
+    return _faces(_listed(paths, listed, lists[name]))
 
 
 def celeba(root, train):
     partition = root / "list_eval_partition.txt"
-    images = root / "img_align_celeba"
     if not partition.exists():  # from Kaggle, where there also is a folder in the folder
         partition = partition.with_suffix(".csv")
-    if (images / images.name).is_dir():
-        images /= images.name
-    for path in (partition, images):
-        if not path.exists():
-            raise DataError(f"there is no {path}")
     number = 0 if train else 1
-    names = re.findall(rf'(?m)^"?([^\s,"]+)[ ,"]+{number}"?\s*$', partition.read_text())
-    paths = [images / name for name in names]
-    return _faces(paths, (25, 57, 153, 185))  # 128 x 128 around x 89, y 121
+    listed = re.findall(rf'(?m)^"?([^\s,"]+)[ ,"]+{number}"?\s*$', partition.read_text())
+    paths, = list_images(root / "img_align_celeba")
+    # 128 x 128 around x 89, y 121
+    return _faces(_listed(paths, listed, partition), (25, 57, 153, 185))
+
+
+def _listed(paths, names, where):
+    """Those of the paths that have these names."""
+    by_name = {path.name: path for path in paths}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise DataError(f"{where} lists {missing[0]} (and {len(missing) - 1} more images), which "
+                        "are not there")
+    return [by_name[name] for name in names]
 
 
 def _faces(paths, crop=None):
-    return Files([str(path) for path in paths], [0] * len(paths), ["face"], crop)
+    return Files([*map(str, paths)], [0] * len(paths), ["face"], crop)
 
 
 def cifar10(root, train):

@@ -12,17 +12,16 @@ import io
 import os
 from contextlib import suppress
 from heapq import heappop, heappush
-from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 BACKGROUND = "white"  # behind transparent images
 NOT_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
 PASSED_OVER = (".", "__MACOSX", "lost+found")  # files and folders whose names begin so
-# By EXIF's orientation, from 2.
-TURNS = ("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE "
-         "ROTATE_270 TRANSVERSE ROTATE_90").split()
+ORIENTATION = 0x0112  # in EXIF: how to turn the image upright, by TURNS, from 2
+TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+         "TRANSVERSE", "ROTATE_90"]
 # A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
@@ -77,7 +76,7 @@ def _entries(links, folder, path):
             yield links + is_link, os.path.join(folder, entry.name), target, entry.is_dir()
 
 
-def read_image(path: str | Path, background: str = BACKGROUND) -> Image.Image:
+def read_image(path, background=BACKGROUND):
     """The image as 8-bit RGB, upright (EXIF), over this colour where it is transparent."""
     return decode(path, background=background)[0]
 
@@ -91,7 +90,7 @@ def decode(file, least=0, background=BACKGROUND):
         image.load()
         turn = None
         with suppress(Exception):  # a broken EXIF block
-            turn = image.getexif().get(ExifTags.Base.Orientation)
+            turn = image.getexif().get(ORIENTATION)
         if image.mode[0] in "IF":
             image = _to_8_bits(image)
         elif image.has_transparency_data:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +28,19 @@ from tqdm import tqdm
 
 from harness.checkpoint import make_file
 from harness.config import UserError
-from dataset import Files, ImageDataset, epochs, load_batches
+from dataset import Files, ImageDataset, epochs, load_batches, spread
 from harness.hub import run_folder
 from harness.models import asked_rate, own_folder
-from harness.run import Run
+
+SYNC_ROWS = 1024  # so many codes at most are lost where a process is killed
 
 
-def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: ImageDataset,
-                   limit: int | None = None, views: int = 1) -> CodeCache:
-    """The codes of the dataset's images, or of `limit` of them; encoded now, in the precision of
-    `stage1`, as far as they are not yet on the disk."""
+def encode_dataset(run, stage1, precision, dataset, limit=None, views=1):
+    """The CodeCache of the dataset's images, or of `limit` of them; encoded now, in the precision
+    of `stage1`, as far as they are not yet on the disk."""
     settings = run.config["codes"]
     accelerator = run.accelerator
-    count = min(limit or len(dataset), len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
+    indices = spread(len(dataset), limit)
     split = "train" if dataset.train else "val"
     folder = Path(settings["cache_dir"] or "").expanduser()
     if not settings["cache_dir"]:
@@ -79,8 +77,7 @@ def encode_dataset(run: Run, stage1: torch.nn.Module, precision: str, dataset: I
     return cache
 
 
-def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indices: list[int],
-              views: int, rate: float | list[float] | None, precision: str) -> str:
+def cache_key(stage1, dataset, data, indices, views, rate, precision):
     """A name for all that the codes depend on: weights, names of the images (not what is in the
     files), data settings, the precision, and the rate if one was chosen. A folder of image files or
     shards may move."""
@@ -105,6 +102,7 @@ def cache_key(stage1: torch.nn.Module, dataset: ImageDataset, data: dict, indice
     return key.hexdigest()[:16]
 
 
+@dataclass
 class CodeCache:
     """The codes of a split's images, encoded once by a stage-1 model and kept in memory-mapped
     files.
@@ -120,16 +118,20 @@ class CodeCache:
     codebook_size  K; what is above 65,536 takes four bytes per code instead of two
     """
 
-    def __init__(self, folder: Path, key: str, dataset: ImageDataset, indices: list[int],
-                 views: int, example: dict[str, Tensor], codebook_size: int):
-        self.folder = folder / key
-        self.dataset = dataset
-        self.indices = indices
-        self.views = views
-        dtype = "uint16" if codebook_size <= 2**16 else "int32"
+    folder: Path
+    key: str
+    dataset: ImageDataset
+    indices: list[int]
+    views: int
+    example: dict[str, Tensor]
+    codebook_size: int
+
+    def __post_init__(self):
+        self.folder /= self.key
+        dtype = "uint16" if self.codebook_size <= 2**16 else "int32"
         # One array per tensor of codes, the image that they are of (an unreadable one is replaced),
         # and whether a row is done.
-        self.arrays = {name: (dtype, codes.shape[1:]) for name, codes in example.items()}
+        self.arrays = {name: (dtype, codes.shape[1:]) for name, codes in self.example.items()}
         self.arrays |= {"image": ("int32", ()), "done": ("uint8", ())}
 
     def create(self):
@@ -151,7 +153,6 @@ class CodeCache:
         keys = [[(row // n, self.indices[row % n]) for row in batch] for batch in batches]
         loader = load_batches(self.dataset, keys, num_workers, device)
         unsynced = []
-        synced = time.monotonic()
         with ExitStack() as stack:
             files = {}
             for name in self.arrays:
@@ -175,16 +176,15 @@ class CodeCache:
                     for row, value in zip(batch, array):
                         os.pwrite(files[name], value.tobytes(), row * value.nbytes)
                 unsynced += batch
-                if time.monotonic() - synced > 10:
+                if len(unsynced) >= SYNC_ROWS:
                     sync()
-                    synced = time.monotonic()
                 yield len(batch)
 
-    def missing(self) -> list[int]:
+    def missing(self):
         """The rows that are not done."""
         return np.flatnonzero(self.array("done") == 0).tolist()
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name):
         """One of the files, as an array over all rows."""
         dtype, shape = self.arrays[name]
         return np.memmap(self._path(name), dtype, "r", shape=(len(self), *shape))
@@ -192,7 +192,7 @@ class CodeCache:
     def _path(self, name):
         return self.folder / f"{name}.bin"
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.indices) * self.views
 
     def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
@@ -202,8 +202,7 @@ class CodeCache:
         return codes, torch.tensor([self.dataset.label(i) for i in images])
 
 
-def code_loader(cache: CodeCache, lengths: Tensor, batch_size: int, seed: int = 0, start: int = 0,
-                rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+def code_loader(cache, lengths, batch_size, seed=0, start=0, rank=0, world=1, device="cpu"):
     """Endless shuffled batches (codes, labels) on `device`, of images of similar length; see
     CodeBatches."""
     on_gpu = torch.device(device).type == "cuda"

@@ -67,8 +67,6 @@ def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn
     config        the release's settings of this model, as convert.read_config takes them from its
                   YAML file
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; it is {kind!r}")
     settings, rules = KINDS[kind](config)
     model = make_model({"model": settings})
     _load(model, state_dict, rules)
@@ -470,7 +468,7 @@ PARTS_OF_BLOCKS = _rules("""
 
 def _load(model, state_dict, rules):
     own = model.state_dict()
-    state = {name: tensor for name, tensor in own.items() if _is_like(name, OPTIONAL)}
+    state = {}
     applied = defaultdict(list)  # {our name: rules}
     problems = []
     for name in state_dict:
@@ -490,18 +488,18 @@ def _load(model, state_dict, rules):
         if len(parts) < parts[0].parts:
             problems.append(f"missing a part of what becomes {ours}, of which there is only "
                             f"{', '.join(names)}")
-        elif any((rows, *tensor.shape[1:]) != shape for tensor in tensors):
+        elif {(rows, *tensor.shape[1:]) for tensor in tensors} != {shape}:
             shapes = " and ".join(f"{name} {tuple(state_dict[name].shape)}" for name in names)
             problems.append(f"{shapes} cannot become {ours} {shape}")
         else:
             state[ours] = torch.cat(tensors)
-    present = state.keys() | applied.keys()
-    problems += [f"missing what becomes {name}" for name in own if name not in present]
+    problems += [f"missing what becomes {name}" for name in own
+                 if name not in applied and not _is_like(name, OPTIONAL)]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
             f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state)
+    model.load_state_dict(own | state)
     if "quantizer.ema_sum" in own.keys() - applied.keys():
         model.quantizer.ema_sum.copy_(model.quantizer.codebook)
         model.quantizer.ema_count.fill_(1.0)
