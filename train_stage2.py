@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.checkpoint import wanted_checkpoint, write_file
-from harness.code_cache import CodeCache, code_loader, encode_dataset, image
+from harness.code_cache import CodeCache, code_loader, encode_dataset
 from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
 from harness.finetune import freeze, init_from
 from harness.hub import run_folder
@@ -233,7 +233,7 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
         shown = [first_of_class(data, label) for label in labels]
     else:
         shown = [c * len(data) // columns for c in range(columns)]
-    originals = torch.stack([image(data, i) for i in shown]).to(run.accelerator.device)
+    originals = torch.stack([data[i][0] for i in shown]).to(run.accelerator.device)
     codes = stage1.encode(originals)
     rows = [originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)]
     picture = []

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_stage2
 from dataset import make_dataset, train_loader
 from gpt import parameter_groups, sides
-from harness.code_cache import CodeBatches, CodeCache, code_loader, image
+from harness.code_cache import CodeBatches, CodeCache, code_loader
 from harness.config import build, load_config, read_yaml
 from harness.launch import run_main
 from harness.models import make_model
@@ -116,7 +116,7 @@ def stage2(args) -> None:
     model, step = stage2_step(config, device)
 
     with tempfile.TemporaryDirectory() as folder:
-        example = autoencoder.encode(image(dataset, 0).unsqueeze(0).to(device))
+        example = autoencoder.encode(dataset[0][0].unsqueeze(0).to(device))
         cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, autoencoder.quantizer.codebook_size)
         cache.create()
         start = time.perf_counter()

@@ -33,7 +33,7 @@ class Shapes:
     image_size: int
     seed: int
     size: int  # how many images
-    max_objects: int = 3
+    max_objects: int
     classes = CLASSES
 
     def __post_init__(self):
@@ -118,12 +118,9 @@ def _place(rng, max_objects):
             x = rng.uniform(margin, 1 - margin)
             y = rng.uniform(margin, 1 - margin)
             placed.append((x, y, radius))
-        if not any(_touch(*pair) for pair in itertools.combinations(placed, 2)):
+        if all(math.dist(a[:2], b[:2]) > 1.25 * (a[2] + b[2])
+               for a, b in itertools.combinations(placed, 2)):
             return placed
-
-
-def _touch(a, b):
-    return math.dist(a[:2], b[:2]) <= 1.25 * (a[2] + b[2])
 
 
 def _turn(x, y, angle):

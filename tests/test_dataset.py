@@ -113,6 +113,9 @@ def test_celeba(tmp_path):
     data = make_dataset("celeba", str(tmp_path), image_size=64)
     assert len(data) == 1 and (data[0][0] == 1).all()
     assert make_dataset("celeba", str(tmp_path), "val").source.name(0).endswith("1.png")
+    (tmp_path / "list_eval_partition.csv").write_text(rows + '"9.png","0"\n')
+    with pytest.raises(DataError, match="list_eval_partition.csv lists 9.png .* not there"):
+        make_dataset("celeba", str(tmp_path))
 
 
 def test_cifar10(tmp_path):
