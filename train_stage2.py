@@ -12,7 +12,6 @@ model by name.
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -37,18 +36,21 @@ from dataset import ImageDataset, make_dataset, train_loader
 from gpt import NotFinite, parameter_groups
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     # Config, stage-1 model and run folder
     args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, STAGE2_SECTIONS,
                          lambda settings: inherit_data(settings, args.resume))
     train = config["train"]
-    stage1, stage1_config, source = load_stage1(config, args.resume)
+    source, is_copy = stage1_folder(config, args.resume)
+    stage1, stage1_config = load_run(source, "latest" if is_copy else config["codes"]["which"])
+    set_image_size(stage1, config["data"]["image_size"])
+    if (rate := asked_rate(config["codes"])) is not None:
+        set_rate(stage1, rate)
     train_set = build(make_dataset, config["data"], split="train")
     val_set = build(make_dataset, config["data"], split="val")
     if train["class_conditional"]:
-        folder, is_resumed = stage1_folder(config, args.resume)
-        classes = class_names(folder.parent) if is_resumed else None
+        classes = class_names(source.parent) if is_copy else None
         train_set.set_classes(classes or train_set.classes)
         val_set.set_classes(train_set.classes)
     complete(config, stage1, train_set.classes)
@@ -65,10 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     raw_model = model
     if train["compile"]:
         compile_parts(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train["adam_weight_decay"]), lr=0.0,
-        betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
-        fused=device.type == "cuda")
+    optimizer = run.adamw(parameter_groups(model, train["adam_weight_decay"]))
     model, optimizer = run.prepare(model, optimizer, ema)
 
     # Codes
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     validate = partial(report, run, ema or raw_model, stage1, val_codes)
-    run.start(start)
+    bar = run.start(start)
     step = start
     stop = None
     while step < run.max_steps and stop is None:
@@ -122,27 +121,28 @@ def main(argv: list[str] | None = None) -> None:
         run.guard.end(step)  # undoes what a bad step did
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
-        run.bar.update()
+        bar.update()
         stop = run.stop_reason(step)
         last = step == run.max_steps or stop is not None
         if step % train["logging_steps"] == 0 or last:
-            run.write_log(step)
+            bar.set_postfix(run.write_log(step))
         with run.untimed():
             if step % train["validation_steps"] == 0 and step < run.max_steps:
                 validate(step)
             if step % train["checkpointing_steps"] == 0 or last:
                 run.save(step)
+    bar.close()
     run.finish(step, stop, validate)
 
 
-def on_device(cache: CodeCache, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def on_device(cache: CodeCache, device: torch.device):
     """All codes of a cache, in parts."""
     for i in range(0, len(cache), 4096):
         codes, _ = cache[i:i + 4096]
         yield {name: value.to(device) for name, value in codes.items()}
 
 
-def inherit_data(settings: dict, resume: str | None) -> None:
+def inherit_data(settings: dict, resume: str | None):
     """Puts the data settings of the stage-1 run under those of the user."""
     folder, _ = stage1_folder(settings, resume)
     inherited = mapping(read_yaml(folder / "config.yaml").get("data"), "data")
@@ -169,17 +169,7 @@ def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
     return folder, False
 
 
-def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict, Path]:
-    """The stage-1 model, in eval mode, its config, and the folder that they are from."""
-    folder, is_copy = stage1_folder(config, resume)
-    model, stage1_config = load_run(folder, "latest" if is_copy else config["codes"]["which"])
-    set_image_size(model, config["data"]["image_size"])
-    if (rate := asked_rate(config["codes"])) is not None:
-        set_rate(model, rate)
-    return model, stage1_config, folder
-
-
-def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
+def complete(config: dict, stage1: torch.nn.Module, classes: list[str]):
     """Checks what depends on several sections, and adds the model's settings that follow from codes
     and classes."""
     name = config["model"]["name"]
@@ -265,14 +255,10 @@ def mean_losses(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[
         codes = {name: value.to(device) for name, value in codes.items()}
         labels = labels.to(device) if run.train["class_conditional"] else None
         with run.accelerator.autocast():
-            values = {**model(codes, labels), "bits": model.bits(codes, labels).mean(),
-                      "images": torch.ones((), device=device)}
+            values = {**model(codes, labels), "bits": model.bits(codes, labels).mean()}
         for key, value in values.items():
             sums[key] = sums.get(key, 0) + value.item() * len(codes["indices"])
-    every = gather_object([sums])  # a process may have had no image
-    totals = {key: sum(own.get(key, 0.0) for own in every) for key in max(every, key=len)}
-    count = totals.pop("images")
-    return {key: total / count for key, total in totals.items()}
+    return run.mean_over_images(sums, len(rows))
 
 
 def draw_columns(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, columns: int,
