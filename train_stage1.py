@@ -23,7 +23,7 @@ from harness.settings import STAGE1_SECTIONS
 import torch
 from tqdm import tqdm
 
-from dataset import ImageDataset, eval_loader, make_dataset, train_loader
+from dataset import eval_loader, make_dataset, train_loader
 from losses import PatchGAN, Stage1Loss
 from vqgan import sides
 
@@ -140,7 +140,7 @@ def main(argv=None):
     run.finish(step, stop, validate)
 
 
-def check_image_size(size, model: torch.nn.Module, discriminator: torch.nn.Module | None):
+def check_image_size(size, model, discriminator):
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
     if discriminator is not None:
@@ -152,7 +152,7 @@ def check_image_size(size, model: torch.nn.Module, discriminator: torch.nn.Modul
                             "choose fewer") from None
 
 
-def check_gan(run: Run, criterion: Stage1Loss, model: torch.nn.Module):
+def check_gan(run, criterion, model):
     if criterion.disc_weight == 0:
         return
     if criterion.gan_start >= run.max_steps:
@@ -164,7 +164,7 @@ def check_gan(run: Run, criterion: Stage1Loss, model: torch.nn.Module):
                         "set loss.adaptive_weight=false")
 
 
-def calibrate(run: Run, model: torch.nn.Module, dataset: ImageDataset):
+def calibrate(run, model, dataset):
     """Computes the thresholds of an entropy router from training images, or reads them; kept in the
     model and as thresholds.json."""
     train = run.train
@@ -202,12 +202,11 @@ def read_thresholds(path, model):
 
 
 @torch.no_grad()
-def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -> str:
+def report(run, model, dataset, step):
     """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some
     of the images, their maps and reconstructions. Returns a sentence about it."""
     accelerator = run.accelerator
     limit = run.train["num_validation_images"]
-    was_training = model.training
     run.average_batchnorm()
     model.eval()
     sums = {}
@@ -231,7 +230,7 @@ def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -
             if i in drawn:
                 pictures.append(cells)
         seen += len(images)
-    model.train(was_training)
+    model.train()
     means = {f"val_{key}": mean for key, mean in run.mean_over_images(sums, seen).items()
              if key not in ("usage", "perplexity")}  # which are of the training codes, or a batch's
     run.log.write(step, means)

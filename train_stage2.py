@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from harness.checkpoint import wanted_checkpoint, write_file
-from harness.code_cache import CodeCache, code_loader, encode_dataset, image
+from harness.code_cache import code_loader, encode_dataset, image
 from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
 from harness.finetune import freeze, init_from
 from harness.hub import run_folder
 from harness.launch import run_main
 from harness.models import (
-    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of, save_run,
-    set_image_size, set_rate,
+    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of,
+    save_run, set_image_size, set_rate,
 )
 from harness.run import Run, compile_parts, perplexities, update_ema
 from harness.sampling import sampling_arguments
@@ -32,7 +32,7 @@ from harness.settings import STAGE2_SECTIONS
 import torch
 from accelerate.utils import gather_object
 
-from dataset import ImageDataset, make_dataset, train_loader
+from dataset import make_dataset, train_loader
 from gpt import NotFinite, parameter_groups
 
 
@@ -135,21 +135,21 @@ def main(argv=None):
     run.finish(step, stop, validate)
 
 
-def on_device(cache: CodeCache, device: torch.device):
+def on_device(cache, device):
     """All codes of a cache, in parts."""
     for i in range(0, len(cache), 4096):
         codes, _ = cache[i:i + 4096]
         yield {name: value.to(device) for name, value in codes.items()}
 
 
-def inherit_data(settings: dict, resume: str | None):
+def inherit_data(settings, resume):
     """Puts the data settings of the stage-1 run under those of the user."""
     folder, _ = stage1_folder(settings, resume)
     inherited = mapping(read_yaml(folder / "config.yaml").get("data"), "data")
     settings["data"] = inherited | mapping(settings.get("data"), "data")
 
 
-def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
+def stage1_folder(config, resume):
     """Where the stage-1 model is, and whether that is the resumed run's own copy."""
     run = Path(str(config["train"]["output_dir"])).expanduser()
     resume = wanted_checkpoint(resume, run)
@@ -169,7 +169,7 @@ def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
     return folder, False
 
 
-def complete(config: dict, stage1: torch.nn.Module, classes: list[str]):
+def complete(config, stage1, classes):
     """Checks what depends on several sections, and adds the model's settings that follow from codes
     and classes."""
     name = config["model"]["name"]
@@ -199,12 +199,10 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]):
 
 
 @torch.no_grad()
-def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes: CodeCache,
-           step: int) -> str:
+def report(run, model, stage1, val_codes, step):
     """Logs the validation losses and mean bits per image, keeps the best weights so far, and draws
     originals, their maps and reconstructions, and below them samples (of the same classes) under
     their maps. Returns a sentence about it."""
-    was_training = model.training
     model = run.whole(model).eval()
     means = mean_losses(run, model, val_codes)
     run.log.write(step, {f"val_{k}": v for k, v in (means | perplexities(means)).items()})
@@ -218,7 +216,7 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
         columns = min(columns, len(data.classes))
         labels = [c * len(data.classes) // columns for c in range(columns)]
     samples = draw_columns(run, model, stage1, columns, labels, step)
-    model.train(was_training)
+    model.train()
     if labels:
         shown = [first_of_class(data, label) for label in labels]
     else:
@@ -240,11 +238,11 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     return sentence
 
 
-def first_of_class(data: ImageDataset, label: int) -> int:
+def first_of_class(data, label):
     return next((i for i in range(len(data)) if data.label(i) == label), 0)
 
 
-def mean_losses(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[str, float]:
+def mean_losses(run, model, val_codes):
     """Mean losses and bits over the validation images, each process taking its share."""
     size = run.train["train_batch_size"]
     device = run.accelerator.device
@@ -261,13 +259,12 @@ def mean_losses(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[
     return run.mean_over_images(sums, len(rows))
 
 
-def draw_columns(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, columns: int,
-                 labels: list[int] | None, step: int) -> dict[int, list[torch.Tensor]]:
+def draw_columns(run, model, stage1, columns, labels, step):
     """Samples by number, row by row, each [map, ..., image]. Number i has its own random numbers,
     whichever process draws it. None if the logits are not finite."""
     settings = sampling_arguments(type(model), run.config["sample"])
     total = columns * run.config["sample"]["rows"]
-    mine = list(range(total))[run.accelerator.process_index::run.world]
+    mine = list(range(run.accelerator.process_index, total, run.world))
     samples = {}
     if mine:
         generators = [torch.Generator().manual_seed(run.train["seed"] + i) for i in mine]
@@ -277,7 +274,7 @@ def draw_columns(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, colu
                 codes = model.sample(len(mine), mine_labels, generator=generators, **settings)
             images = stage1.decode(codes)
             rows = [*stage1.maps(codes, images).values(), images]
-            samples = {i: [row[j].float().cpu() for row in rows] for j, i in enumerate(mine)}
+            samples = dict(zip(mine, zip(*(row.float().cpu() for row in rows))))
         except NotFinite as error:
             warnings.warn(f"the picture of step {step} is without samples: {error}", stacklevel=3)
     samples = {i: cells for part in gather_object([samples]) for i, cells in part.items()}

@@ -16,11 +16,10 @@ import copy
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import torch.nn as nn
 import yaml
@@ -30,7 +29,7 @@ class UserError(Exception):
     """Something that the user can mend, in one sentence."""
 
 
-def parse_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(description, argv=None):
     """The command line of a training script."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,8 +45,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
-def load_config(path: str, overrides: list[str], sections: dict[str, Any],
-                inherit: Callable[[dict], None] | None = None) -> dict[str, dict]:
+def load_config(path: str, overrides: list[str], sections: dict, inherit=None) -> dict[str, dict]:
     """The config of a YAML file with overrides, complete with defaults and checked.
 
     sections    "model": the function or class that takes the section's keys as arguments (an
@@ -68,7 +66,7 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
     return check_config(config, sections, path)
 
 
-def override(config: dict, overrides: list[str], sections: dict[str, Any]):
+def override(config: dict, overrides: list[str], sections: dict):
     """Sets key.sub=value in a config, in place. A text setting of a section in `sections` (as in
     load_config) takes its value literally."""
     for text in overrides:
@@ -99,7 +97,7 @@ def literal(text):
     return text
 
 
-def check_config(config: dict, sections: dict[str, Any], path: str) -> dict[str, dict]:
+def check_config(config: dict, sections: dict, path: str) -> dict[str, dict]:
     """What load_config returns, for a config that was read from `path`."""
     names = [name for name in sections if "." not in name]
     for name in config:
@@ -119,7 +117,7 @@ def check_config(config: dict, sections: dict[str, Any], path: str) -> dict[str,
     return checked
 
 
-def choose(target, section, where: str, default=None) -> Callable:
+def choose(target, section, where, default=None):
     """What takes the keys of the section `where`: the target; or, of a {name: "file.Class"},
     the class that the section's key `name` chooses."""
     if not isinstance(target, dict):
@@ -133,13 +131,13 @@ def choose(target, section, where: str, default=None) -> Callable:
     return load_class(target[name])
 
 
-def load_class(path: str) -> type:
+def load_class(path):
     """The class "file.Name", whose file is loaded now."""
     file, _, name = path.partition(".")
     return getattr(importlib.import_module(file), name)
 
 
-def build(target: Callable, settings: dict, **more: Any) -> Any:
+def build(target, settings: dict, **more):
     """target(**settings, **more); a setting that is itself a section is built first."""
     arguments = dict(settings)
     for key, (annotation, _) in signature(target).items():
@@ -156,7 +154,7 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
             f"{target.__name__} cannot be made with these settings ({error})") from error
 
 
-def signature(target: Callable) -> dict[str, tuple]:
+def signature(target) -> dict[str, tuple]:
     """{argument: (type, default)} of the arguments that a config may set."""
     parameters = inspect.signature(target, eval_str=True).parameters
     return {key: (parameter.annotation, parameter.default)
@@ -164,7 +162,7 @@ def signature(target: Callable) -> dict[str, tuple]:
             if key not in ("split", "uint8")}  # which the scripts set
 
 
-def setting_names(target: Callable, section: str) -> list[str]:
+def setting_names(target, section: str) -> list[str]:
     """The full names of all settings of a section: "model.quantizer.dim", ..."""
     names = []
     for key, (annotation, _) in signature(target).items():
@@ -231,9 +229,11 @@ def _checked(value, annotation, where, limits=None):
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
             return None
+        options = [arg for arg in args if arg is not NoneType]
         is_list = isinstance(value, list)
-        fitting = min(args, key=lambda arg: (get_origin(arg) is list) != is_list)
-        return _checked(value, fitting, where)
+        # The fitting one first
+        options.sort(key=lambda option: (get_origin(option) is list) != is_list)
+        return _checked(value, options[0], where)
     if origin is Literal:
         if value in args:
             return args[args.index(value)]

@@ -15,18 +15,17 @@ from pathlib import Path
 
 import torch.nn as nn
 from safetensors.torch import load_file
-from torch import Tensor
 
 from harness.checkpoint import list_checkpoints, newest_whole
 from harness.config import UserError
 from harness.hub import run_folder
-from harness.models import STAGE2, class_names, run_config
+from harness.models import STAGE2, averaged_if_any, class_names, run_config
 from harness.run import Run
 
 SHOWN = 8  # how many names a sentence lists
 
 
-def init_from(run: Run, **modules: nn.Module | None) -> None:
+def init_from(run: Run, **modules: nn.Module | None):
     """Loads what fits of train.init_from, a run folder or one of its checkpoints, into `model` and
     the others that it has; names what does not. Averaged weights, if there are any. Nothing, if the
     run goes on from a checkpoint of its own."""
@@ -49,11 +48,10 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
     if theirs != ours:
         raise UserError(f"train.init_from={source} holds a {theirs}, but the config asks for a "
                         f"{ours}")
-    averaged = checkpoint / "ema.safetensors"
     for name, module in modules.items():
         file = checkpoint / f"{name}.safetensors"
-        if name == "model" and averaged.is_file():
-            file = averaged
+        if name == "model":
+            file = averaged_if_any(checkpoint)
         if module is None or not file.is_file():
             continue
         state = load_file(file)
@@ -70,7 +68,7 @@ def init_from(run: Run, **modules: nn.Module | None) -> None:
                               f"{new_ones(rest)}{classes}")
 
 
-def match_classes(run: Run, folder: Path, model: nn.Module, state: dict[str, Tensor]) -> str:
+def match_classes(run: Run, folder: Path, model: nn.Module, state: dict) -> str:
     """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start
     token is that of the class of the same name, or the model's own if there is none. Returns words
     about it."""
@@ -101,14 +99,14 @@ def match_classes(run: Run, folder: Path, model: nn.Module, state: dict[str, Ten
     return f"; {len(to)} of {len(ours)} start tokens{new_ones(new)}"
 
 
-def new_ones(names: list[str]) -> str:
+def new_ones(names):
     if not names:
         return ""
     others = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"; new are {', '.join(names[:SHOWN])}{others}"
 
 
-def freeze(model: nn.Module, names: list[str] | None) -> None:
+def freeze(model: nn.Module, names: list[str] | None):
     """Keeps parts of the model, by their attributes' names, as they are: no gradients, and always
     in eval mode, so that an EMA codebook and BatchNorm's statistics stay too."""
     parts = dict(model.named_modules())

@@ -138,8 +138,8 @@ class Run:
 
     # Checkpoints
 
-    def resume(self, optimizers: dict[str, torch.optim.Optimizer],
-               stateful: dict[str, nn.Module], **modules: nn.Module | None) -> int:
+    def resume(self, optimizers: dict, stateful: dict[str, nn.Module],
+               **modules: nn.Module | None) -> int:
         """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
         done, 0 for a new run.
 
@@ -176,7 +176,7 @@ class Run:
     # Training
 
     def start(self, step: int) -> tqdm:
-        """Says what is trained from this step on, and starts the clock. Returns the progress bar."""
+        """Says what is trained from this step on; starts the clock and the progress bar."""
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
         say = self.accelerator.print
         say(f"{self.folder}: {parameters / 1e6:.1f} M parameters, {len(self.dataset)} images, "
@@ -193,7 +193,7 @@ class Run:
         return learning_rate_at(step, self.train, self.global_batch, self.max_steps,
                                 self.steps_per_epoch)
 
-    def set_learning_rate(self, step: int, *optimizers: torch.optim.Optimizer):
+    def set_learning_rate(self, step: int, *optimizers):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
@@ -273,7 +273,7 @@ class Run:
             raise UserError(f"stopped by {self._signal} {what}")
 
 
-def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
+def make_accelerator(train, folder, fsdp):
     """The accelerator, as `accelerate launch` and the config ask for it; UserError for what this
     code is not made for."""
     # What FSDP gathers at a time, if `accelerate launch` was not told: a transformer block.
@@ -288,18 +288,18 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
             gradient_accumulation_steps=ours,
             mixed_precision=train["mixed_precision"],
             log_with=train["log_with"],
-            project_config=ProjectConfiguration(folder, folder / "tensorboard"),
+            project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")),
             # Buffers are kept equal by the models themselves, and must not change between two
             # forwards of one step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), PATIENCE])
     except (ValueError, ImportError) as error:  # fp16 without a GPU, an unknown tracker
         raise UserError(f"accelerate cannot start as it was asked to ({error})") from error
     kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"accelerate was asked for {kind.value}, {instead}")
     precision = accelerator.mixed_precision
     theirs = accelerator.gradient_accumulation_steps
     refusals = {
-        f"{kind.value}, {instead}":
-            kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM),
         "torch.compile; leave that to the config: --dynamo_backend no, and train.compile=true":
             accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         f"gradient_accumulation_steps={theirs} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), but the "
@@ -329,7 +329,7 @@ def make_accelerator(train: dict, folder: Path, fsdp: bool) -> Accelerator:
     return accelerator
 
 
-def check_folder(folder: Path, config: dict, resume: str | None):
+def check_folder(folder, config, resume):
     """UserError if the folder holds checkpoints that are not resumed, another network's, links
     that lead out of it, or files that are not a run's."""
     own_folder(folder, "checkpoints", "checkpoints/.step_*", "samples", "tensorboard",
@@ -369,8 +369,7 @@ def _networks(config):
             if key.startswith(sections) or key in ("train.use_ema", "train.freeze")}
 
 
-def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int,
-                     steps_per_epoch: float) -> float:
+def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch):
     """The learning rate of step number `step` (from 0): linear warm-up, then constant, or cosine or
     linear to min_lr."""
     peak = train["learning_rate"]
@@ -400,7 +399,7 @@ def compile_parts(model: nn.Module):
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int):
+def update_ema(ema, model, decay: float, step: int):
     """Moves the averaged weights towards the model's; in the first steps faster, by
     9 / (10 + step). Buffers, such as statistics and a router's thresholds, are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
@@ -409,7 +408,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int):
         averaged.copy_(current)
 
 
-def perplexities(values: dict[str, float]) -> dict[str, float]:
+def perplexities(values):
     """exp of the cross-entropies (nats) among the values."""
     return {f"perplexity_{name}": math.exp(min(value, 50)) for name, value in values.items()
             if name in ("code", "content", "position", "layout")}
