@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.checkpoint import make_file
+from harness.code_cache import make_file
 from harness.config import UserError, build, check_config
 from harness.hub import run_folder
 from harness.launch import run_main

@@ -72,7 +72,7 @@ def main(argv=None):
         optimizers["discriminator"] = d_optimizer
 
     # Resume
-    start = run.resume(optimizers, {"lecam": criterion.lecam},
+    start = run.resume(optimizers, [criterion.lecam],
                        model=model, discriminator=discriminator, ema=ema)
     if start == 0:
         calibrate(run, raw_model, train_set)
@@ -101,7 +101,7 @@ def main(argv=None):
                         run.guard.scale)
                 run.guard.backward(loss)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = run.guard.clip(model, optimizer)
+                    parts["grad_norm"] = run.guard.clip("model", optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -109,10 +109,10 @@ def main(argv=None):
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(
                         images, out.images, discriminator)
-                    run.guard.follow_scale(discriminator)
+                    run.guard.follow_scale("discriminator")
                     run.guard.backward(d_loss)
                     if accelerator.sync_gradients:
-                        d_parts["d_grad_norm"] = run.guard.clip(discriminator, d_optimizer)
+                        d_parts["d_grad_norm"] = run.guard.clip("discriminator", d_optimizer)
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts

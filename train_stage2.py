@@ -15,6 +15,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from harness import fsdp
 from harness.checkpoint import wanted_checkpoint, write_file
 from harness.code_cache import code_loader, encode_dataset, image
 from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
@@ -68,7 +69,7 @@ def main(argv=None):
     if train["compile"]:
         compile_parts(model)
     optimizer = run.adamw(parameter_groups(model, train["adam_weight_decay"]))
-    model, optimizer = run.prepare(model, optimizer, ema)
+    model, optimizer = fsdp.prepare(run, model, optimizer, ema)
 
     # Codes
     precision = precision_of(stage1_config)
@@ -80,7 +81,7 @@ def main(argv=None):
         train_codes = encode_dataset(run, stage1, precision, train_set, views=views)
 
     # Resume
-    start = run.resume({"model": optimizer}, {}, model=model, ema=ema)
+    start = run.resume({"model": optimizer}, [], model=model, ema=ema)
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
@@ -110,7 +111,7 @@ def main(argv=None):
                 out = model(codes, labels if train["class_conditional"] else None)
                 run.guard.backward(out["loss"])
                 if accelerator.sync_gradients:
-                    out["grad_norm"] = run.guard.clip(model, optimizer)
+                    out["grad_norm"] = run.guard.clip("model", optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
             tokens = raw_model.lengths(codes).float()
@@ -162,8 +163,7 @@ def stage1_folder(config, resume):
         why = ", which has no config.yaml" if asked else ""
         raise UserError("codes.stage1 must be the run folder of a trained stage-1 model; it is "
                         f"{asked!r}{why}")
-    copied_to = (run / "stage1").resolve()
-    if copied_to in (folder.resolve(), *folder.resolve().parents):
+    if folder.resolve().is_relative_to((run / "stage1").resolve()):
         raise UserError(f"codes.stage1={folder} is where this run would put its copy of the "
                         "stage-1 model; choose another train.output_dir")
     return folder, False
@@ -203,7 +203,7 @@ def report(run, model, stage1, val_codes, step):
     """Logs the validation losses and mean bits per image, keeps the best weights so far, and draws
     originals, their maps and reconstructions, and below them samples (of the same classes) under
     their maps. Returns a sentence about it."""
-    model = run.whole(model).eval()
+    model = fsdp.whole(run, model).eval()
     means = mean_losses(run, model, val_codes)
     run.log.write(step, {f"val_{k}": v for k, v in (means | perplexities(means)).items()})
     run.save_best(step, -means["bits"], model)
@@ -212,15 +212,13 @@ def report(run, model, stage1, val_codes, step):
     data = val_codes.dataset
     columns = run.config["sample"]["columns"]
     labels = None
+    shown = [c * len(data) // columns for c in range(columns)]
     if run.train["class_conditional"]:
         columns = min(columns, len(data.classes))
         labels = [c * len(data.classes) // columns for c in range(columns)]
+        shown = [first_of_class(data, label) for label in labels]
     samples = draw_columns(run, model, stage1, columns, labels, step)
     model.train()
-    if labels:
-        shown = [first_of_class(data, label) for label in labels]
-    else:
-        shown = [c * len(data) // columns for c in range(columns)]
     originals = torch.stack([image(data, i) for i in shown]).to(run.accelerator.device)
     codes = stage1.encode(originals)
     rows = [originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)]

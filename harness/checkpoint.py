@@ -5,7 +5,7 @@ without shards.
     wanted_checkpoint   the one that --resume means
     newest_whole        the newest one that is not damaged
     write_weights       a checkpoint folder of weights alone
-    write_file          a file, whole or not at all; make_file: one that has all its space
+    write_file          a file, whole or not at all
     whole_state         all weights of a module, also of one that FSDP has sharded
 
 A checkpoint is a folder step_XXXXXXXX: NAME.safetensors for each module, optimizer.bin with all
@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
@@ -43,7 +42,7 @@ class Checkpoints:
     limit       how many of the last ones are kept; None: all
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None):
+    def __init__(self, accelerator, folder, limit):
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.folder = folder
@@ -307,21 +306,6 @@ def write_file(path: Path, data: str | bytes):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def make_file(path: Path, size: int):
-    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory
-    map is written."""
-    # macOS has no posix_fallocate.
-    allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))
-    with open(path, "wb") as file:
-        try:
-            allocate(file.fileno(), 0, size)
-        except OSError as error:
-            path.unlink()
-            free = shutil.disk_usage(path.parent).free / 1e6
-            where = f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free"
-            raise OSError(error.errno, error.strerror, where) from error
 
 
 def _sync(path):

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
 from torch import Tensor
 
 from harness.config import UserError
@@ -34,7 +33,7 @@ class Guard:
     train       the config's section `train`
     """
 
-    def __init__(self, accelerator: Accelerator, train: dict):
+    def __init__(self, accelerator, train):
         self.accelerator = accelerator
         self.modules = {}  # by name
         self.moving = {}  # their tensors that a forward pass changes
@@ -77,25 +76,23 @@ class Guard:
         """A loss that is not finite becomes NaN, so that all processes see NaN gradients."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
-    def follow_scale(self, module: nn.Module):
+    def follow_scale(self, name):
         """Before the last backward of a module whose gradients accumulate: another optimizer's step
         may have changed fp16's scale."""
         if self.scale != self.scale_before:
-            for parameter in module.parameters():
+            for parameter in self.modules[name].parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.scale / self.scale_before)
 
-    def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clips the gradients of this optimizer's module and returns the norm before clipping. If
+    def clip(self, name, optimizer) -> Tensor:
+        """Clips the gradients of the module of this name, and returns the norm before clipping. If
         the norm is not finite, which all processes see alike, the optimizer's step does nothing.
         (accelerate's own clipping would undo the fp16 loss scale of all optimizers' gradients,
         including those that still accumulate.)"""
         self.accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
+        norm = nn.utils.clip_grad_norm_(self.modules[name].parameters(), self.max_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor
         bad = ~norm.isfinite()
-        unwrapped = self.accelerator.unwrap_model(module)
-        name = next(name for name, own in self.modules.items() if own is unwrapped)
         self.bad[name] = bad
         if self.accelerator.scaler is None:  # fp16's scaler skips by itself
             if optimizer.param_groups[0]["fused"]:

@@ -3,6 +3,7 @@ a line or a picture, not the run.
 
     Log         add scalars at every step, write their means; picture
     printable   a file's name as any text that can be written
+    new_ones    the first of these names, for a sentence
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from harness.checkpoint import write_file
@@ -28,7 +28,7 @@ class Log:
     """The records in a run's folder; the same object on every process, of which the first one
     writes."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
+    def __init__(self, accelerator, folder):
         self.accelerator = accelerator
         self.folder = folder
         self.sums = {}
@@ -120,6 +120,14 @@ class Log:
 def printable(text: str) -> str:
     """The text with escapes for the bytes of a file's name that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def new_ones(names):
+    """Names what is new, in words for the end of a sentence."""
+    if not names:
+        return ""
+    others = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"; new are {', '.join(names[:8])}{others}"
 
 
 def _step(line):

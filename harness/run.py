@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import signal
@@ -26,13 +25,11 @@ from accelerate.utils import (
 from tqdm import tqdm
 
 from dataset import SIGUSR1, ImageDataset
-from harness.checkpoint import (
-    Checkpoints, list_checkpoints, wanted_checkpoint, whole_state, write_file,
-)
+from harness.checkpoint import Checkpoints, list_checkpoints, wanted_checkpoint, write_file
 from harness.config import UserError, flatten, read_yaml
 from harness.guard import Guard
 from harness.log import Log
-from harness.models import make_model, own_folder, run_config
+from harness.models import own_folder, run_config
 
 # One process may wait long for another's codes, FID or images.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -45,12 +42,10 @@ class Run:
     comes when all that a checkpoint holds is made, `start` before the loop and `finish` after it.
 
     dataset  the training images
-    fsdp     the script can train sharded weights, which `prepare` makes. Each process then holds a
-             part of the model, of its average and of the optimizer's state
+    fsdp     the script can train sharded weights (see fsdp.py)
     """
 
-    def __init__(self, config: dict[str, dict], dataset: ImageDataset, resume: str | None = None,
-                 fsdp: bool = False):
+    def __init__(self, config: dict, dataset: ImageDataset, resume: str | None, fsdp: bool = False):
         train = config["train"]
         if (train["learning_rate"] is None) == (train["base_lr"] is None):
             raise UserError("give one of train.learning_rate and train.base_lr")
@@ -85,7 +80,7 @@ class Run:
         self.max_steps = min(train["max_train_steps"] or math.inf, of_epochs)
 
         # What a checkpoint holds: see `resume`
-        self.modules: dict[str, nn.Module] = {}
+        self.modules = {}
         self.guard = Guard(self.accelerator, train)
         self.checkpoints = Checkpoints(
             self.accelerator, self.folder / "checkpoints", train["checkpoints_total_limit"])
@@ -96,11 +91,9 @@ class Run:
         self.clock = time.monotonic()
         minutes = train["max_minutes"]
         self.deadline = math.inf if minutes is None else self.clock + 60 * minutes
-        self._signal: str | None = None
+        self._signal = None
         for number in (signal.SIGINT, signal.SIGTERM, SIGUSR1):
             signal.signal(number, self._on_signal)
-
-    # Optimizers and FSDP
 
     def adamw(self, parameters) -> torch.optim.AdamW:
         train = self.train
@@ -109,37 +102,9 @@ class Run:
             eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"],
             fused=self.accelerator.device.type == "cuda")
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-                ema: nn.Module | None):
-        """accelerator.prepare; and `ema` is sharded like the model."""
-        if self.sharded:
-            plugin = self.accelerator.state.fsdp_plugin
-            # Is for weights from a file; these are the same in every process.
-            plugin.cpu_ram_efficient_loading = False
-            # accelerate would round sums of gradients too, and the loss.
-            if self.accelerator.mixed_precision == "bf16":
-                from torch.distributed.fsdp import MixedPrecisionPolicy  # takes a second
-
-                plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        model, optimizer = self.accelerator.prepare(model, optimizer)
-        if self.sharded and ema is not None:
-            ema.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-        return model, optimizer
-
-    def whole(self, module: nn.Module) -> nn.Module:
-        """The module; if it is sharded, an ordinary copy with all its weights, for what reads
-        weights outside of forward."""
-        if not self.sharded:
-            return module
-        with torch.random.fork_rng(devices=[]):  # building it must not advance the random numbers
-            whole = make_model(self.config)
-        whole.load_state_dict(whole_state(module, everywhere=True))
-        return whole.to(self.accelerator.device)
-
     # Checkpoints
 
-    def resume(self, optimizers: dict, stateful: dict[str, nn.Module],
-               **modules: nn.Module | None) -> int:
+    def resume(self, optimizers: dict, stateful: list[nn.Module], **modules: nn.Module | None):
         """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
         done, 0 for a new run.
 
@@ -150,11 +115,11 @@ class Run:
         """
         self.modules |= {name: self.accelerator.unwrap_model(module)
                          for name, module in modules.items() if module is not None}
-        self.guard.watch(self.modules, stateful.values())
+        self.guard.watch(self.modules, stateful)
         # The weights are made: from here on, each process has random numbers of its own.
         if not self.is_main:
             torch.manual_seed(self.train["seed"] + self.accelerator.process_index)
-        manifest = self.checkpoints.open(self.modules, optimizers, stateful.values(), self.wanted)
+        manifest = self.checkpoints.open(self.modules, optimizers, stateful, self.wanted)
         step = manifest["step"]
         self.guard.row += manifest["bad_row"]
         if step:
@@ -189,7 +154,7 @@ class Run:
         return tqdm(total=self.max_steps, initial=step, unit="step", disable=not self.is_main,
                     dynamic_ncols=True)
 
-    def learning_rate(self, step: int) -> float:
+    def learning_rate(self, step):
         return learning_rate_at(step, self.train, self.global_batch, self.max_steps,
                                 self.steps_per_epoch)
 
@@ -198,7 +163,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
 
-    def write_log(self, step: int) -> dict[str, str]:
+    def write_log(self, step):
         """Writes the means since the last time, and returns what the progress bar shows of them.
         UserError if too many steps in a row were bad."""
         speed = (step - self.logged_step) * self.global_batch / (time.monotonic() - self.clock)
@@ -222,7 +187,7 @@ class Run:
         yield
         self.clock += time.monotonic() - started
 
-    def finish(self, step: int, stop: str | None, validate):
+    def finish(self, step, stop, validate):
         """Says why the run ends, or how good it is after its last step; closes its records."""
         if stop is None:
             self.accelerator.print(validate(step))
@@ -232,7 +197,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.log.close()
 
-    def mean_over_images(self, sums: dict, count: int) -> dict[str, float]:
+    def mean_over_images(self, sums: dict, count: int):
         """The means over the images of all processes, from the sums over `count` of each."""
         every = gather_object([(count, {key: float(value) for key, value in sums.items()})])
         images = sum(count for count, _ in every)
@@ -242,8 +207,6 @@ class Run:
     def average_batchnorm(self):
         """While it trains, each process has BatchNorm statistics of its own; what is validated and
         kept is their mean."""
-        if self.world == 1:
-            return
         for module in self.modules.values():
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -257,7 +220,7 @@ class Run:
             raise KeyboardInterrupt  # the second Ctrl-C
         self._signal = signal.Signals(number).name
 
-    def stop_reason(self, step: int) -> str | None:
+    def stop_reason(self, step):
         """Why to save and end now: a signal, or max_minutes. The same on all processes, which
         agree every 10 steps."""
         reason = self._signal
@@ -308,18 +271,9 @@ def make_accelerator(train, folder, fsdp):
         f"mixed_precision={precision}, which is not supported; use bf16":
             precision not in ("no", "fp16", "bf16"),
     }
-    if kind == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-        refusals |= {
-            "FSDP, but stage 1 needs the whole model in every process; use --multi_gpu": not fsdp,
-            "FSDP, version 1, which is not supported; add --fsdp_version 2":
-                plugin.fsdp_version != 2,
-            "FSDP, with weights on the CPU, which is not supported; "
-            "leave --fsdp_offload_params out":
-                type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy",
-            "FSDP, with train.mixed_precision=fp16, which is not supported; use bf16":
-                precision == "fp16",
-        }
+    if kind == DistributedType.FSDP and not fsdp:
+        raise UserError("accelerate was asked for FSDP, but stage 1 needs the whole model in every "
+                        "process; use --multi_gpu")
     for why, refused in refusals.items():
         if refused:
             raise UserError(f"accelerate was asked for {why}")
@@ -414,7 +368,7 @@ def perplexities(values):
             if name in ("code", "content", "position", "layout")}
 
 
-def peak_memory() -> float:
+def peak_memory():
     """GiB: of the GPU, or of this process where there is none. NaN, which is not logged, where this
     cannot be told."""
     if torch.cuda.is_available():
