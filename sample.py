@@ -43,7 +43,7 @@ from harness.run import PATIENCE
 from harness.sampling import (
     GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
 )
-from harness.settings import SampleSettings
+from harness.settings2 import SampleSettings
 
 import numpy as np
 import torch

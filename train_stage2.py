@@ -28,7 +28,7 @@ from harness.models import (
 )
 from harness.run import Run, compile_parts, perplexities, update_ema
 from harness.sampling import sampling_arguments
-from harness.settings import STAGE2_SECTIONS
+from harness.settings2 import STAGE2_SECTIONS
 
 import torch
 from accelerate.utils import gather_object

@@ -270,10 +270,9 @@ def make_accelerator(train, folder, fsdp):
             theirs != ours,
         f"mixed_precision={precision}, which is not supported; use bf16":
             precision not in ("no", "fp16", "bf16"),
+        "FSDP, but stage 1 needs the whole model in every process; use --multi_gpu":
+            kind == DistributedType.FSDP and not fsdp,
     }
-    if kind == DistributedType.FSDP and not fsdp:
-        raise UserError("accelerate was asked for FSDP, but stage 1 needs the whole model in every "
-                        "process; use --multi_gpu")
     for why, refused in refusals.items():
         if refused:
             raise UserError(f"accelerate was asked for {why}")
