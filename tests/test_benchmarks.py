@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size on the CPU, and the figures of benchmarks/detail.py."""
+"""benchmarks/gpu.py at toy size on the CPU, and the figures of benchmarks/detail.py and costs.py."""
 
 import argparse
 import json
@@ -7,20 +7,26 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, command, save_stage1
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "benchmarks"))
+import costs
 import detail
 import gpu
+from training import stage1_step
 
 from dataset import make_dataset
 from harness import guard
-from harness.config import UserError
+from harness.config import UserError, load_config
 from harness.models import load_run
+from harness.settings import STAGE1_SECTIONS
 
 
 def test_every_part_runs_at_toy_size(tmp_path):
@@ -124,3 +130,69 @@ def test_where_codes_go_against_counting_by_hand(tmp_path, capsys, name):
 def test_detail_is_of_models_that_choose(tmp_path):
     with pytest.raises(UserError, match="chooses no places"):
         detail.main([str(save_stage1(tmp_path, "vqgan"))])
+
+
+def test_arithmetic_against_counting_by_hand():
+    """Products of gradients of inputs only where an input has one."""
+    conv, linear = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4, 5)
+    images = torch.rand(2, 3, 8, 8)
+    heads = torch.rand(1, 2, 6, 8, requires_grad=True)
+    of_conv = 2 * (2 * 8 * 8) * 3 * 4 * 9
+    of_linear = 2 * (2 * 8 * 8) * 4 * 5
+    of_product = 2 * 2 * 6 * 6 * 8
+    assert costs.count(lambda: conv(images).sum().backward()) == 2 * of_conv
+    assert costs.count(lambda: linear(conv(images).permute(0, 2, 3, 1)).sum().backward()) == 2 * of_conv + 3 * of_linear
+    for causal in (False, True):
+        attend = partial(F.scaled_dot_product_attention, heads, heads, heads, is_causal=causal)
+        assert costs.count(lambda attend=attend: attend().sum().backward()) == 6 * of_product
+
+
+def test_what_is_not_done_is_counted():
+    words = [*costs.ONE_IMAGE, "model.ch=32", "data.image_size=32", "loss.perceptual_weight=0", "loss.disc_weight=0.5"]
+    config = load_config(str(ROOT / "configs/quickstart/vqvae.yaml"), words, STAGE1_SECTIONS)
+    step = stage1_step(config, costs.CPU)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert costs.count(step) == counter.get_total_flops() > 0
+
+
+def test_parameters_and_arithmetic_of_configs(capsys, monkeypatch):
+    """Against sums by hand; GPT's by the formula for transformers, whose layers have 12 C^2 weights."""
+    monkeypatch.setattr(costs.losses, "load_lpips", None)  # main replaces it
+    paths = [ROOT / f"configs/quickstart/{name}.yaml" for name in ("vqvae", "gpt")]
+    ch, half, D, K = 64, 32, 16, 1024
+    convs = 3 * half * 16 + half * ch * 16 + ch * ch * 9 + half + 2 * ch
+    transposed = ch * ch * 9 + ch * half * 16 + half * 3 * 16 + ch + half + 3
+    parameters, of_discriminator, *_ = costs.stage1(paths[0])
+    assert parameters == convs + transposed + 4 * ch * ch * 10 + ch * D + D + D * ch + ch + K * D
+    assert of_discriminator == 0
+
+    C, T = 128, 256
+    weights = 4 * 12 * C**2 + C * K  # layers, head
+    parameters, _, flops, _ = costs.stage2(paths[1])
+    assert parameters == weights + 4 * 13 * C + 2 * C + C * (K + T + 11)  # biases and norms; embeddings
+    assert flops == 3 * (2 * weights * T + 4 * 4 * T * T * C)
+
+    costs.main([*map(str, paths), "--tflops", "1", "--share", "0.5"])
+    header, line, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines())
+    assert len(header) == len(line) and rows[0][:3] == ["`quickstart/vqvae.yaml`", "0.32 M", ""]
+    assert [costs.rounded(x) for x in (0.123, 9.96, 1234.4)] == ["0.12", "10.0", "1,234"]
+    hours = 16_000 * flops / 0.5e12 / 3600
+    assert rows[1] == ["`quickstart/gpt.yaml`", "1.1 M", "", costs.rounded(flops / 1e9), "0.016 M", costs.rounded(hours)]
+
+
+def test_images_of_a_training():
+    train = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "max_train_steps": None, "num_train_epochs": 2}
+    config = {"train": train, "data": {"name": "ffhq"}}
+    assert costs.training_images(config) == 120_000
+    assert costs.training_images(config | {"train": train | {"max_train_steps": 100}}) == 800
+    config["data"]["name"] = "folder"
+    with pytest.raises(UserError, match="max_train_steps"):
+        costs.training_images(config)
+    assert costs.training_images(config | {"train": train | {"max_train_steps": 100}}) == 800
+
+
+def test_codes_of_an_average_image(tmp_path):
+    model, config = load_run(save_stage1(tmp_path, "dqvae_triple"))
+    grain = costs.codes_of_one_image(model, config["data"]["image_size"])["grain"]
+    assert [(grain == g).sum().item() for g in (1, 2)] == [round(0.3 * grain.numel())] * 2

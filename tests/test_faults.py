@@ -594,7 +594,8 @@ def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
     assert yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["data"]["root"] == str(folder)
     with pytest.raises(SystemExit, match="error: the name .* is not UTF-8"):
         launch.run_main(lambda: train(*given, f"train.output_dir={folder}/run"))
-    (tmp_path / "say.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom harness import launch\nlaunch.run_main(lambda: print(sys.argv[1]))")
+    (tmp_path / "say.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                                     "from harness import launch\nlaunch.run_main(lambda: print(sys.argv[1]))")
     assert forked(tmp_path, tmp_path / "say.py", folder.name, PYTHONIOENCODING="utf-8") == "f\\udce9es\n"
 
 

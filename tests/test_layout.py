@@ -1,6 +1,7 @@
 """The shape of the house: what CONTRIBUTING.md says about files and imports."""
 
 import ast
+import re
 
 from conftest import ROOT, forked
 
@@ -126,3 +127,27 @@ def test_what_is_slow_is_imported_when_it_is_used():
         at_once = {a.name if isinstance(node, ast.Import) else node.module for node in tree.body
                    if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
         assert not {module.split(".")[0] for module in at_once} & slow, name
+
+
+def names_in(file):
+    """The functions, classes and methods (Class.method) that a file of the repository defines."""
+    names = set()
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{method.name}" for method in node.body
+                      if isinstance(method, ast.FunctionDef)}
+    return names
+
+
+def test_how_it_works_names_what_exists():
+    """Every file.py::name in the page and its drawings, and every drawing, is there."""
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    drawings = re.findall(r"how-it-works-[a-z-]+\.svg", page)
+    assert len(drawings) == 5
+    for text in [page] + [(ROOT / "docs" / drawing).read_text() for drawing in drawings]:
+        named = set(re.findall(r"([\w/]+\.py)::([\w.]+)", text))
+        assert named
+        missing = {f"{file}::{name}" for file, name in named if name not in names_in(file)}
+        assert not missing

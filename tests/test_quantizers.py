@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from conftest import TINY_MODELS, copy_test, write_tiny
 
 import quantizers
-from harness.config import UserError
+from harness.config import UserError, load_class
+from harness.models import QUANTIZERS
 from mqvae import MQVAE
-from quantizers import BSQ, FSQ, IBQ, LFQ, QUANTIZERS, ResidualVQ, SimVQ
+from quantizers import BSQ, FSQ, IBQ, LFQ, ResidualVQ, SimVQ
 from vqgan import VQGAN, VectorQuantizer, rotate
 
 ALL = {
@@ -286,7 +287,7 @@ def test_every_model_trains_with_every_quantizer_and_resumes_exactly(train, tmp_
     train(*parts, resume="auto", config=config)
     whole, parts = (load_run(tmp_path / folder)[0] for folder in ("whole", "parts"))
     one, other = whole.state_dict(), parts.state_dict()
-    assert type(whole.quantizer) is QUANTIZERS[name] and [k for k in one if not torch.equal(one[k], other[k])] == []
+    assert type(whole.quantizer) is load_class(QUANTIZERS[name]) and [k for k in one if not torch.equal(one[k], other[k])] == []
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         codes = whole.encode(images)
@@ -415,5 +416,5 @@ def test_copy(tmp_path):
 
 
 def test_the_names_are_those_of_the_docstring():
-    assert all(f"    {kind.__name__} " in quantizers.__doc__ for name, kind in QUANTIZERS.items() if name != "vq")
+    assert all(f"    {path.partition('.')[2]} " in quantizers.__doc__ for name, path in QUANTIZERS.items() if name != "vq")
     assert isinstance(VQGAN(32, 32, [1, 2], 1, [], 32, FSQ([4, 4])).quantizer, FSQ)
