@@ -245,9 +245,8 @@ def _checked(value, annotation, where, limits=None):
             value = FROM_TEXT[annotation](value)
     if type(value) is not annotation:
         raise UserError(f"{where} must be {inspect.formatannotation(annotation)}; it is {value!r}")
-    limits = limits or DEFAULT_RANGE.get(annotation)
-    if limits and not limits[0] <= value <= limits[1]:
-        low, high = limits
+    low, high = limits or DEFAULT_RANGE.get(annotation, (value, value))
+    if not low <= value <= high:
         raise UserError(f"{where} must be between {low:.10g} and {high:.10g}; it is {value}")
     return value
 

@@ -53,7 +53,8 @@ def images(size: int | list[int] = [4, 8]):
 
 def test_sections_give_the_choices_and_defaults_of_settings():
     """Of any setting: harness/config.py itself knows none."""
-    sections = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"}, "whole.size": "images.size", "images": images}
+    sections = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"}, "whole.size": "images.size",
+                "images": images}
     config = check_config({"whole": {"part": {"name": "deep"}}}, sections, "a file")
     assert config == {"whole": {"part": {"name": "deep", "depth": 3}, "size": [4, 8]}, "images": {"size": [4, 8]}}
     assert "&" not in yaml.safe_dump(config)  # an alias, which could not be read again
