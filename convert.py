@@ -18,7 +18,8 @@ from harness.config import UserError, check_config, override, read_yaml
 from harness.launch import run_main
 from harness.models import STAGE1, load_run, model_class, save_run
 from harness.reference import FIRST_STAGE, KINDS, from_reference, pick
-from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+from harness.settings import STAGE1_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 import torch
 from safetensors.torch import load_file

@@ -64,7 +64,7 @@ from harness.models import (
 )
 from harness.run import PATIENCE
 from harness.sampling import draw, load_models, model_parser, sampling_arguments
-from harness.settings import SampleSettings
+from harness.settings_stage2 import SampleSettings
 
 import numpy as np
 import torch

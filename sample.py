@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.checkpoint import make_file
+from harness.code_cache import make_file
 from harness.config import UserError, build, check_config
 from harness.hub import run_folder
 from harness.launch import run_main
@@ -43,7 +43,7 @@ from harness.run import PATIENCE
 from harness.sampling import (
     GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
 )
-from harness.settings import SampleSettings
+from harness.settings_stage2 import SampleSettings
 
 import numpy as np
 import torch

@@ -8,7 +8,6 @@ The loop knows no model by name: a model hands over images, losses, scalars to l
 
 import copy
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from harness.settings import STAGE1_SECTIONS
 import torch
 from tqdm import tqdm
 
-from dataset import ImageDataset, eval_loader, make_dataset, train_loader
+from dataset import eval_loader, make_dataset, train_loader
 from losses import PatchGAN, Stage1Loss
 from vqgan import sides
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     # Config, data and run folder
     args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, STAGE1_SECTIONS)
@@ -40,13 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = run.accelerator
     device = accelerator.device
     accumulate = train["gradient_accumulation_steps"]
-    if min(train["num_validation_images"] or len(val_set), len(val_set)) < run.world:
-        raise UserError(f"there are fewer validation images than processes ({run.world}); hold out "
-                        "more, or start fewer")
 
     # Models
     model = make_model(config)
-    criterion = run.local_main_first(lambda: build(Stage1Loss, config["loss"]))  # may download
+    with accelerator.local_main_process_first():  # which may download a network
+        criterion = build(Stage1Loss, config["loss"])
     discriminator = None
     if criterion.disc_weight > 0:
         discriminator = build(PatchGAN, config["discriminator"])
@@ -65,21 +62,17 @@ def main(argv: list[str] | None = None) -> None:
         compile_parts(model)
 
     # Optimizers
-    def adamw(module: torch.nn.Module) -> torch.optim.AdamW:
-        return torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=0.0,
-            betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
-            weight_decay=train["adam_weight_decay"], fused=device.type == "cuda")
-
-    model, optimizer = accelerator.prepare(model, adamw(model))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(model, run.adamw(parameters))
     optimizers = {"model": optimizer}
     if discriminator is not None:
         discriminator = discriminator.to(device, memory_format=memory_format)
-        discriminator, d_optimizer = accelerator.prepare(discriminator, adamw(discriminator))
+        discriminator, d_optimizer = accelerator.prepare(
+            discriminator, run.adamw(discriminator.parameters()))
         optimizers["discriminator"] = d_optimizer
 
     # Resume
-    start = run.resume(optimizers, {"lecam": criterion.lecam},
+    start = run.resume(optimizers, [criterion.lecam],
                        model=model, discriminator=discriminator, ema=ema)
     if start == 0:
         calibrate(run, raw_model, train_set)
@@ -90,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     validate = partial(report, run, ema or raw_model, val_set)
-    run.start(start)
+    bar = run.start(start)
     step = start
     stop = None
     while step < run.max_steps and stop is None:
@@ -108,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
                         run.guard.scale)
                 run.guard.backward(loss)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = run.guard.clip(model, optimizer)
+                    parts["grad_norm"] = run.guard.clip("model", optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -116,10 +109,10 @@ def main(argv: list[str] | None = None) -> None:
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(
                         images, out.images, discriminator)
-                    run.guard.follow_scale(discriminator)
+                    run.guard.follow_scale("discriminator")
                     run.guard.backward(d_loss)
                     if accelerator.sync_gradients:
-                        d_parts["d_grad_norm"] = run.guard.clip(discriminator, d_optimizer)
+                        d_parts["d_grad_norm"] = run.guard.clip("discriminator", d_optimizer)
                     d_optimizer.step()
                     d_optimizer.zero_grad()
                     parts |= d_parts
@@ -133,21 +126,21 @@ def main(argv: list[str] | None = None) -> None:
         run.guard.end(step)  # undoes what a bad step did
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
-        run.bar.update()
+        bar.update()
         stop = run.stop_reason(step)
         last = step == run.max_steps or stop is not None
         if step % train["logging_steps"] == 0 or last:
-            run.write_log(step)
+            bar.set_postfix(run.write_log(step))
         with run.untimed():
             if step % train["validation_steps"] == 0 and step < run.max_steps:
                 validate(step)
             if step % train["checkpointing_steps"] == 0 or last:
                 run.save(step)
+    bar.close()
     run.finish(step, stop, validate)
 
 
-def check_image_size(size: int | list[int], model: torch.nn.Module,
-                     discriminator: torch.nn.Module | None) -> None:
+def check_image_size(size, model, discriminator):
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
     if discriminator is not None:
@@ -159,7 +152,7 @@ def check_image_size(size: int | list[int], model: torch.nn.Module,
                             "choose fewer") from None
 
 
-def check_gan(run: Run, criterion: Stage1Loss, model: torch.nn.Module) -> None:
+def check_gan(run, criterion, model):
     if criterion.disc_weight == 0:
         return
     if criterion.gan_start >= run.max_steps:
@@ -171,18 +164,16 @@ def check_gan(run: Run, criterion: Stage1Loss, model: torch.nn.Module) -> None:
                         "set loss.adaptive_weight=false")
 
 
-def calibrate(run: Run, model: torch.nn.Module, dataset: ImageDataset) -> None:
+def calibrate(run, model, dataset):
     """Computes the thresholds of an entropy router from training images, or reads them; kept in the
     model and as thresholds.json."""
     train = run.train
     path = train["calibration_file"]
 
-    def batches() -> Iterator[torch.Tensor]:
-        size = train["train_batch_size"]
-        loader = eval_loader(dataset, size, train["calibration_images"],
+    def batches():
+        loader = eval_loader(dataset, train["train_batch_size"], train["calibration_images"],
                              train["dataloader_num_workers"], device=run.accelerator.device)
-        total = -(-min(train["calibration_images"], len(dataset)) // size)
-        for images, _ in tqdm(loader, "thresholds", total, disable=not run.is_main):
+        for images, _ in tqdm(loader, "thresholds", disable=not run.is_main):
             yield images
 
     try:
@@ -197,7 +188,7 @@ def calibrate(run: Run, model: torch.nn.Module, dataset: ImageDataset) -> None:
         write_file(run.folder / "thresholds.json", json.dumps(thresholds, indent=1) + "\n")
 
 
-def read_thresholds(path: str, model: torch.nn.Module) -> dict:
+def read_thresholds(path, model):
     thresholds = json.loads(Path(path).expanduser().read_text())
     model.set_thresholds(thresholds["thresholds"], thresholds["patch_size"])
     asked = {"image_size": model.image_size}
@@ -211,12 +202,11 @@ def read_thresholds(path: str, model: torch.nn.Module) -> dict:
 
 
 @torch.no_grad()
-def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -> str:
+def report(run, model, dataset, step):
     """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some
     of the images, their maps and reconstructions. Returns a sentence about it."""
     accelerator = run.accelerator
     limit = run.train["num_validation_images"]
-    was_training = model.training
     run.average_batchnorm()
     model.eval()
     sums = {}
@@ -232,7 +222,7 @@ def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -
         error = (out.images.float().clamp(-1, 1) - images).square().mean((1, 2, 3))
         psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))  # the range is 2
         values = {k: v for k, v in out.info.items() if v.ndim == 0}
-        values |= {"psnr": psnr.mean(), "images": torch.ones_like(psnr[0])}
+        values["psnr"] = psnr.mean()
         for key, value in values.items():
             sums[key] = sums.get(key, 0) + value.float() * len(images)
         maps = [v for v in out.info.values() if v.ndim == 4]
@@ -240,11 +230,8 @@ def report(run: Run, model: torch.nn.Module, dataset: ImageDataset, step: int) -
             if i in drawn:
                 pictures.append(cells)
         seen += len(images)
-    model.train(was_training)
-    totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
-    totals = dict(zip(sums, totals))
-    count = totals.pop("images")
-    means = {f"val_{key}": total / count for key, total in totals.items()
+    model.train()
+    means = {f"val_{key}": mean for key, mean in run.mean_over_images(sums, seen).items()
              if key not in ("usage", "perplexity")}  # which are of the training codes, or a batch's
     run.log.write(step, means)
     run.save_best(step, means["val_psnr"], model)

@@ -12,43 +12,46 @@ model by name.
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from harness import fsdp
 from harness.checkpoint import wanted_checkpoint, write_file
-from harness.code_cache import CodeCache, code_loader, encode_dataset
+from harness.code_cache import code_loader, encode_dataset
 from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
 from harness.finetune import freeze, init_from
 from harness.hub import run_folder
 from harness.launch import run_main
 from harness.models import (
-    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of, save_run,
-    set_image_size, set_rate,
+    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of,
+    save_run, set_image_size, set_rate,
 )
 from harness.run import Run, compile_parts, perplexities, update_ema
 from harness.sampling import sampling_arguments
-from harness.settings import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 import torch
 from accelerate.utils import gather_object
 
-from dataset import ImageDataset, make_dataset, train_loader
+from dataset import make_dataset, train_loader
 from gpt import NotFinite, parameter_groups
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     # Config, stage-1 model and run folder
     args = parse_arguments(__doc__, argv)
     config = load_config(args.config, args.overrides, STAGE2_SECTIONS,
                          lambda settings: inherit_data(settings, args.resume))
     train = config["train"]
-    stage1, stage1_config, source = load_stage1(config, args.resume)
+    source, is_copy = stage1_folder(config, args.resume)
+    stage1, stage1_config = load_run(source, "latest" if is_copy else config["codes"]["which"])
+    set_image_size(stage1, config["data"]["image_size"])
+    if (rate := asked_rate(config["codes"])) is not None:
+        set_rate(stage1, rate)
     train_set = build(make_dataset, config["data"], split="train")
     val_set = build(make_dataset, config["data"], split="val")
     if train["class_conditional"]:
-        folder, is_resumed = stage1_folder(config, args.resume)
-        classes = class_names(folder.parent) if is_resumed else None
+        classes = class_names(source.parent) if is_copy else None
         train_set.set_classes(classes or train_set.classes)
         val_set.set_classes(train_set.classes)
     complete(config, stage1, train_set.classes)
@@ -65,11 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     raw_model = model
     if train["compile"]:
         compile_parts(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train["adam_weight_decay"]), lr=0.0,
-        betas=(train["adam_beta1"], train["adam_beta2"]), eps=train["adam_epsilon"],
-        fused=device.type == "cuda")
-    model, optimizer = run.prepare(model, optimizer, ema)
+    optimizer = run.adamw(parameter_groups(model, train["adam_weight_decay"]))
+    model, optimizer = fsdp.prepare(run, model, optimizer, ema)
 
     # Codes
     precision = precision_of(stage1_config)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         train_codes = encode_dataset(run, stage1, precision, train_set, views=views)
 
     # Resume
-    start = run.resume({"model": optimizer}, {}, model=model, ema=ema)
+    start = run.resume({"model": optimizer}, [], model=model, ema=ema)
     if run.is_main:
         if source.resolve() != (run.folder / "stage1").resolve():
             save_run(run.folder / "stage1", stage1_config, {"model": stage1})
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Loop
     validate = partial(report, run, ema or raw_model, stage1, val_codes)
-    run.start(start)
+    bar = run.start(start)
     step = start
     stop = None
     while step < run.max_steps and stop is None:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
                 out = model(codes, labels if train["class_conditional"] else None)
                 run.guard.backward(out["loss"])
                 if accelerator.sync_gradients:
-                    out["grad_norm"] = run.guard.clip(model, optimizer)
+                    out["grad_norm"] = run.guard.clip("model", optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
             tokens = raw_model.lengths(codes).float()
@@ -122,34 +122,35 @@ def main(argv: list[str] | None = None) -> None:
         run.guard.end(step)  # undoes what a bad step did
         if ema is not None:
             update_ema(ema, raw_model, train["ema_decay"], step)
-        run.bar.update()
+        bar.update()
         stop = run.stop_reason(step)
         last = step == run.max_steps or stop is not None
         if step % train["logging_steps"] == 0 or last:
-            run.write_log(step)
+            bar.set_postfix(run.write_log(step))
         with run.untimed():
             if step % train["validation_steps"] == 0 and step < run.max_steps:
                 validate(step)
             if step % train["checkpointing_steps"] == 0 or last:
                 run.save(step)
+    bar.close()
     run.finish(step, stop, validate)
 
 
-def on_device(cache: CodeCache, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def on_device(cache, device):
     """All codes of a cache, in parts."""
     for i in range(0, len(cache), 4096):
         codes, _ = cache[i:i + 4096]
         yield {name: value.to(device) for name, value in codes.items()}
 
 
-def inherit_data(settings: dict, resume: str | None) -> None:
+def inherit_data(settings, resume):
     """Puts the data settings of the stage-1 run under those of the user."""
     folder, _ = stage1_folder(settings, resume)
     inherited = mapping(read_yaml(folder / "config.yaml").get("data"), "data")
     settings["data"] = inherited | mapping(settings.get("data"), "data")
 
 
-def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
+def stage1_folder(config, resume):
     """Where the stage-1 model is, and whether that is the resumed run's own copy."""
     run = Path(str(config["train"]["output_dir"])).expanduser()
     resume = wanted_checkpoint(resume, run)
@@ -162,24 +163,13 @@ def stage1_folder(config: dict, resume: str | None) -> tuple[Path, bool]:
         why = ", which has no config.yaml" if asked else ""
         raise UserError("codes.stage1 must be the run folder of a trained stage-1 model; it is "
                         f"{asked!r}{why}")
-    copied_to = (run / "stage1").resolve()
-    if copied_to in (folder.resolve(), *folder.resolve().parents):
+    if folder.resolve().is_relative_to((run / "stage1").resolve()):
         raise UserError(f"codes.stage1={folder} is where this run would put its copy of the "
                         "stage-1 model; choose another train.output_dir")
     return folder, False
 
 
-def load_stage1(config: dict, resume: str | None) -> tuple[torch.nn.Module, dict, Path]:
-    """The stage-1 model, in eval mode, its config, and the folder that they are from."""
-    folder, is_copy = stage1_folder(config, resume)
-    model, stage1_config = load_run(folder, "latest" if is_copy else config["codes"]["which"])
-    set_image_size(model, config["data"]["image_size"])
-    if (rate := asked_rate(config["codes"])) is not None:
-        set_rate(model, rate)
-    return model, stage1_config, folder
-
-
-def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
+def complete(config, stage1, classes):
     """Checks what depends on several sections, and adds the model's settings that follow from codes
     and classes."""
     name = config["model"]["name"]
@@ -209,13 +199,11 @@ def complete(config: dict, stage1: torch.nn.Module, classes: list[str]) -> None:
 
 
 @torch.no_grad()
-def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes: CodeCache,
-           step: int) -> str:
+def report(run, model, stage1, val_codes, step):
     """Logs the validation losses and mean bits per image, keeps the best weights so far, and draws
     originals, their maps and reconstructions, and below them samples (of the same classes) under
     their maps. Returns a sentence about it."""
-    was_training = model.training
-    model = run.whole(model).eval()
+    model = fsdp.whole(run, model).eval()
     means = mean_losses(run, model, val_codes)
     run.log.write(step, {f"val_{k}": v for k, v in (means | perplexities(means)).items()})
     run.save_best(step, -means["bits"], model)
@@ -224,15 +212,13 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     data = val_codes.dataset
     columns = run.config["sample"]["columns"]
     labels = None
+    shown = [c * len(data) // columns for c in range(columns)]
     if run.train["class_conditional"]:
         columns = min(columns, len(data.classes))
         labels = [c * len(data.classes) // columns for c in range(columns)]
-    samples = draw_columns(run, model, stage1, columns, labels, step)
-    model.train(was_training)
-    if labels:
         shown = [first_of_class(data, label) for label in labels]
-    else:
-        shown = [c * len(data) // columns for c in range(columns)]
+    samples = draw_columns(run, model, stage1, columns, labels, step)
+    model.train()
     originals = torch.stack([data[i][0] for i in shown]).to(run.accelerator.device)
     codes = stage1.encode(originals)
     rows = [originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)]
@@ -250,11 +236,11 @@ def report(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, val_codes:
     return sentence
 
 
-def first_of_class(data: ImageDataset, label: int) -> int:
+def first_of_class(data, label):
     return next((i for i in range(len(data)) if data.label(i) == label), 0)
 
 
-def mean_losses(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[str, float]:
+def mean_losses(run, model, val_codes):
     """Mean losses and bits over the validation images, each process taking its share."""
     size = run.train["train_batch_size"]
     device = run.accelerator.device
@@ -265,23 +251,18 @@ def mean_losses(run: Run, model: torch.nn.Module, val_codes: CodeCache) -> dict[
         codes = {name: value.to(device) for name, value in codes.items()}
         labels = labels.to(device) if run.train["class_conditional"] else None
         with run.accelerator.autocast():
-            values = {**model(codes, labels), "bits": model.bits(codes, labels).mean(),
-                      "images": torch.ones((), device=device)}
+            values = {**model(codes, labels), "bits": model.bits(codes, labels).mean()}
         for key, value in values.items():
             sums[key] = sums.get(key, 0) + value.item() * len(codes["indices"])
-    every = gather_object([sums])  # a process may have had no image
-    totals = {key: sum(own.get(key, 0.0) for own in every) for key in max(every, key=len)}
-    count = totals.pop("images")
-    return {key: total / count for key, total in totals.items()}
+    return run.mean_over_images(sums, len(rows))
 
 
-def draw_columns(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, columns: int,
-                 labels: list[int] | None, step: int) -> dict[int, list[torch.Tensor]]:
+def draw_columns(run, model, stage1, columns, labels, step):
     """Samples by number, row by row, each [map, ..., image]. Number i has its own random numbers,
     whichever process draws it. None if the logits are not finite."""
     settings = sampling_arguments(type(model), run.config["sample"])
     total = columns * run.config["sample"]["rows"]
-    mine = list(range(total))[run.accelerator.process_index::run.world]
+    mine = list(range(run.accelerator.process_index, total, run.world))
     samples = {}
     if mine:
         generators = [torch.Generator().manual_seed(run.train["seed"] + i) for i in mine]
@@ -291,7 +272,7 @@ def draw_columns(run: Run, model: torch.nn.Module, stage1: torch.nn.Module, colu
                 codes = model.sample(len(mine), mine_labels, generator=generators, **settings)
             images = stage1.decode(codes)
             rows = [*stage1.maps(codes, images).values(), images]
-            samples = {i: [row[j].float().cpu() for row in rows] for j, i in enumerate(mine)}
+            samples = dict(zip(mine, zip(*(row.float().cpu() for row in rows))))
         except NotFinite as error:
             warnings.warn(f"the picture of step {step} is without samples: {error}", stacklevel=3)
     samples = {i: cells for part in gather_object([samples]) for i, cells in part.items()}

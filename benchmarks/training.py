@@ -35,7 +35,8 @@ from harness.config import build, load_config, read_yaml
 from harness.launch import run_main
 from harness.models import make_model
 from harness.run import compile_parts, peak_memory
-from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+from harness.settings import STAGE1_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from losses import PatchGAN, Stage1Loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,7 +5,7 @@ without shards.
     wanted_checkpoint   the one that --resume means
     newest_whole        the newest one that is not damaged
     write_weights       a checkpoint folder of weights alone
-    write_file          a file, whole or not at all; make_file: one that has all its space
+    write_file          a file, whole or not at all
     whole_state         all weights of a module, also of one that FSDP has sharded
 
 A checkpoint is a folder step_XXXXXXXX: NAME.safetensors for each module, optimizer.bin with all
@@ -22,14 +22,12 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
@@ -44,58 +42,56 @@ class Checkpoints:
     limit       how many of the last ones are kept; None: all
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None):
+    def __init__(self, accelerator, folder, limit):
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.folder = folder
         self.limit = limit
-        self.modules: dict[str, nn.Module] = {}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.modules = {}
+        self.optimizers = {}
         self.best = -math.inf  # the best score
         self.best_step = 0  # of the best score, known to the first process
         self.agreed = 0  # the last step at which all processes held the same weights
 
-    def _write(self, folder: Path):
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        weights = {name: whole_state(module) for name, module in self.modules.items()}
-        moments = {name: get_optimizer_state_dict(self.modules[name], optimizer, options=_whole())
-                   for name, optimizer in self.optimizers.items() if optimizer.state}
-        # All that the processes do together is done: from here on, one of them may fail.
-        self.accelerator.save_state(str(folder))
-        if self.is_main:
-            for name, tensors in weights.items():
-                save_file(tensors, folder / f"{name}.safetensors")
-            torch.save(moments, folder / "optimizer.bin")
-
-    def save(self, step: int, bad_row: int) -> None:
+    def save(self, step: int, bad_row: int):
         """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes
         the oldest. With it, the number of bad steps in a row."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
         self._check_agreement(step)
         final = self.folder / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}")
-
-        def finish():
-            write_manifest(temporary, step, bad_row)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _sync(final.parent)
-
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._write_together(step, temporary, lambda: self._write(temporary))
-        self._write_together(step, temporary, finish if self.is_main else lambda: None)
-        if self.is_main:
-            for old in list_checkpoints(self.folder)[self.limit:] if self.limit else []:
+        with self._together(step, temporary):
+            weights = {name: whole_state(module) for name, module in self.modules.items()}
+            moments = {
+                name: get_optimizer_state_dict(self.modules[name], optimizer, options=_whole())
+                for name, optimizer in self.optimizers.items() if optimizer.state}
+            # All that the processes do together is done: from here on, one of them may fail.
+            self.accelerator.save_state(str(temporary))
+            if self.is_main:
+                for name, tensors in weights.items():
+                    save_file(tensors, temporary / f"{name}.safetensors")
+                torch.save(moments, temporary / "optimizer.bin")
+        with self._together(step, temporary):
+            if self.is_main:
+                write_manifest(temporary, step, bad_row)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                _sync(final.parent)
+        if self.is_main and self.limit:
+            for old in list_checkpoints(self.folder)[self.limit:]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _write_together(self, step: int, temporary: Path, write: Callable[[], None]):
-        """write() on all processes. If one cannot, nothing of it stays and all of them end."""
+    @contextmanager
+    def _together(self, step, temporary):
+        """What all processes write in here. If one cannot, nothing of it stays, and all end."""
         failure = None
         try:
-            write()
+            yield
         # What python, torch and safetensors raise when a disk is full.
         except (OSError, RuntimeError, SafetensorError) as error:
             failure = str(error).partition("\n")[0]
@@ -116,15 +112,14 @@ class Checkpoints:
                             f"{free / 1e6:.1f} MB free{missing}; the one before is whole, and "
                             "--resume auto continues from it when there is room")
 
-    def _check_agreement(self, step: int):
+    def _check_agreement(self, step):
         """Processes that no longer hold the same weights, codebook and averages must not replace
         a good checkpoint."""
-        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.FSDP):
+        if self.accelerator.distributed_type != DistributedType.FSDP:
             sums = {f"{name}.{key}": _checksum(tensor) for name, module in self.modules.items()
                     for key, tensor in module.state_dict().items()
                     if not key.endswith(".queue")}  # which is of each process's own codes
-            numbers = torch.stack(list(sums.values())).tolist()
-            every = gather_object([dict(zip(sums, numbers))])
+            every = gather_object([sums])
             different = [key for key in sums if len({own[key] for own in every}) > 1]
             if different:
                 raise UserError(f"the processes no longer hold the same model: {different[0]} "
@@ -134,8 +129,8 @@ class Checkpoints:
                                 "--resume auto")
         self.agreed = step
 
-    def open(self, modules: dict[str, nn.Module], optimizers: dict[str, AcceleratedOptimizer],
-             stateful: Iterable[nn.Module], wanted: str | None) -> dict:
+    def open(self, modules: dict[str, nn.Module], optimizers: dict, stateful: Iterable[nn.Module],
+             wanted: str | None) -> dict:
         """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what
         is in its checkpoint.json, or that of a new run. Later checkpoints are renamed to
         abandoned_*.
@@ -174,7 +169,7 @@ class Checkpoints:
             self._find_best(self.agreed)
         return manifest
 
-    def _load(self, path: Path) -> dict:
+    def _load(self, path):
         from torch.distributed.checkpoint.state_dict import (
             set_model_state_dict, set_optimizer_state_dict,
         )
@@ -198,7 +193,7 @@ class Checkpoints:
         self.accelerator.step = 0  # accumulation begins anew: checkpoints lie between steps
         return json.loads((path / "checkpoint.json").read_text())
 
-    def _tidy(self, step: int):
+    def _tidy(self, step):
         for unfinished in self.folder.glob(".step_*"):  # when the run was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         for later in list_checkpoints(self.folder):  # damaged, or later than what was resumed
@@ -208,18 +203,19 @@ class Checkpoints:
                 os.replace(later, abandoned)
                 self.accelerator.print(f"{later} is now {abandoned.name}; remove it when you like")
 
-    def _find_best(self, step: int):
+    def _find_best(self, step):
         path = self.folder / "best.safetensors"
         if step and path.is_file():
             try:
-                with safe_open(path, "pt") as best:
-                    if int(best.metadata()["step"]) <= step:
-                        self.best = float(best.metadata()["score"])
-                        self.best_step = int(best.metadata()["step"])
+                with safe_open(path, "pt") as file:
+                    best = file.metadata()
+                if int(best["step"]) <= step:
+                    self.best = float(best["score"])
+                    self.best_step = int(best["step"])
             except (SafetensorError, KeyError, TypeError, ValueError):
                 self.accelerator.print(f"{path} is damaged; the next validation replaces it")
 
-    def save_best(self, step: int, score: float, module: nn.Module) -> None:
+    def save_best(self, step: int, score: float, module: nn.Module):
         """Keeps the weights if their score is the highest so far."""
         if self.is_main and score > self.best:
             data = save(whole_state(module), {"step": str(step), "score": repr(score)})
@@ -249,7 +245,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def newest_whole(folder: Path, say: Callable[[str], Any]) -> Path | None:
+def newest_whole(folder: Path, say) -> Path | None:
     for path in list_checkpoints(folder):
         what = damage(path)
         if what is None:
@@ -262,16 +258,12 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
-        files = [(str(name), int(size), str(digest))
-                 for name, (size, digest) in manifest["files"].items()]
+        files = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
         names = {name for name, _, _ in files}
-        for number in (manifest["step"], manifest["bad_row"]):
-            if not isinstance(number, int) or not 0 <= number < 2**62:
-                raise ValueError("no number of steps")
-        if any(Path(name).name != name for name in names):
-            raise ValueError("a path")
-        if not names & {"model.safetensors", "ema.safetensors"}:
-            raise ValueError("no weights")
+        has_numbers = 0 <= manifest["step"] < 2**62 and 0 <= manifest["bad_row"] < 2**62
+        has_weights = names & {"model.safetensors", "ema.safetensors"}
+        if not has_numbers or not has_weights or any(Path(name).name != name for name in names):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
     for name, size, digest in files:
@@ -285,7 +277,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None:
+def write_weights(checkpoint: Path, files: dict):
     """Makes a checkpoint of step 0 that holds weights alone: name to tensors."""
     checkpoint.mkdir(parents=True)
     for name, tensors in files.items():
@@ -293,7 +285,7 @@ def write_weights(checkpoint: Path, files: dict[str, dict[str, Tensor]]) -> None
     write_manifest(checkpoint, 0)
 
 
-def write_manifest(checkpoint: Path, step: int, bad_row: int = 0) -> None:
+def write_manifest(checkpoint: Path, step: int, bad_row: int = 0):
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
     manifest = {"step": step, "bad_row": bad_row, "files": files}
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
@@ -301,7 +293,7 @@ def write_manifest(checkpoint: Path, step: int, bad_row: int = 0) -> None:
         _sync(path)
 
 
-def write_file(path: Path, data: str | bytes) -> None:
+def write_file(path: Path, data: str | bytes):
     """Writes a file whole or not at all: what was there before stays until the new one is
     complete."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -316,22 +308,7 @@ def write_file(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def make_file(path: Path, size: int) -> None:
-    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory
-    map is written."""
-    # macOS has no posix_fallocate.
-    allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))
-    with open(path, "wb") as file:
-        try:
-            allocate(file.fileno(), 0, size)
-        except OSError as error:
-            path.unlink()
-            free = shutil.disk_usage(path.parent).free / 1e6
-            where = f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free"
-            raise OSError(error.errno, error.strerror, where) from error
-
-
-def _sync(path: Path):
+def _sync(path):
     if os.name == "nt":  # Windows has this for open files alone
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -341,7 +318,7 @@ def _sync(path: Path):
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -358,15 +335,15 @@ def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _whole(cpu_offload: bool = True) -> Any:
+def _whole(cpu_offload=True):
     """Says that a state's tensors are whole, also if a module's are sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions  # takes a second
 
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def _checksum(tensor):
     """The sum of the tensor's bits as integers: cheap, and different for almost any other
     tensor."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
+    return tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64).item()

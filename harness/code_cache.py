@@ -5,6 +5,7 @@ similar length.
                         processes together
     CodeCache           memory-mapped files of codes: cache[rows] -> (codes, labels of the dataset)
     code_loader         endless batches (codes, labels) in the order of CodeBatches
+    make_file           a file that has all its space
 
 From an image to the transformer: ImageDataset (dataset.py) -> stage1.encode -> CodeCache ->
 CodeBatches -> code_loader -> the loop of train_stage2.py.
@@ -16,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.checkpoint import make_file
 from harness.config import UserError
 from dataset import Files, ImageDataset, epochs, load_batches, spread
 from harness.hub import run_folder
@@ -245,3 +246,18 @@ class CodeBatches:
                 batches.append(pool[torch.randperm(len(pool), generator=generator)])
             for batch in torch.cat(batches)[first:, self.rank::self.world]:
                 yield batch.tolist()
+
+
+def make_file(path: Path, size: int):
+    """A file of zeros that has all its space, so that a full disk shows now, and not when a memory
+    map is written."""
+    # macOS has no posix_fallocate.
+    allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))
+    with open(path, "wb") as file:
+        try:
+            allocate(file.fileno(), 0, size)
+        except OSError as error:
+            path.unlink()
+            free = shutil.disk_usage(path.parent).free / 1e6
+            where = f"{path}, which needs {size / 1e6:.1f} MB where {free:.1f} MB are free"
+            raise OSError(error.errno, error.strerror, where) from error

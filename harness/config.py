@@ -16,12 +16,10 @@ import copy
 import difflib
 import importlib
 import inspect
-import types
-import typing
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import torch.nn as nn
 import yaml
@@ -31,7 +29,7 @@ class UserError(Exception):
     """Something that the user can mend, in one sentence."""
 
 
-def parse_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(description, argv=None):
     """The command line of a training script."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,8 +45,7 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
-def load_config(path: str, overrides: list[str], sections: dict[str, Any],
-                inherit: Callable[[dict], None] | None = None) -> dict[str, dict]:
+def load_config(path: str, overrides: list[str], sections: dict, inherit=None) -> dict[str, dict]:
     """The config of a YAML file with overrides, complete with defaults and checked.
 
     sections    "model": the function or class that takes the section's keys as arguments (an
@@ -64,12 +61,12 @@ def load_config(path: str, overrides: list[str], sections: dict[str, Any],
     train = config["train"] = mapping(config.get("train"), "train")
     if train.get("output_dir") is None:
         train["output_dir"] = f"runs/{Path(path).stem}"
-    if inherit is not None:
+    if inherit:
         inherit(config)
     return check_config(config, sections, path)
 
 
-def override(config: dict, overrides: list[str], sections: dict[str, Any]) -> None:
+def override(config: dict, overrides: list[str], sections: dict):
     """Sets key.sub=value in a config, in place. A text setting of a section in `sections` (as in
     load_config) takes its value literally."""
     for text in overrides:
@@ -79,31 +76,28 @@ def override(config: dict, overrides: list[str], sections: dict[str, Any]) -> No
         *parents, last = key.split(".")
         section = config
         for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
+            section[parent] = mapping(section.get(parent), f"{key} cannot be set: {parent}")
             section = section[parent]
-            if not isinstance(section, dict):
-                raise UserError(f"{key} cannot be set: {parent} is not a section")
         target = sections.get(".".join(parents))
         is_text = callable(target) and signature(target).get(last, [None])[0] in (str, str | None)
-        try:
-            section[last] = literal(value) if is_text else parse_yaml(value, TextLoader)
-        except ValueError as error:
-            raise UserError(f"the value of {text!r} is not {error}") from None
+        if is_text:
+            section[last] = literal(value)
+        else:
+            section[last] = parse_yaml(value, TextLoader, f"the value of {text!r}")
 
 
-def literal(text: str) -> str | None:
+def literal(text):
     """Text from the command line as it was typed. Quotes around all of it go; nothing, and null,
     are None."""
     if text in ("", "null"):
         return None
     if text[0] in "'\"" and text[0] == text[-1]:
-        with suppress(ValueError):
+        with suppress(UserError):
             return str(parse_yaml(text))
     return text
 
 
-def check_config(config: dict, sections: dict[str, Any], path: str | Path) -> dict[str, dict]:
+def check_config(config: dict, sections: dict, path: str) -> dict[str, dict]:
     """What load_config returns, for a config that was read from `path`."""
     names = [name for name in sections if "." not in name]
     for name in config:
@@ -123,7 +117,7 @@ def check_config(config: dict, sections: dict[str, Any], path: str | Path) -> di
     return checked
 
 
-def choose(target: Any, section: Any, where: str, default: Callable | None = None) -> Callable:
+def choose(target, section, where, default=None):
     """What takes the keys of the section `where`: the target; or, of a {name: "file.Class"},
     the class that the section's key `name` chooses."""
     if not isinstance(target, dict):
@@ -137,13 +131,13 @@ def choose(target: Any, section: Any, where: str, default: Callable | None = Non
     return load_class(target[name])
 
 
-def load_class(path: str) -> type:
+def load_class(path):
     """The class "file.Name", whose file is loaded now."""
     file, _, name = path.partition(".")
     return getattr(importlib.import_module(file), name)
 
 
-def build(target: Callable, settings: dict, **more: Any) -> Any:
+def build(target, settings: dict, **more):
     """target(**settings, **more); a setting that is itself a section is built first."""
     arguments = dict(settings)
     for key, (annotation, _) in signature(target).items():
@@ -160,7 +154,7 @@ def build(target: Callable, settings: dict, **more: Any) -> Any:
             f"{target.__name__} cannot be made with these settings ({error})") from error
 
 
-def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
+def signature(target) -> dict[str, tuple]:
     """{argument: (type, default)} of the arguments that a config may set."""
     parameters = inspect.signature(target, eval_str=True).parameters
     return {key: (parameter.annotation, parameter.default)
@@ -168,7 +162,7 @@ def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
             if key not in ("split", "uint8")}  # which the scripts set
 
 
-def setting_names(target: Callable, section: str) -> list[str]:
+def setting_names(target, section: str) -> list[str]:
     """The full names of all settings of a section: "model.quantizer.dim", ..."""
     names = []
     for key, (annotation, _) in signature(target).items():
@@ -177,31 +171,32 @@ def setting_names(target: Callable, section: str) -> list[str]:
     return names
 
 
-def _module_class(annotation: Any) -> type | None:
+def _module_class(annotation):
     """The module class in an annotation such as `VectorQuantizer | None`: the setting is a section
     of its own."""
-    for part in (annotation, *typing.get_args(annotation)):
+    for part in (annotation, *get_args(annotation)):
         if inspect.isclass(part) and issubclass(part, nn.Module):
             return part
     return None
 
 
-def _nearest(word, valid) -> str:
+def _nearest(word, valid):
     return difflib.get_close_matches(word, valid, n=1, cutoff=0)[0]
 
 
-def _fill(target, section, where, sections, valid) -> dict:
+def _fill(target, section, where, sections, valid):
     """The section `where`, checked and complete. `valid` are names to suggest for a wrong one."""
     expected = signature(target)
-    settings = dict(mapping(section, where))
+    settings = mapping(section, where)
     filled = {}
     choices = sections.get(where, {})
     if isinstance(choices, dict) and "name" in settings:
-        filled["name"] = str(settings.pop("name"))
+        filled["name"] = str(settings["name"])
     for key in settings:
-        if key not in expected:
+        if key not in (*filled, *expected):
             name = f"{where}.{key}"
-            if "." in where and any(key in signature(load_class(path)) for path in choices.values()):
+            others = choices.values() if "." in where else []
+            if any(key in signature(load_class(path)) for path in others):
                 raise UserError(f"{name} is not a setting of {target.__name__}, "
                                 f"which has {', '.join(expected)}")
             raise UserError(
@@ -213,8 +208,6 @@ def _fill(target, section, where, sections, valid) -> dict:
         if nested and value is not None:
             nested = choose(sections.get(name, nested), value, name, nested)
             filled[key] = _fill(nested, value, name, sections, setting_names(nested, name))
-        elif nested:
-            filled[key] = None  # the model has a default of its own
         elif key in settings:
             filled[key] = _checked(value, annotation, name)
         elif default is not inspect.Parameter.empty:
@@ -227,19 +220,20 @@ FROM_TEXT = {int: int, float: float, str: str,
              bool: lambda text: yaml.SafeLoader.bool_values[text.lower()]}
 
 
-def _checked(value, annotation, where, limits=None) -> Any:
+def _checked(value, annotation, where, limits=None):
     """The value as the type in the annotation, or a UserError."""
-    origin = typing.get_origin(annotation)
-    args = typing.get_args(annotation)
+    origin = get_origin(annotation)
+    args = get_args(annotation)
     if origin is Annotated:
         return _checked(value, args[0], where, args[1])
-    if origin in (typing.Union, types.UnionType):
-        if value is None and types.NoneType in args:
+    if origin in (Union, UnionType):
+        if value is None and NoneType in args:
             return None
-        options = [arg for arg in args if arg is not types.NoneType]
-        fitting = [option for option in options
-                   if (typing.get_origin(option) is list) == isinstance(value, list)]
-        return _checked(value, (fitting or options)[0], where)
+        options = [arg for arg in args if arg is not NoneType]
+        is_list = isinstance(value, list)
+        # The fitting one first
+        options.sort(key=lambda option: (get_origin(option) is list) != is_list)
+        return _checked(value, options[0], where)
     if origin is Literal:
         if value in args:
             return args[args.index(value)]
@@ -251,9 +245,8 @@ def _checked(value, annotation, where, limits=None) -> Any:
             value = FROM_TEXT[annotation](value)
     if type(value) is not annotation:
         raise UserError(f"{where} must be {inspect.formatannotation(annotation)}; it is {value!r}")
-    limits = limits or DEFAULT_RANGE.get(annotation)
-    if limits and not limits[0] <= value <= limits[1]:
-        low, high = limits
+    low, high = limits or DEFAULT_RANGE.get(annotation, (value, value))
+    if not low <= value <= high:
         raise UserError(f"{where} must be between {low:.10g} and {high:.10g}; it is {value}")
     return value
 
@@ -268,9 +261,17 @@ class Plain(str):
 
 class Loader(yaml.SafeLoader):
     """yaml.SafeLoader that refuses a key that stands twice in a mapping, of which the first would
-    be lost."""
+    be lost; aliases, ten lines of which can make a billion values; and what is nested too deep."""
 
-    def construct_mapping(self, node, deep=False) -> dict:
+    def compose_node(self, parent, index):
+        nested = len(self.states) - 1  # in so many sections and lists
+        if self.check_event(yaml.AliasEvent) or nested > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"configs have no aliases, and no more than {MAX_DEPTH} levels",
+                problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
         names = set()
         for key, _ in node.value:
             name = str(key.value)
@@ -284,62 +285,45 @@ class Loader(yaml.SafeLoader):
 class TextLoader(Loader):
     """Loader of a user's config, in which scalars without quotes, but null, are Plain."""
 
-    yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0].endswith(":null")]
-        for first, resolvers in Loader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {}
 
-    def construct_scalar(self, node) -> str:
+    def construct_scalar(self, node):
         text = super().construct_scalar(node)
-        return text if node.style else Plain(text)
+        if node.style:
+            return text
+        return None if text in ("", "~", "null", "Null", "NULL") else Plain(text)
 
 
-def read_yaml(path: str | Path, loader: type[Loader] = Loader) -> dict:
+def read_yaml(path: str | Path, loader=Loader) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
-            return mapping(parse_yaml(file.read(MAX_YAML + 1), loader), str(path))
+            text = file.read(MAX_YAML + 1)
     except OSError as error:
         raise UserError(f"cannot read the config {path} ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not {error}") from None
+    return mapping(parse_yaml(text, loader, path), path)
 
 
-def parse_yaml(text: str, loader: type[Loader] = Loader) -> Any:
-    """yaml.load without aliases. ValueError, to be read after "is not"."""
+def parse_yaml(text: str, loader=Loader, where="the text"):
     if len(text) > MAX_YAML:
-        raise ValueError(f"a config: it has more than {MAX_YAML} characters")
+        raise UserError(f"{where} is not a config: it has more than {MAX_YAML} characters")
     try:
-        if not _is_tangled(text):
-            return yaml.load(text, loader)
-    except (yaml.YAMLError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        # PyYAML raises these too, for dates that do not exist or !!bool 3.
+        return yaml.load(text, loader)
+    except Exception as error:  # PyYAML raises many kinds, such as KeyError for !!bool 3
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1} ({error.problem[:200]})" if mark else ""
-        raise ValueError(f"valid YAML{place}") from None
-    raise ValueError(
-        f"a config: it has aliases, or more than {MAX_DEPTH} sections in each other")
+        raise UserError(f"{where} is not valid YAML{place}") from None
 
 
-def _is_tangled(text: str) -> bool:
-    """Whether it has aliases, ten lines of which can make a billion values, or is too deep."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-            return True
-    return False
-
-
-def mapping(value: Any, where: str) -> dict:
+def mapping(value, where) -> dict:
     """The value, a section of a config; an empty one is {}."""
     if not isinstance(value or {}, dict):
         raise UserError(f"{where} must be a section of key: value lines; it is {value!r}")
     return value or {}
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict, prefix="") -> dict:
     """{"section.key": value}."""
     flat = {}
     for key, value in config.items():

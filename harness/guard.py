@@ -15,13 +15,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
 from torch import Tensor
 
 from harness.config import UserError
 
 
-def moving_tensors(module: nn.Module) -> list[Tensor]:
+def moving_tensors(module):
     """Tensors that change without a gradient: in parts that are in training mode."""
     state = module.state_dict(keep_vars=True)
     return [tensor for name, tensor in state.items()
@@ -34,12 +33,12 @@ class Guard:
     train       the config's section `train`
     """
 
-    def __init__(self, accelerator: Accelerator, train: dict):
+    def __init__(self, accelerator, train):
         self.accelerator = accelerator
-        self.modules: dict[str, nn.Module] = {}
-        self.moving: dict[str, list[Tensor]] = {}  # what a forward pass changes
-        self.kept: dict[str, list[Tensor]] = {}  # their values before the step
-        self.bad: dict[str, Tensor] = {}  # whether the step was bad, of each module
+        self.modules = {}  # by name
+        self.moving = {}  # their tensors that a forward pass changes
+        self.kept = {}  # the values of these before the step
+        self.bad = {}  # whether the step was bad, of each module
         self.scale_before = 1.0
         self.max_row = train["max_bad_steps"]
         self.max_norm = train["max_grad_norm"] or math.inf
@@ -47,7 +46,7 @@ class Guard:
         self.count, self.row, self.too_many = torch.zeros(
             3, dtype=torch.long, device=accelerator.device)
 
-    def watch(self, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]) -> None:
+    def watch(self, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]):
         """Guards these modules from now on.
 
         modules     name to module; each may have an optimizer of its own; a bad step of one does
@@ -67,36 +66,33 @@ class Guard:
         """fp16's loss scale."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
-    def begin(self) -> None:
+    def begin(self):
         self.bad = {}
         self.scale_before = self.scale
-        self.kept = {}
-        for name, moving in self.moving.items():
-            self.kept[name] = [tensor.detach().clone() for tensor in moving]
+        self.kept = {name: [tensor.detach().clone() for tensor in moving]
+                     for name, moving in self.moving.items()}
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor):
         """A loss that is not finite becomes NaN, so that all processes see NaN gradients."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
-    def follow_scale(self, module: nn.Module) -> None:
+    def follow_scale(self, name):
         """Before the last backward of a module whose gradients accumulate: another optimizer's step
         may have changed fp16's scale."""
         if self.scale != self.scale_before:
-            for parameter in module.parameters():
+            for parameter in self.modules[name].parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.scale / self.scale_before)
 
-    def clip(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clips the gradients of this optimizer's module and returns the norm before clipping. If
+    def clip(self, name, optimizer) -> Tensor:
+        """Clips the gradients of the module of this name, and returns the norm before clipping. If
         the norm is not finite, which all processes see alike, the optimizer's step does nothing.
         (accelerate's own clipping would undo the fp16 loss scale of all optimizers' gradients,
         including those that still accumulate.)"""
         self.accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
+        norm = nn.utils.clip_grad_norm_(self.modules[name].parameters(), self.max_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor
         bad = ~norm.isfinite()
-        unwrapped = self.accelerator.unwrap_model(module)
-        name = next(name for name, own in self.modules.items() if own is unwrapped)
         self.bad[name] = bad
         if self.accelerator.scaler is None:  # fp16's scaler skips by itself
             if optimizer.param_groups[0]["fused"]:
@@ -107,7 +103,7 @@ class Guard:
         return norm
 
     @torch.no_grad()
-    def end(self, step: int) -> None:
+    def end(self, step: int):
         """Undoes what a skipped step did to codebook and statistics, and counts it. An overflow
         under fp16's scale is undone but not counted: its scaler expects some."""
         for name, bad in self.bad.items():
@@ -129,7 +125,7 @@ class Guard:
         self.count = torch.zeros_like(self.count)
         return count
 
-    def stop_if_too_many(self) -> None:
+    def stop_if_too_many(self):
         """Ends the run if too many steps in a row were bad."""
         if self.too_many:
             last = int(self.too_many)

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
 
 import torch
 from accelerate.utils import get_cpu_distributed_information
@@ -23,7 +22,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 PEER_ENDED = "closed by peer|reset by peer|Broken pipe|remote process exited"
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main):
     """Runs a script. If it is one of several processes, ends this process."""
     # As stderr has it: file names need not be UTF-8.
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -49,7 +48,7 @@ def run_main(main: Callable[[], None]) -> None:
         os._exit(status)
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence(error):
     """What to tell the user instead of a traceback."""
     message = str(error)
     if isinstance(error, (UserError, DataError)):
@@ -57,11 +56,9 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return (f"error: the name {error.object!r} is not UTF-8, which is needed here; "
                 "choose another")
-    if isinstance(error, SafetensorError):
-        return f"error: {error}; what was saved before is whole"
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        return (f"error: {error.strerror} ({error.filename or 'while writing'}); what was saved "
-                "before is whole (training continues from it by --resume auto)")
+    cannot_write = isinstance(error, OSError) and error.errno in CANNOT_WRITE
+    if cannot_write or isinstance(error, SafetensorError):
+        return f"error: {error}; what was saved before is whole, and --resume auto continues it"
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or re.search("(can't allocate|not enough) memory", message):
         why = message.partition("\n")[0] or "of the CPU"

@@ -3,6 +3,7 @@ a line or a picture, not the run.
 
     Log         add scalars at every step, write their means; picture
     printable   a file's name as any text that can be written
+    new_ones    the first of these names, for a sentence
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from harness.checkpoint import write_file
@@ -30,13 +28,13 @@ class Log:
     """The records in a run's folder; the same object on every process, of which the first one
     writes."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
+    def __init__(self, accelerator, folder):
         self.accelerator = accelerator
         self.folder = folder
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.sums = {}
+        self.counts = {}
 
-    def open(self, step: int, settings: dict[str, Any]) -> None:
+    def open(self, step: int, settings: dict):
         """Goes on after `step`: later lines of metrics.jsonl are removed."""
         if self.accelerator.is_main_process:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -47,12 +45,12 @@ class Log:
                     for key, value in settings.items()}
         self.accelerator.init_trackers("minVQ", settings, {"tensorboard": {"purge_step": step + 1}})
 
-    def close(self) -> None:
+    def close(self):
         # accelerator.end_training() would take apart the process group: see launch.py.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor]):
         """Adds scalars to the means. They stay on the device; values that are not finite do not
         count."""
         for key, value in values.items():
@@ -69,7 +67,7 @@ class Log:
         values = self.accelerator.reduce(torch.stack(list(means.values())), "mean")
         return dict(zip(means, values.tolist()))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]):
         """Writes scalars to the tracker and to metrics.jsonl."""
         # Gradient norms are not finite where fp16 overflowed.
         values = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -91,11 +89,8 @@ class Log:
         path = self.folder / "samples" / f"{name}_{step:08d}.png"
         if self.accelerator.is_main_process:
             size = [s * max(1, 128 // s) for s in columns[0][0].shape[-2:]]
-            cells = []
-            for row in zip(*columns):
-                for cell in row:
-                    enlarged = F.interpolate(cell[None].detach().float().cpu(), size)
-                    cells.append(enlarged.expand(-1, 3, -1, -1))
+            cells = [F.interpolate(cell[None].detach().float().cpu(), size).expand(-1, 3, -1, -1)
+                     for row in zip(*columns) for cell in row]
             from torchvision.utils import make_grid, save_image  # takes seconds
 
             grid = make_grid(torch.cat(cells).clamp(-1, 1) / 2 + 0.5, nrow=len(columns))
@@ -112,7 +107,7 @@ class Log:
         return path
 
     @contextmanager
-    def spare(self, what: str) -> Iterator[None]:
+    def spare(self, what: str):
         """Failing to write a log or a picture is a warning; failing to write a checkpoint is an
         error."""
         try:
@@ -127,7 +122,15 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _step(line: str) -> float:
+def new_ones(names):
+    """Names what is new, in words for the end of a sentence."""
+    if not names:
+        return ""
+    others = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"; new are {', '.join(names[:8])}{others}"
+
+
+def _step(line):
     """Of a line of metrics.jsonl; infinite if the line was cut short."""
     try:
         return json.loads(line)["step"]

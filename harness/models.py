@@ -23,7 +23,6 @@ import torch.nn as nn
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dataset import ImageDataset, make_dataset
 from harness.checkpoint import newest_whole, whole_state, write_file, write_weights
@@ -56,7 +55,7 @@ QUANTIZERS = {  # model.quantizer.name
 }
 
 
-def model_class(name: str) -> type[nn.Module]:
+def model_class(name):
     return load_class(MODELS[name])
 
 
@@ -75,9 +74,7 @@ def load_run(folder: str | Path,
         checkpoint = newest_whole(folder / "checkpoints", print)
         if checkpoint is None:
             raise UserError(f"{folder} has no whole checkpoint yet")
-        path = checkpoint / "ema.safetensors"
-        if not path.is_file():
-            path = checkpoint / "model.safetensors"
+        path = averaged_if_any(checkpoint)
     if not path.is_file():
         raise UserError(f"{folder} has no {path.name} yet")
     model = make_model(config)
@@ -89,6 +86,12 @@ def load_run(folder: str | Path,
         raise UserError(f"{path} does not hold the weights of the model in "
                         f"{folder}/config.yaml") from error
     return model.eval(), config
+
+
+def averaged_if_any(checkpoint: Path) -> Path:
+    """The file with the averaged weights, or else with the model's."""
+    averaged = checkpoint / "ema.safetensors"
+    return averaged if averaged.is_file() else checkpoint / "model.safetensors"
 
 
 def run_config(folder: str | Path) -> dict:
@@ -109,7 +112,7 @@ def class_names(folder: str | Path) -> list[str] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
+def run_dataset(config: dict, overrides: list[str], split: str, model) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides
     (data.root=...)."""
     sections = {"data": make_dataset}
@@ -121,7 +124,7 @@ def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module
     return dataset
 
 
-def set_image_size(model: nn.Module, size: int | list[int]) -> None:
+def set_image_size(model, size):
     """Tells a stage-1 model the size of its images; UserError if it cannot take them."""
     try:
         model.set_image_size(size)
@@ -129,7 +132,7 @@ def set_image_size(model: nn.Module, size: int | list[int]) -> None:
         raise UserError(f"data.{error}") from error
 
 
-def set_rate(model: nn.Module, rate: float | list[float]) -> None:
+def set_rate(model, rate):
     """Chooses the rate of a stage-1 model wherever none is given; UserError if it cannot be."""
     try:
         model.set_rate(rate)
@@ -137,7 +140,7 @@ def set_rate(model: nn.Module, rate: float | list[float]) -> None:
         raise UserError(f"this rate cannot be chosen: {error}") from error
 
 
-def asked_rate(codes: dict) -> float | list[float] | None:
+def asked_rate(codes):
     """The rate that the section `codes` of a stage-2 run chooses, if any."""
     ratio = codes.get("ratio")
     ratios = codes.get("ratios")
@@ -156,8 +159,7 @@ def make_model(config: dict) -> nn.Module:
     return build(model_class(settings.pop("name")), settings)
 
 
-def save_run(folder: Path, config: dict, modules: dict[str, nn.Module],
-             more: dict[str, dict[str, Tensor]] | None = None) -> None:
+def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more=None):
     """Makes a run folder of weights alone, {"model": ...}, which load_run reads; `more`: other
     files, as named tensors."""
     shutil.rmtree(folder, ignore_errors=True)

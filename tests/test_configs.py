@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 from harness.config import load_config
-from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+from harness.settings import STAGE1_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 MQ = {"model.release_training": True, "model.demask_layers": 8, "model.ch_mult": [1, 1, 2, 2], "model.attn_resolutions": [32],
       "model.quantizer.codebook_size": 1024, "model.quantizer.dim": 256, "loss.disc_weight": 0.75, "loss.disc_weight_max": 1.0,

@@ -42,7 +42,8 @@ from harness.config import (
 from harness.guard import Guard
 from harness.models import STAGE1, STAGE2, load_run, model_class
 from harness.run import Run
-from harness.settings import STAGE1_SECTIONS, STAGE2_SECTIONS
+from harness.settings import STAGE1_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from losses import PatchGAN
 
 
@@ -334,8 +335,8 @@ def full_for_safetensors(*args, **kwargs):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("what, error", [("checkpoint.save_file", full_for_safetensors), ("torch.save", full_for_torch),
-                                         ("checkpoint.write_manifest", full)])
+@pytest.mark.parametrize("what, error", [("harness.checkpoint.save_file", full_for_safetensors), ("torch.save", full_for_torch),
+                                         ("harness.checkpoint.write_manifest", full)])
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(train, tmp_path, monkeypatch, what, error):
     one = ["train.checkpoints_total_limit=1"]
     train(*one, "train.max_train_steps=3", f"train.output_dir={tmp_path}/run")
@@ -593,7 +594,8 @@ def test_names_that_are_not_utf8(train, train2, tmp_path, capsysbinary):
     assert yaml.safe_load((tmp_path / "run2/config.yaml").read_text())["data"]["root"] == str(folder)
     with pytest.raises(SystemExit, match="error: the name .* is not UTF-8"):
         launch.run_main(lambda: train(*given, f"train.output_dir={folder}/run"))
-    (tmp_path / "say.py").write_text("import launch, sys\nlaunch.run_main(lambda: print(sys.argv[1]))")
+    (tmp_path / "say.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                                     "from harness import launch\nlaunch.run_main(lambda: print(sys.argv[1]))")
     assert forked(tmp_path, tmp_path / "say.py", folder.name, PYTHONIOENCODING="utf-8") == "f\\udce9es\n"
 
 

@@ -53,7 +53,8 @@ def images(size: int | list[int] = [4, 8]):
 
 def test_sections_give_the_choices_and_defaults_of_settings():
     """Of any setting: harness/config.py itself knows none."""
-    sections = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"}, "whole.size": "images.size", "images": images}
+    sections = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"}, "whole.size": "images.size",
+                "images": images}
     config = check_config({"whole": {"part": {"name": "deep"}}}, sections, "a file")
     assert config == {"whole": {"part": {"name": "deep", "depth": 3}, "size": [4, 8]}, "images": {"size": [4, 8]}}
     assert "&" not in yaml.safe_dump(config)  # an alias, which could not be read again
@@ -177,7 +178,7 @@ def test_every_stage1_config_of_the_repo_builds(path):
     config = load(path)
     settings = dict(config["model"])
     with torch.device("meta"):  # shapes only
-        model = build(STAGE1_SECTIONS["model"][settings.pop("name")], settings)
+        model = build(model_class(settings.pop("name")), settings)
     assert config["train"]["output_dir"] == f"runs/{path.stem}"
     assert config["data"]["image_size"] % model.factor == 0
 
@@ -187,7 +188,8 @@ def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path,
     stage1_path = next(p for p in CONFIGS if f"stage1: runs/{p.stem}\n" in path.read_text())
     assert stage1_path.parent.name == {"quickstart": "quickstart", "stage2": "stage1"}[path.parent.name]
     theirs = load(stage1_path)
-    config = load_config(str(path), [], train_stage2.STAGE1_SECTIONS, lambda given: given.update(data=theirs["data"] | given.get("data", {})))
+    config = load_config(str(path), [], train_stage2.STAGE2_SECTIONS,
+                         lambda given: given.update(data=theirs["data"] | given.get("data", {})))
     settings = dict(theirs["model"])
     with torch.device("meta"):
         stage1 = make_model({"model": settings})
