@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -112,13 +112,17 @@ def class_names(folder: str | Path) -> list[str] | None:
 def run_dataset(config: dict, overrides: list[str], split: str, model: nn.Module) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides
     (data.root=...)."""
-    sections = {"data": make_dataset}
-    settings = {"data": dict(config["data"])}
-    override(settings, overrides, sections)
-    settings = check_config(settings, sections, "the command line")
+    settings = overridden(config, overrides, data=make_dataset)
     dataset = build(make_dataset, settings["data"], split=split)
     set_image_size(model, dataset.image_size)
     return dataset
+
+
+def overridden(config: dict, overrides: list[str], **sections: Any) -> dict[str, dict]:
+    """These sections of a run's config with key.sub=value overrides, checked. See load_config."""
+    settings = {name: dict(config[name]) for name in sections}
+    override(settings, overrides, sections)
+    return check_config(settings, sections, "the command line")
 
 
 def set_image_size(model: nn.Module, size: int | list[int]) -> None:

@@ -5,18 +5,18 @@
     chosen_labels           the classes that are asked for
     sample_codes, draw      codes and images, each with random numbers of its own
     model_parser            the options of all scripts that sample
+    parse_with_overrides    a command line with data.key=value
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+import re
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Module
 
 from dataset import to_uint8
@@ -50,8 +50,7 @@ def load_models(folder: str | Path, which: str = "latest",
     return model, stage1, config, names
 
 
-def sampling_arguments(model: Module | type, settings: dict,
-                       labels: Tensor | None = None) -> dict:
+def sampling_arguments(model, settings, labels=None):
     """The sampling settings that this model accepts. UserError, before anything is drawn, for
     settings that make no sense; of a model (not only its class) also for guidance that it cannot
     have."""
@@ -72,7 +71,7 @@ def sampling_arguments(model: Module | type, settings: dict,
     return {name: settings[name] for name in names if settings[name] is not None}
 
 
-def chosen_labels(asked: str | None, classes: list[str], n: int) -> Tensor:
+def chosen_labels(asked, classes, n):
     """Labels (n,) that go through the classes asked for, by name, number or part of a name."""
     chosen = range(len(classes))
     if asked:
@@ -95,8 +94,7 @@ def labels_of(word, classes):
 
 
 @torch.no_grad()
-def draw(model: Module, stage1: Module, numbers: list[int], labels: Tensor | None, seed: int,
-         settings: dict) -> np.ndarray:
+def draw(model, stage1, numbers, labels, seed, settings):
     """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
     if labels is not None:
         labels = labels[numbers]
@@ -109,8 +107,7 @@ def draw(model: Module, stage1: Module, numbers: list[int], labels: Tensor | Non
     return to_uint8(torch.cat(images)).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sample_codes(model: Module, numbers: Sequence[int], labels: Tensor | None, seed: int,
-                 settings: dict) -> dict[str, Tensor]:
+def sample_codes(model, numbers, labels, seed, settings):
     """Codes of the images with these numbers and labels; each has random numbers of its own."""
     # A CPU generator uses 32 bits of its seed. All numbers of one seed give different ones, those
     # of two seeds are far apart.
@@ -132,3 +129,13 @@ def model_parser(description):
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"),
                         help="no: float32 (default: as the run was trained)")
     return parser
+
+
+def parse_with_overrides(parser, argv):
+    """The arguments of a command line, and as `overrides` its words key.sub=value, which may stand
+    anywhere."""
+    words = sys.argv[1:] if argv is None else argv
+    overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides = overrides
+    return args
