@@ -6,7 +6,6 @@
     tiles, row, pixels, save        a grid of pictures with labels, as PNG
 """
 
-import math
 from itertools import count, zip_longest
 from pathlib import Path
 
@@ -61,24 +60,24 @@ def load(args):
 
 def distinct(folders):
     """A name for each run: as few of the last parts of its path as tell the runs apart."""
-    paths = [Path(folder).resolve().parts for folder in folders]
-
-    def last(length):
-        return ["/".join(parts[-length:]) for parts in paths]
-
-    enough = next(n for n in count(1) if len(set(last(n))) == len(set(paths)))
-    return last(enough)
+    paths = [Path(folder).resolve() for folder in folders]
+    for length in count(1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
 
 
 def batches(dataset, limit, what):
     """At most `limit` images, spread over the dataset, in batches (16, 3, H, W)."""
     loader = eval_loader(dataset, 16, limit, num_workers=0, device=DEVICE)
-    for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)):
+    for images, _ in tqdm(loader, what):
         yield images
+
 
 def pick_images(dataset, number):
     """At most so many images (n, 3, H, W), spread over the dataset."""
-    return torch.cat(list(batches(dataset, number, "images")))
+    return torch.cat([*batches(dataset, number, "images")])
+
 
 def psnr(images, reconstructions):
     """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1], as 8-bit images."""
@@ -129,9 +128,11 @@ def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vma
         place = axes[-1].inset_axes([1.06, 0, 0.07, 1])
         axes[-1].figure.colorbar(shown, cax=place, label=bar, extend=extend)
 
+
 def pixels(images):
     """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3)."""
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
+
 
 def save(figure, args, title=""):
     if title:
