@@ -64,7 +64,7 @@ from harness.models import (
 )
 from harness.run import PATIENCE
 from harness.sampling import (
-    draw, load_models, model_parser, parse_with_overrides, sampling_arguments,
+    draw, load_models, model_parser, parse_with_overrides, sampling_arguments, to_path,
 )
 from harness.settings import SampleSettings
 
@@ -113,11 +113,11 @@ def parse_arguments(argv):
     option("--images", type=int,
            help="at most so many of them, spread over the split (default: all)")
     option("-n", type=int, help="(stage 2) samples to draw (default: as many as images)")
-    option("--samples", type=path,
+    option("--samples", type=to_path,
            help="(stage 2) measure these instead: a folder of images, or an .npz of uint8 images")
-    option("--reference", type=path,
+    option("--reference", type=to_path,
            help="an .npz of statistics or images (ADM suite) for FID, in place of the split")
-    option("--save_statistics", metavar="FILE.npz", type=path,
+    option("--save_statistics", metavar="FILE.npz", type=to_path,
            help="write the split's statistics there, for --reference")
     option("--without", nargs="+", choices=("lpips", "inception"), default=[],
            help="leave out what needs these networks")
@@ -127,10 +127,6 @@ def parse_arguments(argv):
     option("--markdown", action="store_true",
            help="print the table as Markdown, a row for each run")
     return parse_with_overrides(parser, argv)
-
-
-def path(text):
-    return Path(text).expanduser()
 
 
 def rates(text):
@@ -143,11 +139,10 @@ def rates(text):
 
 def check_arguments(args, names):
     """UserError for what makes no sense, as far as the command line shows it."""
-    counts = [args.batch_size, args.images, args.n]
-    too_few = any(count is not None and count < 1 for count in counts)
-    if too_few or args.num_workers < 0 or not 0 <= args.seed < 2**32:
-        raise UserError("--batch_size, --images and -n must be at least 1, --num_workers at least "
-                        "0, and --seed between 0 and 2^32 - 1")
+    counts = [args.batch_size, args.images, args.n, args.num_workers + 1]
+    if any(count is not None and count < 1 for count in counts):
+        raise UserError("--batch_size, --images and -n must be at least 1, and --num_workers at "
+                        "least 0")
     in_stage2 = [name in STAGE2 for name in names.values()]
     if args.rates and any(in_stage2):
         raise UserError("--rates are for stage-1 runs; a stage-2 run has one, codes.ratio")
@@ -486,14 +481,14 @@ def set_classes(dataset, run):
 
 def data_key(data):
     """Equal for equal images (min_scale is of an augmentation that is off)."""
-    return json.dumps(data | {"min_scale": None}, sort_keys=True)
+    return str(data | {"min_scale": None})
 
 
 def measured_images(data, split, count, dataset):
     """Which images a row is about; a user's own are called by the last part of their path."""
     name = data["name"]
     if name in ("folder", "webdataset", "huggingface"):
-        name = path(data["root"]).resolve().name
+        name = to_path(data["root"]).resolve().name
     return {"dataset": name, "split": split, "images": count, "images_in_split": len(dataset)}
 
 

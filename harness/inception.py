@@ -164,9 +164,7 @@ def load_reference(path):
 
 def save_statistics(path, real):
     """Writes Gaussians as load_reference reads them."""
-    arrays = {}
-    for name, ending in ENDINGS.items():
-        arrays |= {key + ending: array for key, array in real[name].items()}
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **{key + ENDINGS[name]: array for name, gaussian in real.items()
+                      for key, array in gaussian.items()})
     write_file(path, file.getvalue())
