@@ -83,8 +83,10 @@ def main(argv=None):
     settings = wanted_settings(args, model, config, labels, edited)
     if edited:
         build(model.check_known, {}, codes=edited.codes, known=edited.known)
-    if args.compile:
-        compile_steps(model)
+    for module in model.modules() if args.compile else ():
+        if isinstance(module, Blocks):
+            module.step = torch.compile(module.step)
+            module.compile()  # what a mask_transformer calls
     out = make_output(args, state)
     with shared_pixels(out, (args.n, *size, 3), state) as pixels:
         mine = range(state.process_index, args.n, state.num_processes)
@@ -134,10 +136,8 @@ def parse_arguments(argv):
 def wanted_labels(args, model, classes, edited):
     """Labels (n,). None for an unconditional model, and for a photo without --classes, whose class
     is not known."""
-    if args.classes and not model.num_classes:
-        raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
-    if not edited or args.classes:
-        return chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    if args.classes or not edited:
+        return chosen_labels(args.classes, classes, args.n)
     if model.num_classes and (args.cfg_scale is not None or not model.has_null):
         option = "a model without a null class" if args.cfg_scale is None else "--cfg"
         raise UserError(f"with --image, {option} needs --classes")
@@ -254,19 +254,6 @@ def whole_codes(stage1, codes, keep):
         lost = resized(F.max_pool2d((~keep).float(), side), grid)
         known |= (lost == 0) & (grain == g)
     return known
-
-
-# Models
-
-
-def compile_steps(model):
-    for module in model.modules():
-        if isinstance(module, Blocks):
-            module.step = torch.compile(module.step)
-            module.compile()  # what a mask_transformer calls
-
-
-# Images
 
 
 # Files

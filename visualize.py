@@ -526,9 +526,7 @@ def sequence(args):
     import matplotlib
 
     model, stage1, config, classes = load_models(args.run[0], args.which, torch.device(DEVICE))
-    if args.classes and not model.num_classes:
-        raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
-    labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    labels = chosen_labels(args.classes, classes, args.n)
     settings = sampling_arguments(model, config["sample"], labels)
     trace = []
     in_steps = isinstance(model, MaskTransformer)

@@ -177,10 +177,13 @@ def in_precision(model: nn.Module, config: dict, device: torch.device,
     precision that was asked for, or else in the one that its run was trained in."""
     precision = asked or precision_of(config)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
-    for name in ("encode", "decode", "bits", "sample"):
-        if hasattr(model, name):
-            setattr(model, name, autocast(getattr(model, name)))
+    autocast = torch.autocast(device.type, dtype, precision != "no")
+    if config["model"]["name"] in STAGE1:
+        model.encode = autocast(model.encode)
+        model.decode = autocast(model.decode)
+    else:
+        model.bits = autocast(model.bits)
+        model.sample = autocast(model.sample)
     return model.to(device)
 
 

@@ -67,8 +67,13 @@ def sampling_arguments(model, settings, labels=None):
 
 
 def chosen_labels(asked, classes, n):
-    """Labels (n,) that go through the classes asked for, by name, number or part of a name."""
+    """Labels (n,) that go through the classes asked for, by name, number or part of a name. None
+    for an unconditional model, which has no classes."""
     chosen = range(len(classes))
+    if not classes:
+        if asked:
+            raise UserError("--classes was given, but this model is unconditional")
+        return None
     if asked:
         words = [asked] if asked in classes else asked.split(",")
         chosen = [label for word in words for label in labels_of(word.strip().lower(), classes)]
