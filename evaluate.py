@@ -219,7 +219,7 @@ class Evaluation:
 
     def load_network(self, name, load, *args):
         """The network; or None, and `absent` says why."""
-        reason = None
+        reason = ""
         with self.state.local_main_process_first():  # may download
             try:
                 if name in self.args.without:
@@ -227,10 +227,10 @@ class Evaluation:
                 network = load(*args).to(self.state.device)
             except FileNotFoundError as error:
                 reason = str(error)
-        for reason in filter(None, gather_object([reason])):  # here or on another machine
-            self.absent[name] = reason
-            return None
-        return network
+        reason = max(gather_object([reason]))  # here or on another machine
+        if not reason:
+            return network
+        self.absent[name] = reason
 
     # The work of several processes
 

@@ -167,7 +167,7 @@ def error_map(images, reconstructions):
 def rate(args):
     """PSNR, SSIM and LPIPS against bits per pixel, a point or a curve for each stage-1 run"""
     runs, dataset = load(args)
-    path = Path(torch.hub.get_dir()) / "checkpoints/vgg16-397923af.pth"
+    path = Path(torch.hub.get_dir(), "checkpoints/vgg16-397923af.pth")
     lpips = None
     if path.is_file():
         lpips = load_lpips().to(DEVICE)
@@ -180,7 +180,7 @@ def rate(args):
         points = []
         for share in each_rate(model):
             bits, *metrics = mean_quality(model, batches(dataset, args.images, name), lpips)
-            points.append((bits, *metrics))
+            points.append([bits, *metrics])
             where = "" if share is None else f" at {share:.2g}"
             listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, metrics)]
             print(f"{name} ({kind}){where}: {bits:.3g} bits per pixel, {', '.join(listed)}")

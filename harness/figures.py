@@ -38,7 +38,7 @@ def load(args):
     """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
     runs = []
-    configs = []
+    data = []
     for folder, name in zip(args.run, distinct(args.run)):
         model, config = load_run(folder, args.which)
         kind = config["model"]["name"]
@@ -46,15 +46,14 @@ def load(args):
             raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
                             f", or a stage-1 run such as {folder}/stage1")
         runs.append((model.to(DEVICE), name, NAMES[kind]))
-        configs.append(config)
-    sizes = [config["data"]["image_size"] for config in configs]
+        data.append(config["data"])
     is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
-    if len(set(map(sides, sizes))) > 1 and not is_chosen:
-        listed = [f"{folder} has {size}" for folder, size in zip(args.run, sizes)]
+    if len({sides(each["image_size"]) for each in data}) > 1 and not is_chosen:
+        listed = [f"{folder} has {each['image_size']}" for folder, each in zip(args.run, data)]
         raise UserError("runs of different image sizes cannot be compared without "
                         f"data.image_size=...: {', '.join(listed)}")
     for model, _, _ in runs:
-        dataset = run_dataset(configs[0], args.overrides, args.split, model)
+        dataset = run_dataset({"data": data[0]}, args.overrides, args.split, model)
     return runs, dataset
 
 
