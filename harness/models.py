@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -115,13 +115,17 @@ def class_names(folder: str | Path) -> list[str] | None:
 def run_dataset(config: dict, overrides: list[str], split: str, model) -> ImageDataset:
     """The images of a split of the data that a run was trained on, or of other data by overrides
     (data.root=...)."""
-    sections = {"data": make_dataset}
-    settings = {"data": dict(config["data"])}
-    override(settings, overrides, sections)
-    settings = check_config(settings, sections, "the command line")
+    settings = overridden(config, overrides, data=make_dataset)
     dataset = build(make_dataset, settings["data"], split=split)
     set_image_size(model, dataset.image_size)
     return dataset
+
+
+def overridden(config: dict, overrides: list[str], **sections) -> dict[str, dict]:
+    """These sections of a run's config with key.sub=value overrides, checked. See load_config."""
+    settings = {name: dict(config[name]) for name in sections}
+    override(settings, overrides, sections)
+    return check_config(settings, sections, "the command line")
 
 
 def set_image_size(model, size):
@@ -175,10 +179,13 @@ def in_precision(model: nn.Module, config: dict, device: torch.device,
     precision that was asked for, or else in the one that its run was trained in."""
     precision = asked or precision_of(config)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
-    for name in ("encode", "decode", "bits", "sample"):
-        if hasattr(model, name):
-            setattr(model, name, autocast(getattr(model, name)))
+    autocast = torch.autocast(device.type, dtype, precision != "no")
+    if config["model"]["name"] in STAGE1:
+        model.encode = autocast(model.encode)
+        model.decode = autocast(model.decode)
+    else:
+        model.bits = autocast(model.bits)
+        model.sample = autocast(model.sample)
     return model.to(device)
 
 
