@@ -59,14 +59,13 @@ from harness.inception import (
 )
 from harness.launch import run_main
 from harness.metrics import compare, mean_and_spread, perplexity, usage
-from harness.models import (
-    STAGE2, class_names, in_precision, load_run, overridden, run_config, run_dataset, set_rate,
-)
+from harness.models import STAGE2, class_names, load_run, run_config
 from harness.run import PATIENCE
 from harness.sampling import (
     draw, load_models, model_parser, parse_with_overrides, sampling_arguments, to_path,
 )
 from harness.settings_stage2 import SampleSettings
+from harness.use import in_precision, overridden, run_dataset, set_rate
 
 import numpy as np
 import torch
@@ -75,7 +74,8 @@ from accelerate.utils import gather_object, tqdm
 from torch.utils.data import BatchSampler
 
 from data.images import read_image
-from dataset import eval_loader, list_images, make_dataset, to_uint8
+from data.sources import list_images
+from dataset import eval_loader, make_dataset, to_uint8
 from losses import load_lpips
 from vqgan import sides
 

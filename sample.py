@@ -25,7 +25,6 @@ falls on the edge between two codes, which rounding then decides: about one of 1
 codes of 1,024.
 """
 
-import argparse
 import json
 import math
 from contextlib import contextmanager
@@ -36,12 +35,13 @@ from harness.code_cache import make_file
 from harness.config import UserError, build
 from harness.hub import run_folder
 from harness.launch import run_main
-from harness.models import overridden, own_folder
+from harness.models import own_folder
 from harness.run import PATIENCE
 from harness.sampling import (
     GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
 )
 from harness.settings_stage2 import SampleSettings
+from harness.use import overridden
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ from PIL import Image
 from torch.utils.data import BatchSampler
 
 from data.images import image_extensions, read_image
-from dataset import Files, ImageDataset, to_uint8
+from data.sources import Files
+from dataset import ImageDataset, to_uint8
 from gpt import Blocks, Cache, sides
 
 SETTINGS = [name for name in vars(SampleSettings()) if name not in ("columns", "rows")]  # options

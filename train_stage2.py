@@ -22,13 +22,11 @@ from harness.config import UserError, build, load_config, mapping, parse_argumen
 from harness.finetune import freeze, init_from
 from harness.hub import run_folder
 from harness.launch import run_main
-from harness.models import (
-    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of,
-    save_run, set_image_size, set_rate,
-)
+from harness.models import class_names, load_run, make_model, model_class, save_run, set_image_size
 from harness.run import Run, compile_parts, perplexities, update_ema
 from harness.sampling import sampling_arguments
 from harness.settings_stage2 import STAGE2_SECTIONS
+from harness.use import asked_rate, in_precision, precision_of, set_rate
 
 import torch
 from accelerate.utils import gather_object

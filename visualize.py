@@ -45,11 +45,12 @@ from harness.hub import run_folder
 from harness.launch import run_main
 from harness.log import printable
 from harness.metrics import compare
-from harness.models import own_folder, set_rate
+from harness.models import own_folder
 from harness.sampling import (
     GRAINS, chosen_labels, load_models, parse_with_overrides, sample_codes, sampling_arguments,
     to_path,
 )
+from harness.use import set_rate
 
 import numpy as np
 import torch

@@ -1,6 +1,7 @@
 """Image files: which there are, and their pixels.
 
     files_below          the files in folders, at any depth
+    DataError            what is wrong with a user's images, in one sentence
     image_extensions     which of them are images
     read_image, decode   one of them as 8-bit RGB, whatever it is
 """
@@ -25,6 +26,15 @@ TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTAT
 # A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
+
+
+class DataError(Exception):
+    """Something about the user's data, in one sentence."""
+
+    def __init__(self, message: str):
+        # A loader's worker process hands its exceptions over as a traceback in text, which ends
+        # with the sentence.
+        super().__init__(message.strip().rpartition("data.images.DataError: ")[2])
 
 
 @functools.cache

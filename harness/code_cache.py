@@ -29,9 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.config import UserError
-from dataset import Files, ImageDataset, epochs, load_batches, spread
+from data.sources import Files
+from dataset import ImageDataset, epochs, load_batches, spread
 from harness.hub import run_folder
-from harness.models import asked_rate, own_folder
+from harness.models import own_folder
+from harness.use import asked_rate
 
 SYNC_ROWS = 1024  # so many codes at most are lost where a process is killed
 

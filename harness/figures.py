@@ -15,7 +15,8 @@ from tqdm import tqdm
 from harness.config import UserError
 from dataset import eval_loader, to_uint8
 from harness.metrics import compare
-from harness.models import STAGE1, load_run, run_dataset
+from harness.models import STAGE1, load_run
+from harness.use import run_dataset
 from vqgan import sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

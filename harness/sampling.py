@@ -19,9 +19,8 @@ import torch
 from dataset import to_uint8
 from gpt import check_sampling
 from harness.config import UserError, build
-from harness.models import (
-    STAGE2, asked_rate, class_names, in_precision, load_run, set_image_size, set_rate,
-)
+from harness.models import STAGE2, class_names, load_run, set_image_size
+from harness.use import asked_rate, in_precision, set_rate
 
 GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}  # granularities' names
 
