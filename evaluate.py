@@ -454,9 +454,14 @@ class Evaluation:
 
 
 def collect(batches):
-    """The rows of all batches of all processes."""
-    batches = gather_object(batches)
-    return torch.cat(batches) if batches else None
+    """The rows of all batches of all processes, on the first one."""
+    rows = torch.cat(batches) if batches else torch.empty(0)
+    if not torch.distributed.is_initialized():
+        return rows
+    is_first = torch.distributed.get_rank() == 0
+    shares = [None] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(rows, shares)
+    return torch.cat(shares) if is_first else None
 
 
 SECTIONS = {"data": make_dataset, "sample": SampleSettings}  # of stage 1: the first
