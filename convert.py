@@ -7,8 +7,6 @@ Kinds: vqgan_taming and gpt_taming (CompVis/taming-transformers), vqgan_llamagen
 dqvae and dq_transformer (the papers' official releases).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import pickle
@@ -26,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def main(argv: list[str] | None = None):
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(KINDS))

@@ -23,8 +23,6 @@ causal attention does not see it; the last coarse cell can be sampled; the fines
 filled in, since the others imply them. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

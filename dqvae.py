@@ -22,8 +22,6 @@ Differences from the release: how the feature router learns (`explore`) and ema_
 undone by release_training=True; entropy thresholds use the router's own bins. Copy with vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Literal

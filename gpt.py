@@ -21,8 +21,6 @@ Unconditional with num_classes=0. Unlike the release's, start tokens have their 
 logits, and labels may be dropped. Needs torch only.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable

@@ -12,8 +12,6 @@ Differences from the Taming Transformers release: LPIPS without dropout; an adap
 gradients averaged over processes. Needs torch, and lpips for the perceptual loss only.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Annotated, Literal

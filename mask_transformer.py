@@ -23,8 +23,6 @@ Differences from the release: the layout; rotary position embeddings beside lear
 pre-norm blocks and an untied head; classifier-free guidance; no label smoothing. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

@@ -17,8 +17,6 @@ Difference from the release: how scores learn (`explore`); release_training=True
 Copy with vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Annotated

@@ -13,8 +13,6 @@ losses, info), `nearest(z)` indices, `lookup(indices)` codes. FSQ, LFQ and BSQ h
 learn: the code follows from the index. Needs torch and vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -15,8 +15,6 @@ Differences from the release: start tokens have their own table and no logits; l
 guidance. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

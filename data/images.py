@@ -6,8 +6,6 @@
     read_image, decode   one of them as 8-bit RGB, whatever it is
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os
@@ -31,7 +29,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 class DataError(Exception):
     """Something about the user's data, in one sentence."""
 
-    def __init__(self, message: str):
+    def __init__(self, message):
         # A loader's worker process hands its exceptions over as a traceback in text, which ends
         # with the sentence.
         super().__init__(message.strip().rpartition("data.images.DataError: ")[2])

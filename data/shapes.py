@@ -6,8 +6,6 @@
 Distances are in sides of the image, shapes of arrays in pixels.
 """
 
-from __future__ import annotations
-
 import colorsys
 import itertools
 import math

@@ -16,8 +16,6 @@ that is wrong a ValueError, of one sentence. Neither class keeps a file's positi
 share them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

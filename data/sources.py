@@ -7,8 +7,6 @@
     list_images             the images in folders
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 What is wrong is a ValueError of one sentence.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

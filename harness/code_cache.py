@@ -11,8 +11,6 @@ From an image to the transformer: ImageDataset (dataset.py) -> stage1.encode -> 
 CodeBatches -> code_loader -> the loop of train_stage2.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -198,7 +196,7 @@ class CodeCache:
     def __len__(self):
         return len(self.indices) * self.views
 
-    def __getitem__(self, rows: list[int] | slice) -> tuple[dict[str, Tensor], Tensor]:
+    def __getitem__(self, rows):
         codes = {name: torch.from_numpy(self.array(name)[rows].astype(np.int64))
                  for name in self.arrays if name != "done"}
         images = codes.pop("image").tolist()
@@ -250,7 +248,7 @@ class CodeBatches:
                 yield batch.tolist()
 
 
-def make_file(path: Path, size: int):
+def make_file(path, size):
     """A file of zeros that has all its space, so that a full disk shows now, and not when a memory
     map is written."""
     # macOS has no posix_fallocate.

@@ -10,8 +10,6 @@ A run folder holds config.yaml (complete: it is enough to repeat the run), metri
 tensorboard/, samples/*.png and checkpoints/.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -10,8 +10,6 @@ Tables have lines THEIR_NAME OUR_NAME, of tensors or of settings. In names of te
 and * any text. A tensor that no rule renames is an error that names it, unless DROP has its name.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from harness.models import make_model
@@ -58,7 +55,7 @@ class Rule:
         return replace(self, theirs=name, ours=re.sub("[#*]", lambda _: next(groups), self.ours))
 
 
-def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
+def from_reference(kind, state_dict, config):
     """The model of a release, in eval mode. ValueError names every key that is unknown, missing or
     misshapen.
 

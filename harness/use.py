@@ -5,18 +5,14 @@
     set_rate        the rate of a stage-1 model that knows several
 """
 
-from __future__ import annotations
-
 import torch
-import torch.nn as nn
 
-from dataset import ImageDataset, make_dataset
+from dataset import make_dataset
 from harness.config import UserError, build, check_config, mapping, override
 from harness.models import STAGE1, set_image_size
 
 
-def in_precision(model: nn.Module, config: dict, device: torch.device,
-                 asked: str | None = None) -> nn.Module:
+def in_precision(model, config, device, asked=None):
     """The model on the device, for use, not for training: it encodes, decodes and samples in the
     precision that was asked for, or else in the one that its run was trained in."""
     precision = asked or precision_of(config)
@@ -31,12 +27,12 @@ def in_precision(model: nn.Module, config: dict, device: torch.device,
     return model.to(device)
 
 
-def precision_of(config: dict) -> str:
+def precision_of(config):
     """The precision that a run was trained in; a converted one has none, which is float32, "no"."""
     return mapping(config.get("train"), "train").get("mixed_precision") or "no"
 
 
-def run_dataset(config: dict, overrides: list[str], split: str, model) -> ImageDataset:
+def run_dataset(config, overrides, split, model):
     """The images of a split of the data that a run was trained on, or of other data by overrides
     (data.root=...)."""
     settings = overridden(config, overrides, data=make_dataset)
@@ -45,7 +41,7 @@ def run_dataset(config: dict, overrides: list[str], split: str, model) -> ImageD
     return dataset
 
 
-def overridden(config: dict, overrides: list[str], **sections) -> dict[str, dict]:
+def overridden(config, overrides, **sections):
     """These sections of a run's config with key.sub=value overrides, checked. See load_config."""
     settings = {name: dict(config[name]) for name in sections}
     override(settings, overrides, sections)
