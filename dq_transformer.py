@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, check_grids,
+    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, check_grids,
     check_known, check_sampling, code_ends, covered, divided, draw, filter_logits, sides, uniforms)
 
 START = 0  # kinds of tokens
@@ -88,7 +88,7 @@ class DQTransformer(CodeTransformer):
         self.drop = nn.Dropout(dropout)
         self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
         self.position_norm = nn.LayerNorm(n_embd)
-        self.position_head = nn.Linear(n_embd, self.cells[-1] + self.grains, bias=False)
+        self.position_head = CodeHead(n_embd, self.cells[-1] + self.grains, bias=False)
         self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = content_head
