@@ -148,8 +148,8 @@ def orthogonalized(x: Tensor) -> Tensor:
     0.001 of their norm): in bfloat16 on a GPU, else in float32."""
     if x.shape[1] > x.shape[2]:
         return orthogonalized(x.mT).mT
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     if x.is_cuda or 2 * x.shape[1] > x.shape[2]:
         return _iterate(x)
     # y x, where the square y follows from x x' alone: less work, but it diverges in bfloat16.
@@ -158,6 +158,7 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 
 def _iterate(x: Tensor, inner: Tensor | None = None) -> Tensor:
+    """The five steps on x; with inner = z z', what they are for x z, without its factor z."""
     for a, b, c in COEFFICIENTS:
         gram = (x if inner is None else x @ inner) @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

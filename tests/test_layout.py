@@ -6,7 +6,7 @@ from conftest import ROOT, forked
 
 FILES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
-          "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
+          "muon": set(), "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
 
 
 def imports(name):
@@ -48,7 +48,7 @@ def test_nothing_imports_a_name_with_an_underscore():
     assert not private
 
 
-SHOWPIECES = ["vqgan", "mqvae", "dqvae", "quantizers", "losses", "gpt", "stackformer", "dq_transformer",
+SHOWPIECES = ["vqgan", "mqvae", "dqvae", "quantizers", "losses", "muon", "gpt", "stackformer", "dq_transformer",
               "mask_transformer"]
 
 
