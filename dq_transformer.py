@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, cell_tables, check_grids,
-    check_known, check_sampling, code_ends, covered, cross_entropy, divided, draw, filter_logits,
-    read_codes, register_tables, sides, uniforms)
+    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, cell_tables,
+    check_grids, check_known, check_sampling, code_ends, covered, cross_entropy, divided, draw,
+    filter_logits, read_codes, register_tables, sides, uniforms)
 
 START = 0  # kinds of tokens
 CODE = 1
@@ -84,7 +84,7 @@ class DQTransformer(CodeTransformer):
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
         self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
         self.position_norm = nn.LayerNorm(n_embd)
-        self.position_head = nn.Linear(n_embd, self.cells[-1] + self.grains, bias=False)
+        self.position_head = CodeHead(n_embd, self.cells[-1] + self.grains, bias=False)
         self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = content_head

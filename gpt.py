@@ -290,6 +290,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(n_embd)
         self.norm2 = nn.LayerNorm(n_embd)
         self.qkv = Linear(n_embd, 3 * n_embd)
+        self.qkv.parts = 3  # matrices, for muon.py
         self.out = Linear(n_embd, n_embd)
         self.mlp = nn.Sequential(Linear(n_embd, 4 * n_embd), nn.GELU(), Linear(4 * n_embd, n_embd))
         self.drop = nn.Dropout(dropout)
@@ -335,6 +336,7 @@ class CodeHead(Linear):
     """Hidden states (..., C) to logits of codes (..., K)."""
 
     digits = 1  # random numbers that a code takes
+    parts = 0  # matrices, for muon.py: none
 
     def nats(self, x, codes):
         """Cross-entropy of each code (...), 0 for code -100."""

@@ -147,6 +147,7 @@ class SimVQ(VectorQuantizer):
         frozen = torch.randn(self.codebook_size, self.dim) * self.dim**-0.5
         self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.projection = nn.Linear(self.dim, self.dim, bias=False)
+        self.projection.parts = 0  # matrices, for muon.py: none, as in other codebooks
 
     @property
     def codebook(self) -> Tensor:

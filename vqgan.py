@@ -600,6 +600,7 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.qkv.parts = 3  # matrices, for muon.py
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, key_weight=None):

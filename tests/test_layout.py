@@ -10,7 +10,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("._
          for path in PATHS}
 SCRIPTS = {"train_stage1", "train_stage2", "sample", "evaluate", "visualize", "convert"}
 COPIED = {"vqgan": set(), "mqvae": {"vqgan"}, "dqvae": {"vqgan"}, "losses": set(), "quantizers": {"vqgan"},
-          "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
+          "muon": set(), "gpt": set(), "stackformer": {"gpt"}, "dq_transformer": {"gpt"}, "mask_transformer": {"gpt"}}
 
 
 def imports(name, nodes=ast.walk):
@@ -74,7 +74,7 @@ def test_nothing_imports_a_name_with_an_underscore():
     assert not private
 
 
-SHOWPIECES = ["vqgan", "mqvae", "dqvae", "quantizers", "losses", "gpt", "stackformer", "dq_transformer",
+SHOWPIECES = ["vqgan", "mqvae", "dqvae", "quantizers", "losses", "muon", "gpt", "stackformer", "dq_transformer",
               "mask_transformer"]
 
 
