@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, cell_tables,
-    check_grids, check_known, check_sampling, covered, cross_entropy, divided, draw,
-    filter_logits, read_codes, register_tables, rows_and_columns, sides, uniforms)
+    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, Schedule,
+    cell_tables, check_grids, check_known, check_sampling, covered, cross_entropy, divided, draw,
+    filter_logits, read_codes, register_tables, sides, uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -47,7 +47,7 @@ class MaskTransformer(CodeTransformer):
     num_codes                       of an MQ-VAE: the number of cells with a code
     num_classes, label_dropout      see CodeTransformer
     layout_layers, content_layers   depth of each transformer
-    n_head, n_embd, dropout         as in GPT
+    n_head, n_embd, dropout, qk_norm    as in GPT
     """
 
     reads = ()  # any
@@ -55,8 +55,9 @@ class MaskTransformer(CodeTransformer):
     def __init__(self, codebook_size: int, grids: list[int | list[int]],
                  num_codes: int | None = None, num_classes: Count = 0, layout_layers: int = 6,
                  content_layers: int = 18, n_head: int = 8, n_embd: int = 1024,
-                 dropout: Probability = 0.1, label_dropout: Probability = 0.1):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+                 dropout: Probability = 0.1, label_dropout: Probability = 0.1,
+                 qk_norm: bool = False):
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.num_codes = num_codes
         self.places = Places(grids, num_codes)
         self.kinds = self.places.kinds
@@ -67,15 +68,15 @@ class MaskTransformer(CodeTransformer):
         if self.has_layout:
             self.kind_emb = nn.Embedding(self.kinds + 1, n_embd)  # the last is the mask
             self.region_emb = nn.Embedding(self.regions, n_embd)
-            self.layout_blocks = Blocks(layout_layers, n_head, n_embd, dropout, causal=False)
+            self.layout_blocks = Blocks(layout_layers, n_head, n_embd, dropout, qk_norm, False)
             self.layout_norm = nn.LayerNorm(n_embd)
             self.layout_head = CodeHead(n_embd, self.kinds, bias=False)
         self.code_emb = nn.Embedding(codebook_size + 1, n_embd)  # the last is the mask
         self.place_emb = nn.Embedding(self.places.count, n_embd)
-        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, causal=False)
+        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, qk_norm, False)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = CodeHead(n_embd, codebook_size, bias=False)
-        self.register_buffer("rope", self.places.angles(n_embd // n_head), persistent=False)
+        self.init_rope(True, self.places.grids, n_embd // n_head)
         self.init_weights()
 
     @classmethod
@@ -103,7 +104,7 @@ class MaskTransformer(CodeTransformer):
         """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits
         (B, R, kinds)."""
         x = self.kind_emb(layout) + self.region_emb.weight              # (B, R, C)
-        rope = self.rope[:self.regions + 1].unsqueeze(0)                # (1, 1 + R, D / 2)
+        rope = self.turns(slice(self.regions + 1))                      # (2, 1 + R, D)
         x = self._after_start(starts, x, self.layout_blocks, rope)
         return self.layout_head(self.layout_norm(x))
 
@@ -113,7 +114,7 @@ class MaskTransformer(CodeTransformer):
         mask = None
         if len(self.places.grids) > 1:  # rows differ in length
             mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None]       # keys
-        rope = self.rope[F.pad(packed.place + 1, (1, 0))]               # (B, 1 + L, D / 2)
+        rope = self.turns(F.pad(packed.place + 1, (1, 0)))              # (2, B, 1 + L, D)
         return self.content_norm(self._after_start(starts, x, self.content_blocks, rope, mask))
 
     def _after_start(self, starts, x, blocks, rope, mask=None):
@@ -234,7 +235,7 @@ class MaskTransformer(CodeTransformer):
     def sample(self, n: int, labels: Tensor | None = None, steps: int = 12, layout_steps: int = 8,
                temperature: float = 1.0, choice_temperature: float = 4.5, top_k: int | None = None,
                top_p: float | None = None, cfg_scale: float = 1.0,
-               cfg_schedule: Literal["constant", "linear"] = "constant",
+               cfg_schedule: Schedule = "constant",
                generator: Generators = None, temperature_pos: float | None = None,
                codes: Codes | None = None, known: Tensor | None = None,
                trace: list | None = None) -> Codes:
@@ -245,8 +246,7 @@ class MaskTransformer(CodeTransformer):
         choice_temperature     of the Gumbel noise on the confidences, falling to 0 linearly
         temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's
                                (default: temperature)
-        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows to
-                               this over the steps
+        cfg_scale, cfg_schedule    as in GPT.sample, over the steps
         codes, known           keep the cells `known`, bool (n, h, w) on the finest grid, of
                                `codes`, and draw the rest. A code stays if all of its cells are
                                known. An MQ-VAE's images keep their number of codes
@@ -368,19 +368,6 @@ class Places(nn.Module):
             tables.append(table)
             self.count += math.prod(grid)
         register_tables(self, tables, stacked=("cover",))
-
-    def angles(self, head_dim):
-        """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of
-        all places, by their centres."""
-        if head_dim % 4:
-            raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
-        centres = []
-        for grid in self.grids:
-            centre = torch.stack(rows_and_columns(grid), 1) + 0.5       # (cells, 2)
-            centres.append(centre * (self.grids[-1][0] / grid[0]))      # in finest cells
-        frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
-        angles = torch.cat(centres).unsqueeze(2) * frequencies          # (P, 2, head_dim / 4)
-        return F.pad(angles.flatten(1), (0, 0, 1, 0))
 
     def read(self, codes):
         """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where

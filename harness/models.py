@@ -97,8 +97,11 @@ def run_config(folder: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = read_yaml(path)
-    if mapping(config.get("model"), "model").get("name") not in MODELS:
+    name = mapping(config.get("model"), "model").get("name")
+    if name not in MODELS:
         raise UserError(f"{path} names no model of {', '.join(MODELS)}")
+    if name in ("gpt", "stackformer", "dq_transformer"):  # older runs do not say that they have none
+        config["model"] = {"rope": False, "qk_norm": False} | config["model"]
     return config
 
 

@@ -296,6 +296,8 @@ EMA_CODEBOOK = [
 
 # Stage 2. The releases have one table for codes, classes and special tokens; here each has its own.
 
+PLAIN = {"label_dropout": 0.0, "rope": False, "qk_norm": False}  # as no release has these
+
 
 def _gpt_taming(config) -> Conversion:
     """Without classes, the start token is token K, or code `sos_token` if there are only K tokens.
@@ -304,8 +306,7 @@ def _gpt_taming(config) -> Conversion:
     classes = config.get("n_classes", 0)
     vocabulary = config.get("vocab_size", K + 1)
     settings = {
-        "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0),
-        "label_dropout": 0.0,
+        "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0), **PLAIN,
         **pick(config, "codebook_size", "grid", "n_layer", "n_head", "n_embd"),
     }
     starts = [K]
@@ -330,7 +331,7 @@ def _stackformer(config) -> Conversion:
     classes = config["n_classes"]
     cells = config["grid"] ** 2
     settings = {
-        "name": "stackformer", "label_dropout": 0.0,
+        "name": "stackformer", **PLAIN,
         **pick(config, "codebook_size", "grid", "n_head", "n_embd", num_codes="codes_per_image",
                num_classes="n_classes", code_layers="value_layer",
                position_layers="position_layer", dropout="resid_pdrop"),
@@ -361,7 +362,7 @@ def _dq_transformer(config) -> Conversion:
     special = config["special"]
     grids = [config["coarse_hw"], config["fine_hw"]]
     settings = {
-        "name": "dq_transformer", "grids": grids, "label_dropout": 0.0,
+        "name": "dq_transformer", "grids": grids, **PLAIN,
         **pick(config, "codebook_size", "n_head", "n_embd", num_classes="n_classes",
                position_layers="position_layer", content_layers="content_layer",
                dropout="resid_pdrop", order="fine_position_order"),

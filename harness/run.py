@@ -30,7 +30,7 @@ from dataset import SIGUSR1, ImageDataset
 from harness.checkpoint import (
     Checkpoints, list_checkpoints, wanted_checkpoint, whole_state, write_file,
 )
-from harness.config import UserError, flatten, read_yaml
+from harness.config import UserError, flatten
 from harness.guard import Guard
 from harness.log import Log
 from harness.models import make_model, own_folder, run_config
@@ -355,7 +355,7 @@ def check_folder(folder: Path, config: dict, resume: str | None) -> None:
                         "choose another train.output_dir")
     if resume is None or not (source / "config.yaml").is_file():
         return
-    before = _networks(read_yaml(source / "config.yaml"))
+    before = _networks(run_config(source))
     now = _networks(config)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

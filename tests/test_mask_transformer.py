@@ -10,7 +10,7 @@ from conftest import command_in_copy
 from test_transformers import MODELS as OTHERS
 from test_transformers import make, memorise, random_codes, rows
 
-from gpt import Guidance, NotFinite, rotated
+from gpt import Guidance, NotFinite, rotary_table, rotated
 from mask_transformer import MaskTransformer
 
 K, CLASSES = 12, 5
@@ -57,7 +57,7 @@ def test_codes_are_valid_whatever_the_weights(name):
     for seed in range(10):
         model = make_mask(name, seed=seed)
         codes = model.sample(5, torch.arange(5), steps=1 + seed, layout_steps=1 + seed, temperature_pos=3.0, cfg_scale=1 + seed % 3,
-                             cfg_schedule=("constant", "linear")[seed % 2], top_k=1 + seed, choice_temperature=seed)
+                             cfg_schedule=("constant", "linear", "power-cosine")[seed % 3], top_k=1 + seed, choice_temperature=seed)
         check_valid(model, codes)
         kinds |= set(codes.get("grain", torch.zeros(1, dtype=torch.int64)).flatten().tolist())
     assert kinds == set(range(len(model.places.grids)))
@@ -178,15 +178,17 @@ def test_the_schedule_and_the_trace(name):
 
 def test_rotary_embeddings_see_differences_of_position():
     """Of centres in two dimensions, in finest cells, whatever the granularity."""
-    places = MODELS["triple"][0]().places
-    angles = places.angles(8)
-    assert angles.shape == (1 + 2 + 8 + 32, 4) and (angles[0] == 0).all()
+    cos, sin = rotary_table([[1, 2], [2, 4], [4, 8]], 8)
+    assert cos.shape == sin.shape == (1 + 2 + 8 + 32, 8) and (cos[0] == 1).all() and (sin[0] == 0).all()
     frequencies = torch.tensor([1.0, 0.1])
     for number, (y, x) in ((1, (2, 2)), (2, (2, 6)), (3, (1, 1)), (8, (3, 3)), (11, (0.5, 0.5)), (42, (3.5, 7.5))):
-        torch.testing.assert_close(angles[number], torch.cat([y * frequencies, x * frequencies]))
+        angles = torch.cat([y * frequencies, x * frequencies])
+        torch.testing.assert_close(cos[number], angles.cos().repeat(2))
+        torch.testing.assert_close(sin[number], torch.cat([-angles.sin(), angles.sin()]))
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 43, 8)
-    turned = [rotated(v, angles.cos(), angles.sin())[0, 0] for v in (q, k)]
+    turned = [rotated(v, cos, sin)[0, 0] for v in (q, k)]
+    torch.testing.assert_close(turned[0].norm(dim=1), q[0, 0].norm(dim=1))
     scores = turned[0] @ turned[1].t()                                                       # (43, 43)
 
     def cell(y, x):

@@ -478,6 +478,14 @@ def test_resume_knows_its_own_stage1(train2, tmp_path):
     assert metrics(tmp_path / "run2")[-1]["step"] == 6
 
 
+def test_a_run_from_before_rope_has_none(tmp_path):
+    model = GPT(8, 4, 0, 1, 2, 16, rope=False, qk_norm=False).eval()
+    about = {"name": "gpt", "codebook_size": 8, "grid": 4, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    save_run(tmp_path / "old", {"model": about}, {"model": model})
+    codes = {"indices": torch.randint(8, (2, 4, 4))}
+    torch.testing.assert_close(load_run(tmp_path / "old")[0].logits(codes), model.logits(codes))
+
+
 def test_the_step_of_a_run_can_be_compiled(train2, tmp_path):
     train2(write_tiny2(tmp_path, "dq_transformer"), "train.max_train_steps=1")
     outs = []
