@@ -238,11 +238,15 @@ class MaskTransformer(CodeTransformer):
                cfg_schedule: Schedule = "constant",
                generator: Generators = None, temperature_pos: float | None = None,
                codes: Codes | None = None, known: Tensor | None = None,
-               trace: list | None = None) -> Codes:
+               trace: list | None = None,
+               order: Literal["confidence", "halton"] = "confidence") -> Codes:
         """Codes of n new images, in the form of the stage-1 model.
 
         steps, layout_steps    of the contents and of the layout. After step s of S,
                                cos(pi / 2 s / S) of the tokens are masked
+        order                  a step keeps the tokens that the model is most confident of; or
+                               those whose cells the Halton sequence reaches first, which are spread
+                               evenly over the image (Besnier et al., ICLR 2025, arXiv 2503.17076)
         choice_temperature     of the Gumbel noise on the confidences, falling to 0 linearly
         temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's
                                (default: temperature)
@@ -259,6 +263,8 @@ class MaskTransformer(CodeTransformer):
         if min(steps, layout_steps) < 1 or not 0 <= choice_temperature < math.inf:
             raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at "
                              f"least 0; they are {steps}, {layout_steps} and {choice_temperature}")
+        if order not in ("confidence", "halton"):
+            raise ValueError(f"order must be confidence or halton; it is {order!r}")
         check_known(n, self.places.grids[-1], codes, known)
         starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         device = starts.device
@@ -277,7 +283,9 @@ class MaskTransformer(CodeTransformer):
         layout_numbers = numbers[:, :for_layout].view(n, layout_steps, 2, self.regions)
         content_numbers = numbers[:, for_layout:].view(n, steps, 2, P)
 
-        unmask = Unmask(layout_steps, choice_temperature, ~kept_regions)
+        halton = order == "halton"
+        unmask = Unmask(layout_steps, choice_temperature, ~kept_regions,
+                        self.places.rank[:self.regions].expand(n, -1) if halton else None)
         for step in range(layout_steps):
             kind_number, choice_number = layout_numbers[:, step].unbind(1)      # (n, R) each
             masked = layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1)
@@ -292,7 +300,8 @@ class MaskTransformer(CodeTransformer):
         decided_at = torch.zeros_like(content)
         copies = Packed(*(value.repeat(guide.copies, 1) for value in packed))
         open_ = packed.valid & ~kept.gather(1, packed.place)
-        unmask = Unmask(steps, choice_temperature, open_)
+        unmask = Unmask(steps, choice_temperature, open_,
+                        self.places.rank[packed.place] if halton else None)
         for step in range(steps):
             code_number, choice_number = content_numbers[:, step].unbind(1)     # (n, P) each
             open_ = unmask.open                                         # (n, L)
@@ -346,6 +355,7 @@ class Places(nn.Module):
         kind      0 | 1  1  1  1    that a region must have for a code to be here
         corner    0 | 0  1  2  3    the first finest cell
         cover     [[0, 0, 0, 0], [1, 2, 3, 4]]    the place that covers each finest cell, (G, N)
+        rank      see halton_rank
     """
 
     def __init__(self, grids, num_codes):
@@ -363,6 +373,7 @@ class Places(nn.Module):
         tables = []
         for g, grid in enumerate(self.grids):
             table = cell_tables(self.grids, g)
+            table["rank"] = halton_rank(grid)
             table["kind"] = torch.full_like(table["region"], g if num_codes is None else 1)
             table["cover"] += self.count
             tables.append(table)
@@ -425,9 +436,10 @@ class Places(nn.Module):
 
 class Unmask:
     """Which tokens are still masked while they are sampled: `open` (n, T). Each step keeps those
-    that the model is most confident of."""
+    that the model is most confident of, or those of the lowest `rank` (n, T)."""
 
-    def __init__(self, steps, temperature, open_):
+    def __init__(self, steps, temperature, open_, rank):
+        self.rank = rank
         self.steps = steps
         self.temperature = temperature
         self.open = open_
@@ -439,14 +451,38 @@ class Unmask:
         random numbers (n, T)."""
         self.done += 1
         share = self.done / self.steps
-        drawn = tokens[self.open].unsqueeze(-1)                         # (m, 1)
-        sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
-        gumbel = -(-numbers.clamp(min=1e-20).log()).log()               # (n, T)
-        noise = min(self.temperature, HUGE) * (1 - share) * gumbel
-        confidence = noise.masked_scatter(self.open, sure + noise[self.open])
+        if self.rank is None:
+            drawn = tokens[self.open].unsqueeze(-1)                     # (m, 1)
+            sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
+            gumbel = -(-numbers.clamp(min=1e-20).log()).log()           # (n, T)
+            noise = min(self.temperature, HUGE) * (1 - share) * gumbel
+            confidence = noise.masked_scatter(self.open, sure + noise[self.open])
+        else:
+            confidence = -self.rank.float()
         left = (self.total * math.cos(math.pi / 2 * share)).long()
         left = left.clamp(min=self.steps - self.done).minimum(self.open.sum(1) - 1)  # one a step
         self.open = lowest(confidence.masked_fill(~self.open, math.inf), left)
+
+
+def halton_rank(grid):
+    """The number of the first point of the Halton sequence in bases 2 and 3 that lies in each cell,
+    (cells,)."""
+    height, width = grid
+    count = 24 * height * width  # some point then lies in every cell
+    point = torch.arange(count)
+
+    def coordinate(base):
+        rest = point
+        share = torch.zeros(count, dtype=torch.float64)
+        scale = 1.0
+        while rest.any():
+            scale /= base
+            share += rest % base * scale
+            rest = rest // base
+        return share
+
+    cell = (coordinate(2) * height).long() * width + (coordinate(3) * width).long()
+    return torch.full((height * width,), count).scatter_reduce(0, cell, point, "amin")
 
 
 def lowest(values, count):

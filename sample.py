@@ -131,6 +131,7 @@ def parse_arguments(argv):
         option(f"--{name}", type=number)
     option("--cfg_schedule", choices=("constant", "linear", "power-cosine"),
            help="how the guidance grows over the codes of an image, or a mask_transformer's steps")
+    option("--order", choices=("confidence", "halton"), help="of a mask_transformer's codes")
     option("--image", help="draw parts of this image anew")
     option("--keep", help='the parts that stay: "0,0,1,0.5 0,0.5,0.2,1", or coarse')
     option("--mask", help="or a picture that is white where the image is drawn anew")

@@ -115,6 +115,7 @@ class SampleSettings:
     steps: int | None = None  # from here on for MaskTransformer.sample; null: its default
     layout_steps: int | None = None
     choice_temperature: float | None = None
+    order: Literal["confidence", "halton"] | None = None
 
 
 STAGE1_SECTIONS = {
