@@ -20,7 +20,7 @@ that can occur, see `_tabulate`), K codes in the codebook.
 
 Differences from the release: losses and softmaxes cover real tokens only; padding comes last, where
 causal attention does not see it; the last coarse cell can be sampled; the finest positions are
-filled in, since the others imply them. Copy with gpt.py.
+filled in, since the others imply them; rope and qk_norm, if not false. Copy with gpt.py.
 """
 
 import math
@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, cell_tables,
-    check_grids, check_known, check_sampling, code_ends, covered, cross_entropy, divided, draw,
-    filter_logits, read_codes, register_tables, sides, uniforms)
+    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, Schedule,
+    cell_tables, check_grids, check_known, check_sampling, code_ends, covered, cross_entropy,
+    divided, draw, filter_logits, read_codes, register_tables, sides, uniforms)
 
 START = 0  # kinds of tokens
 CODE = 1
@@ -58,8 +58,11 @@ class DQTransformer(CodeTransformer):
                                        [height, width], coarsest first
     num_classes, label_dropout         see CodeTransformer
     position_layers, content_layers    depth of each transformer
-    n_head, n_embd, dropout, codebook_factors    as in GPT
+    n_head, n_embd, dropout, codebook_factors, qk_norm    as in GPT
     order                              of a granularity's cells: raster order, or region by region
+    rope                               rotary embeddings: in the Position-Transformer of the last
+                                       token, by its cell; in the Content-Transformer of the next,
+                                       whose code it predicts; none of starts and ends
     """
 
     reads = ("indices", "grain")
@@ -68,8 +71,9 @@ class DQTransformer(CodeTransformer):
                  position_layers: int = 6, content_layers: int = 18, n_head: int = 8,
                  n_embd: int = 1024, dropout: Probability = 0.1, label_dropout: Probability = 0.1,
                  order: Literal["row-first", "region-first"] = "row-first",
-                 codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+                 codebook_factors: list[int] | None = None, rope: bool = True,
+                 qk_norm: bool = True):
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grids = [sides(grid) for grid in grids]
         self.grains = len(grids)
         self.cells = [h * w for h, w in self.grids]
@@ -82,10 +86,11 @@ class DQTransformer(CodeTransformer):
         self.position_emb = nn.Embedding(sum(self.cells) + self.grains * special, n_embd)
         self.grain_emb = nn.Embedding(self.grains, n_embd)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
-        self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
+        self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout, qk_norm)
         self.position_norm = nn.LayerNorm(n_embd)
         self.position_head = CodeHead(n_embd, self.cells[-1] + self.grains, bias=False)
-        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout)
+        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, qk_norm)
+        self.init_rope(rope, self.grids, n_embd // n_head)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = content_head
         self.init_weights()
@@ -111,6 +116,8 @@ class DQTransformer(CodeTransformer):
             slot_opens     whether the cell is the first of its region
             slot_special   K + 1        K    | K + 1                          K  content
             slot_place     row of position_emb; the first one, of start tokens
+            slot_turn      row of rope
+            slot_area      finest cells that a code covers
 
             column            0    1    2    3    4    5        of position_head
             column_slot[0]    1   -1   -1   -1    2   -1        -1: of another granularity
@@ -147,6 +154,8 @@ class DQTransformer(CodeTransformer):
             "slot_opens": of_slots(False, opens[walk], False),
             "slot_special": of_slots(self.codebook_size + 1, 0 * cell, self.codebook_size),
             "slot_place": first_place + of_slots(cells + 1, walk, cells),
+            "slot_turn": of_slots(0, 1 + coarser + walk, 0),
+            "slot_area": of_slots(0, torch.full_like(cell, finest // cells), 0),
             "column_slot": column_slot,
             "cover": slot[cover],
         }
@@ -288,8 +297,9 @@ class DQTransformer(CodeTransformer):
         place = self.position_emb(place)                                # (B, T, C)
         x = self.content_emb(content[:, :-1]) + place[:, :-1] + self.grain_emb(grain[:, :-1])
         x = x + self.index_emb[:x.shape[1]]
-        h = self.position_blocks(self.drop(x))                          # position step
-        z = self.content_blocks(h + place[:, 1:])                       # content step
+        turn = self.slot_turn[tokens.slot]                              # (B, T)
+        h = self.position_blocks(self.drop(x), rope=self.turns(turn[:, :-1]))
+        z = self.content_blocks(h + place[:, 1:], rope=self.turns(turn[:, 1:]))
         return h, z
 
     def rows(self, slot, content, starts):
@@ -309,7 +319,8 @@ class DQTransformer(CodeTransformer):
                generator: Generators = None, temperature_pos: float | None = None,
                top_k_pos: int | None = None, top_p_pos: float | None = None,
                fine_positions: Literal["filled", "sampled"] = "filled",
-               codes: Codes | None = None, known: Tensor | None = None) -> Codes:
+               codes: Codes | None = None, known: Tensor | None = None,
+               cfg_schedule: Schedule = "constant") -> Codes:
         """Codes of n new images, {"indices": (n, h, w), "grain": (n, h', w')}.
 
         As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). Positions
@@ -317,13 +328,14 @@ class DQTransformer(CodeTransformer):
         samples the order of the finest cells, as the release does.
         codes, known: keep the codes whose finest cells are all `known`, bool (n, h, w), the first
         of the sequence, and draw the rest.
+        cfg_schedule: as in GPT.sample, over the area of the image that has codes.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         filters = check_sampling(temperature, top_k, top_p)
         position_filters = check_sampling(temperature_pos, top_k_pos, top_p_pos)
         if fine_positions not in ("filled", "sampled"):
             raise ValueError(f"fine_positions must be filled or sampled; it is {fine_positions!r}")
-        starts, guide = self.start_sampling(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         shape = self.length, 1 + self.content_head.digits
         numbers = uniforms(n, shape, generator, starts.device)
         position_cache = Cache(self.position_blocks, len(starts), self.length)
@@ -334,14 +346,17 @@ class DQTransformer(CodeTransformer):
         for t in range(self.length):
             content, place, grain = state.rows_of_last()                # (n or 2n,) each
             x = self.content_emb(content) + self.position_emb(place) + self.grain_emb(grain)
-            h = position_cache.step(x + self.index_emb[t], t)
+            guide.at(state.area / self.cells[-1])
+            h = position_cache.step(x + self.index_emb[t], t, state.turns_of_last())
             logits = guide(self.position_head(self.position_norm(h)))   # (n, N + G)
             possible = state.possible(fine_positions == "sampled")
             logits = filter_logits(logits.masked_fill(~possible, -math.inf), *position_filters)
             state.move(draw(logits, numbers[state.rows, t, 0]))
 
             _, place, _ = state.rows_of_last()
-            z = self.content_norm(content_cache.step(h + self.position_emb(place), t))
+            guide.at(state.area / self.cells[-1])
+            z = content_cache.step(h + self.position_emb(place), t, state.turns_of_last())
+            z = self.content_norm(z)
             state.store(self.content_head.draw(z, guide, filters, numbers[state.rows, t, 1:]))
 
             if (t + 1) % content_cache.window == 0:  # finished rows leave; it waits for the GPU
@@ -372,6 +387,7 @@ class State:
     grain       (n, R + 1): each region's granularity, -1: undecided; the last: region "none"
     contents    (n, M): of all slots, so far
     owed        (rows, N + G): columns of position_head that must come before the end
+    area        (rows, 1): finest cells that the codes so far cover
     prompt      slots and contents that stay, (n, T) each, the first `prompt_length` (n,)
     """
 
@@ -385,6 +401,7 @@ class State:
         self.grain[:, -1] = 0
         self.contents = model.slot_special.repeat(n, 1)
         self.owed = torch.zeros_like(model.column_slot[self.slot], dtype=torch.bool)
+        self.area = torch.zeros_like(self.slot).unsqueeze(1)
         self.moves = 0
         self.prompt = self.contents, self.contents
         self.prompt_length = torch.ones_like(self.slot)  # the start token
@@ -419,6 +436,10 @@ class State:
         content = self.contents[self.rows, self.slot].repeat(self.copies)
         return self.model.rows(self.slot.repeat(self.copies), content, self.starts)
 
+    def turns_of_last(self):
+        """`CodeTransformer.turns` of the last tokens, (2, copies * rows, head_dim)."""
+        return self.model.turns(self.model.slot_turn[self.slot].repeat(self.copies))
+
     def possible(self, any_fine_order):
         """Columns of position_head that may come next, (rows, N + G): the first owed cell or else
         the end, and cells before it that open an undecided region."""
@@ -449,6 +470,7 @@ class State:
         ended = model.slot_kind[self.slot] == END
         following = (self.slot + 1).clamp(max=len(model.slot_kind) - 1)
         self.slot = torch.where(ended, following, drawn)
+        self.area = self.area + model.slot_area[self.slot].unsqueeze(1)
 
         g = model.slot_grain[self.slot]                                 # (rows,)
         grain = self.grain[self.rows]                                   # (rows, R + 1)
@@ -479,4 +501,5 @@ class State:
         self.rows = self.rows[active]
         self.slot = self.slot[active]
         self.owed = self.owed[active]
+        self.area = self.area[active]
         return cached

@@ -5,6 +5,7 @@
     CodeTransformer         base class of all: class labels, classifier-free guidance
     Blocks, Cache, Graph    pre-norm transformer blocks (minGPT's), their key-value cache, and a
                             decoding step as a CUDA graph
+    rotary_table, rotated   two-dimensional rotary position embeddings
     CodeHead, FactoredHead  hidden states to codes; for large codebooks by their digits, as
                             FactoredEmbedding embeds them
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
@@ -18,14 +19,15 @@
     codes = model.sample(8, labels=labels, top_k=100, cfg_scale=3.0)    # for vqgan.decode(codes)
 
 Unconditional with num_classes=0. Unlike the release's, start tokens have their own table and no
-logits, and labels may be dropped. Needs torch only.
+logits, labels may be dropped, and queries and keys are normalised and turned by the place of their
+cell (rope=False, qk_norm=False: as the release). Needs torch only.
 """
 
 import math
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -36,6 +38,7 @@ Codes = dict[str, Tensor]  # as the stage-1 models' encode gives them
 Generators = torch.Generator | list[torch.Generator] | None
 Count = Annotated[int, (0, 2**31)]  # ranges that a config file may use; constructors do not check
 Probability = Annotated[float, (0, 0.999)]
+Schedule = Literal["constant", "linear", "power-cosine"]
 
 
 class CodeTransformer(nn.Module):
@@ -48,7 +51,7 @@ class CodeTransformer(nn.Module):
 
     reads = ("indices",)  # the names of the codes of the stage-1 models that it is for
 
-    def __init__(self, codebook_size, num_classes, label_dropout, dropout):
+    def __init__(self, num_classes, label_dropout, codebook_size=0, dropout=0.0):
         super().__init__()
         self.codebook_size = codebook_size
         self.drop = nn.Dropout(dropout)
@@ -56,6 +59,15 @@ class CodeTransformer(nn.Module):
         self.label_dropout = label_dropout
         self.has_null = num_classes == 0 or label_dropout > 0
         self.num_starts = num_classes + self.has_null
+
+    def init_rope(self, rope, grids, head_dim):
+        """Makes the table of rotary embeddings, if the model has them; see rotary_table."""
+        table = rotary_table(grids, head_dim) if rope else None
+        self.register_buffer("rope", table, persistent=False)
+
+    def turns(self, rows):
+        """The rotary embeddings (2, ..., head_dim) of tokens, by their rows of the table."""
+        return None if self.rope is None else self.rope[:, rows]
 
     @classmethod
     def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
@@ -150,6 +162,10 @@ class GPT(CodeTransformer):
     num_classes, label_dropout     see CodeTransformer
     n_layer, n_head, n_embd        depth, heads, width
     dropout                        on embeddings, attention weights and residual branches
+    rope                           rotary position embeddings beside the learned ones: a code's by
+                                   its own cell (not the next one, which it predicts), none for the
+                                   start token
+    qk_norm                        queries and keys of one length (see Block)
     codebook_factors               for large codebooks, numbers whose product is K, such as
                                    [512, 512]: codes are embedded and predicted as that many
                                    digits, each given those before (Open-MAGVIT2, arXiv
@@ -159,14 +175,16 @@ class GPT(CodeTransformer):
     def __init__(self, codebook_size: int, grid: int | list[int], num_classes: Count = 0,
                  n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
                  dropout: Probability = 0.0, label_dropout: Probability = 0.1,
-                 codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+                 codebook_factors: list[int] | None = None, rope: bool = True,
+                 qk_norm: bool = True):
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grid = sides(grid)
         self.length = math.prod(self.grid)
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb, head = code_ends(codebook_size, n_embd, codebook_factors)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
-        self.blocks = Blocks(n_layer, n_head, n_embd, dropout)
+        self.blocks = Blocks(n_layer, n_head, n_embd, dropout, qk_norm)
+        self.init_rope(rope, [self.grid], n_embd // n_head)
         self.norm = nn.LayerNorm(n_embd)
         self.head = head
         self.init_weights()
@@ -188,13 +206,14 @@ class GPT(CodeTransformer):
         starts = self.start_tokens(len(indices), labels, indices.device)
         x = self.code_emb(indices[:, :-1])                              # (B, T - 1, C)
         x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, T, C)
-        return self.norm(self.blocks(self.drop(x + self.index_emb)))    # (B, T, C)
+        x = self.blocks(self.drop(x + self.index_emb), rope=self.turns(slice(self.length)))
+        return self.norm(x)                                             # (B, T, C)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None, cfg_scale: float = 1.0,
                generator: Generators = None, codes: Codes | None = None,
-               known: Tensor | None = None) -> Codes:
+               known: Tensor | None = None, cfg_schedule: Schedule = "constant") -> Codes:
         """Codes of n new images, {"indices": (n, h, w)}.
 
         labels         (n,) classes; None: the null class
@@ -202,12 +221,13 @@ class GPT(CodeTransformer):
                        top_k and top_p)
         top_k, top_p   only the k most likely codes, or the fewest with this total probability
         cfg_scale      guidance: null + scale * (conditional - null)
+        cfg_schedule   how the scale grows to this over the codes of an image, see Guidance
         generator      one, or one per row; a row depends on its own random numbers only
         codes, known   keep the cells `known`, bool (n, h, w), of `codes`, the first in raster
                        order, and draw the rest
         """
         filters = check_sampling(temperature, top_k, top_p)
-        starts, guide = self.start_sampling(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         device = starts.device
         kept = kept_first(n, self.grid, codes, known).to(device)        # (n,)
         numbers = uniforms(n, (self.length, self.head.digits), generator, device)
@@ -217,7 +237,9 @@ class GPT(CodeTransformer):
         cache = Cache(self.blocks, len(starts), self.length)
         x = self.start_emb(starts)                                      # (n or 2n, C)
         for t in range(self.length):
-            x = self.norm(cache.step(x + self.index_emb[t], t))
+            guide.at((t + 1) / self.length)
+            rope = self.turns(slice(t, t + 1))
+            x = self.norm(cache.step(x + self.index_emb[t], t, rope))
             code = self.head.draw(x, guide, filters, numbers[:, t])
             indices[:, t] = torch.where(t < kept, indices[:, t], code)
             x = self.code_emb(indices[:, t].repeat(guide.copies))
@@ -251,7 +273,7 @@ def check_grids(grids, least):
 class Blocks(nn.Module):
     """A stack of transformer blocks, causal or bidirectional, (B, T, C) to (B, T, C)."""
 
-    def __init__(self, n_layer, n_head, n_embd, dropout, causal=True):
+    def __init__(self, n_layer, n_head, n_embd, dropout, qk_norm, causal=True):
         super().__init__()
         if n_embd % n_head:
             raise ValueError("n_embd must be a multiple of n_head; they are "
@@ -259,33 +281,40 @@ class Blocks(nn.Module):
         self.n_head = n_head
         self.head_dim = n_embd // n_head
         self.layers = nn.ModuleList(
-            Block(n_head, n_embd, dropout, causal) for _ in range(n_layer))
+            Block(n_head, n_embd, dropout, qk_norm, causal) for _ in range(n_layer))
 
     def forward(self, x, mask=None, rope=None):
-        """For bidirectional blocks: `mask`, the keys that are attended to, bool, broadcast to
-        (B, heads, T, T); `rope`, the angles of rotary position embeddings
-        (B or 1, T, head_dim / 2)."""
+        """`rope`: of CodeTransformer.turns, (2, B, T, head_dim) or for all rows (2, T, head_dim).
+        `mask`, for bidirectional blocks: the keys that are attended to, bool, broadcast to
+        (B, heads, T, T)."""
         if rope is not None:
-            rope = torch.stack([rope.cos(), rope.sin()]).unsqueeze(2)   # (2, B or 1, 1, T, D / 2)
+            rope = rope.unsqueeze(-3)                                   # (2, B or none, 1, T, D)
         for layer in self.layers:
             x = layer(x, mask=mask, rope=rope)
         return x
 
-    def step(self, x, kv, t, mask):
+    def step(self, x, kv, t, mask, rope=None):
         """One decoding step, (B, C) to (B, C), as `Cache.step` calls it. Shapes change every
         `Cache.window` steps: it can be compiled."""
         x = x.unsqueeze(1)
+        if rope is not None:
+            rope = rope[:, :, None, None]                               # (2, B or 1, 1, 1, D)
         for layer, layer_kv in zip(self.layers, kv):
-            x = layer(x, layer_kv, t, mask)
+            x = layer(x, layer_kv, t, mask, rope)
         return x.squeeze(1)
 
 
 class Block(nn.Module):
-    """Self-attention and a GELU MLP, pre-norm, with residual connections."""
+    """Self-attention and a GELU MLP, pre-norm, with residual connections.
 
-    def __init__(self, n_head, n_embd, dropout, causal=True):
+    qk_norm    queries and keys have root mean square 1.2, without parameters: attention logits are
+               1.44 sqrt(head_dim) times a cosine
+    """
+
+    def __init__(self, n_head, n_embd, dropout, qk_norm, causal=True):
         super().__init__()
         self.n_head = n_head
+        self.qk_norm = qk_norm
         self.causal = causal
         self.norm1 = nn.LayerNorm(n_embd)
         self.norm2 = nn.LayerNorm(n_embd)
@@ -297,27 +326,48 @@ class Block(nn.Module):
 
     def forward(self, x, kv=None, t=None, mask=None, rope=None):
         """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and
-        t (1,) is the token's number."""
+        t (1,) is the token's number. The cache has turned keys."""
         B, T, C = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, T, D) each
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qk = qkv[:2]                                                    # (2, B, heads, T, D)
+        scale = None
+        if self.qk_norm:
+            qk = F.normalize(qk, dim=-1)
+            scale = 1.2**2 * math.sqrt(qk.shape[-1])
         if rope is not None:
-            q = rotated(q, *rope)
-            k = rotated(k, *rope)
+            qk = rotated(qk, *rope)
+        q, k = qk.to(qkv.dtype)                                         # (B, heads, T, D) each
+        v = qkv[2]
         if kv is not None:
             k, v = kv.index_copy_(3, t, torch.stack([k, v]))
         a = F.scaled_dot_product_attention(
             q, k, v, mask, self.drop.p if self.training else 0.0,
-            is_causal=self.causal and kv is None)                       # (B, heads, T, D)
+            is_causal=self.causal and kv is None, scale=scale)          # (B, heads, T, D)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
+def rotary_table(grids, head_dim):
+    """cos and sin of rotary position embeddings (RoFormer, arXiv 2104.09864) in two dimensions,
+    (2, 1 + cells, head_dim): first of tokens that have no cell, which are not turned, then of the
+    cells of all grids, by their centres in finest cells. Half of the pairs turn with y, half with
+    x; the second numbers of the pairs come behind the first, for which sin is negative."""
+    if head_dim % 4:
+        raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
+    centres = []
+    for grid in grids:
+        centre = torch.stack(rows_and_columns(grid), 1) + 0.5           # (cells, 2)
+        centres.append(centre * (grids[-1][0] / grid[0]))
+    frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
+    angles = torch.cat(centres).unsqueeze(2) * frequencies              # (all cells, 2, D / 4)
+    angles = F.pad(angles.flatten(1), (0, 0, 1, 0))                     # (1 + all cells, D / 2)
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=1)
+    return torch.stack([angles.cos().repeat(1, 2), sin])
+
+
 def rotated(x, cos, sin):
-    """Queries or keys (B, heads, T, head_dim), each pair of halves turned by its angle (RoFormer,
-    arXiv 2104.09864)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+    """Queries or keys (..., T, head_dim), turned as rotary_table says."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Linear(nn.Linear):
@@ -451,28 +501,30 @@ class Cache:
         self.window = 64 if weight.is_cuda else 16
         self.captured = {} if weight.is_cuda else None
 
-    def step(self, x, t):
-        """Token t through the blocks, (rows, C) to (rows, C). The next step may overwrite the
-        result."""
-        now = self.numbers[t:t + 1]
+    def step(self, x, t, rope=None):
+        """Token t through the blocks, (rows, C) to (rows, C); rope (2, rows or 1, head_dim). The
+        next step may overwrite the result."""
+        inputs = [x, self.numbers[t:t + 1]]
+        if rope is not None:
+            inputs.append(rope)
         window = min(len(self.numbers), (t // self.window + 1) * self.window)
 
-        def step(x, now):
+        def step(x, now, *rope):
             past = (self.numbers[:window] <= now).unsqueeze(0)
-            return self.blocks.step(x, self.kv[..., :window, :], now, past)
+            return self.blocks.step(x, self.kv[..., :window, :], now, past, *rope)
 
         if self.captured is not None and Cache.graphs:
             # Earlier graphs are kept: one that is freed takes workspaces of the others with it.
             key = window, len(x), self.kv.data_ptr()
             try:
                 if key not in self.captured:
-                    self.captured[key] = Graph(step, x, now)
-                return self.captured[key](x, now)
+                    self.captured[key] = Graph(step, *inputs)
+                return self.captured[key](*inputs)
             except RuntimeError as error:  # something in the step cannot be captured
                 warnings.warn("sampling without CUDA graphs from here on, which is slower: "
                               f"{error}", stacklevel=2)
                 Cache.graphs = False
-        return step(x, now)
+        return step(*inputs)
 
     def keep(self, rows):
         """Keeps these rows (R,) only."""
@@ -531,10 +583,15 @@ class Guidance:
     were finite; `check` waits for the GPU, so it is called once, after sampling.
 
     copies      rows of each image: 1, or 2 with guidance, all conditional ones first
-    schedule    constant, or linear: the scale grows from 1
+    schedule    how the scale grows from 1 with the share s of the image that is drawn: linear (MAR,
+                arXiv 2406.11838), or power-cosine, by (1 - cos(pi s^3)) / 2 (MDT, arXiv 2303.14389,
+                with the power 4; RAR, arXiv 2411.00776, 1.2 to 2.75)
     """
 
     def __init__(self, scale, copies, schedule="constant"):
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"cfg_schedule must be one of {', '.join(get_args(Schedule))}; it is "
+                             f"{schedule!r}")
         self.scale = scale
         self.full_scale = scale
         self.copies = copies
@@ -542,8 +599,11 @@ class Guidance:
         self.finite = True
 
     def at(self, share):
-        """Sets the scale for the step that completes this share of the image."""
-        if self.schedule == "linear":
+        """Sets the scale for the step that completes this share of the image, a number or one for
+        each row (n, 1)."""
+        if self.schedule == "power-cosine":
+            share = (1 - torch.cos(math.pi * torch.as_tensor(share) ** 3)) / 2
+        if self.schedule != "constant":
             self.scale = 1 + share * (self.full_scale - 1)
 
     def __call__(self, logits):

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, cell_tables,
-    check_grids, check_known, check_sampling, covered, cross_entropy, divided, draw,
-    filter_logits, read_codes, register_tables, rows_and_columns, sides, uniforms)
+    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, Schedule,
+    cell_tables, check_grids, check_known, check_sampling, covered, cross_entropy, divided, draw,
+    filter_logits, read_codes, register_tables, sides, uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -45,7 +45,7 @@ class MaskTransformer(CodeTransformer):
     num_codes                       of an MQ-VAE: the number of cells with a code
     num_classes, label_dropout      see CodeTransformer
     layout_layers, content_layers   depth of each transformer
-    n_head, n_embd, dropout         as in GPT
+    n_head, n_embd, dropout, qk_norm    as in GPT
     """
 
     reads = ()  # any
@@ -53,8 +53,9 @@ class MaskTransformer(CodeTransformer):
     def __init__(self, codebook_size: int, grids: list[int | list[int]],
                  num_codes: int | None = None, num_classes: Count = 0, layout_layers: int = 6,
                  content_layers: int = 18, n_head: int = 8, n_embd: int = 1024,
-                 dropout: Probability = 0.1, label_dropout: Probability = 0.1):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+                 dropout: Probability = 0.1, label_dropout: Probability = 0.1,
+                 qk_norm: bool = False):
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.num_codes = num_codes
         self.places = Places(grids, num_codes)
         self.kinds = self.places.kinds
@@ -65,15 +66,15 @@ class MaskTransformer(CodeTransformer):
         if self.has_layout:
             self.kind_emb = nn.Embedding(self.kinds + 1, n_embd)  # the last is the mask
             self.region_emb = nn.Embedding(self.regions, n_embd)
-            self.layout_blocks = Blocks(layout_layers, n_head, n_embd, dropout, causal=False)
+            self.layout_blocks = Blocks(layout_layers, n_head, n_embd, dropout, qk_norm, False)
             self.layout_norm = nn.LayerNorm(n_embd)
             self.layout_head = CodeHead(n_embd, self.kinds, bias=False)
         self.code_emb = nn.Embedding(codebook_size + 1, n_embd)  # the last is the mask
         self.place_emb = nn.Embedding(self.places.count, n_embd)
-        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, causal=False)
+        self.content_blocks = Blocks(content_layers, n_head, n_embd, dropout, qk_norm, False)
         self.content_norm = nn.LayerNorm(n_embd)
         self.content_head = CodeHead(n_embd, codebook_size, bias=False)
-        self.register_buffer("rope", self.places.angles(n_embd // n_head), persistent=False)
+        self.init_rope(True, self.places.grids, n_embd // n_head)
         self.init_weights()
 
     @classmethod
@@ -101,7 +102,7 @@ class MaskTransformer(CodeTransformer):
         """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits
         (B, R, kinds)."""
         x = self.kind_emb(layout) + self.region_emb.weight              # (B, R, C)
-        rope = self.rope[:self.regions + 1].unsqueeze(0)                # (1, 1 + R, D / 2)
+        rope = self.turns(slice(self.regions + 1))                      # (2, 1 + R, D)
         x = self._after_start(starts, x, self.layout_blocks, rope)
         return self.layout_head(self.layout_norm(x))
 
@@ -111,7 +112,7 @@ class MaskTransformer(CodeTransformer):
         mask = None
         if len(self.places.grids) > 1:  # rows differ in length
             mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None]       # keys
-        rope = self.rope[F.pad(packed.place + 1, (1, 0))]               # (B, 1 + L, D / 2)
+        rope = self.turns(F.pad(packed.place + 1, (1, 0)))              # (2, B, 1 + L, D)
         return self.content_norm(self._after_start(starts, x, self.content_blocks, rope, mask))
 
     def _after_start(self, starts, x, blocks, rope, mask=None):
@@ -232,19 +233,22 @@ class MaskTransformer(CodeTransformer):
     def sample(self, n: int, labels: Tensor | None = None, steps: int = 12, layout_steps: int = 8,
                temperature: float = 1.0, choice_temperature: float = 4.5, top_k: int | None = None,
                top_p: float | None = None, cfg_scale: float = 1.0,
-               cfg_schedule: Literal["constant", "linear"] = "constant",
+               cfg_schedule: Schedule = "constant",
                generator: Generators = None, temperature_pos: float | None = None,
                codes: Codes | None = None, known: Tensor | None = None,
-               trace: list | None = None) -> Codes:
+               trace: list | None = None,
+               order: Literal["confidence", "halton"] = "confidence") -> Codes:
         """Codes of n new images, in the form of the stage-1 model.
 
         steps, layout_steps    of the contents and of the layout. After step s of S,
                                cos(pi / 2 s / S) of the tokens are masked
+        order                  a step keeps the tokens that the model is most confident of; or
+                               those whose cells the Halton sequence reaches first, which are spread
+                               evenly over the image (Besnier et al., ICLR 2025, arXiv 2503.17076)
         choice_temperature     of the Gumbel noise on the confidences, falling to 0 linearly
         temperature, top_k, top_p, generator    as in GPT.sample; temperature_pos is the layout's
                                (default: temperature)
-        cfg_scale              guidance as in GPT.sample; with cfg_schedule="linear" it grows to
-                               this over the steps
+        cfg_scale, cfg_schedule    as in GPT.sample, over the steps
         codes, known           keep the cells `known`, bool (n, h, w) on the finest grid, of
                                `codes`, and draw the rest. A code stays if all of its cells are
                                known. An MQ-VAE's images keep their number of codes
@@ -257,6 +261,8 @@ class MaskTransformer(CodeTransformer):
         if min(steps, layout_steps) < 1 or not 0 <= choice_temperature < math.inf:
             raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at "
                              f"least 0; they are {steps}, {layout_steps} and {choice_temperature}")
+        if order not in ("confidence", "halton"):
+            raise ValueError(f"order must be confidence or halton; it is {order!r}")
         check_known(n, self.places.grids[-1], codes, known)
         starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         device = starts.device
@@ -275,7 +281,9 @@ class MaskTransformer(CodeTransformer):
         layout_numbers = numbers[:, :for_layout].view(n, layout_steps, 2, self.regions)
         content_numbers = numbers[:, for_layout:].view(n, steps, 2, P)
 
-        unmask = Unmask(layout_steps, choice_temperature, ~kept_regions)
+        halton = order == "halton"
+        unmask = Unmask(layout_steps, choice_temperature, ~kept_regions,
+                        self.places.rank[:self.regions].expand(n, -1) if halton else None)
         for step in range(layout_steps):
             kind_number, choice_number = layout_numbers[:, step].unbind(1)      # (n, R) each
             masked = layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1)
@@ -290,7 +298,8 @@ class MaskTransformer(CodeTransformer):
         decided_at = torch.zeros_like(content)
         copies = Packed(*(value.repeat(guide.copies, 1) for value in packed))
         open_ = packed.valid & ~kept.gather(1, packed.place)
-        unmask = Unmask(steps, choice_temperature, open_)
+        unmask = Unmask(steps, choice_temperature, open_,
+                        self.places.rank[packed.place] if halton else None)
         for step in range(steps):
             code_number, choice_number = content_numbers[:, step].unbind(1)     # (n, P) each
             open_ = unmask.open                                         # (n, L)
@@ -344,6 +353,7 @@ class Places(nn.Module):
         kind      0 | 1  1  1  1    that a region must have for a code to be here
         corner    0 | 0  1  2  3    the first finest cell
         cover     [[0, 0, 0, 0], [1, 2, 3, 4]]    the place that covers each finest cell, (G, N)
+        rank      see halton_rank
     """
 
     def __init__(self, grids, num_codes):
@@ -361,24 +371,12 @@ class Places(nn.Module):
         tables = []
         for g, grid in enumerate(self.grids):
             table = cell_tables(self.grids, g)
+            table["rank"] = halton_rank(grid)
             table["kind"] = torch.full_like(table["region"], g if num_codes is None else 1)
             table["cover"] += self.count
             tables.append(table)
             self.count += math.prod(grid)
         register_tables(self, tables, stacked=("cover",))
-
-    def angles(self, head_dim):
-        """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of
-        all places, by their centres."""
-        if head_dim % 4:
-            raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
-        centres = []
-        for grid in self.grids:
-            centre = torch.stack(rows_and_columns(grid), 1) + 0.5       # (cells, 2)
-            centres.append(centre * (self.grids[-1][0] / grid[0]))      # in finest cells
-        frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
-        angles = torch.cat(centres).unsqueeze(2) * frequencies          # (P, 2, head_dim / 4)
-        return F.pad(angles.flatten(1), (0, 0, 1, 0))
 
     def read(self, codes):
         """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where
@@ -436,9 +434,10 @@ class Places(nn.Module):
 
 class Unmask:
     """Which tokens are still masked while they are sampled: `open` (n, T). Each step keeps those
-    that the model is most confident of."""
+    that the model is most confident of, or those of the lowest `rank` (n, T)."""
 
-    def __init__(self, steps, temperature, open_):
+    def __init__(self, steps, temperature, open_, rank):
+        self.rank = rank
         self.steps = steps
         self.temperature = temperature
         self.open = open_
@@ -450,14 +449,38 @@ class Unmask:
         random numbers (n, T)."""
         self.done += 1
         share = self.done / self.steps
-        drawn = tokens[self.open].unsqueeze(-1)                         # (m, 1)
-        sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
-        gumbel = -(-numbers.clamp(min=1e-20).log()).log()               # (n, T)
-        noise = min(self.temperature, HUGE) * (1 - share) * gumbel
-        confidence = noise.masked_scatter(self.open, sure + noise[self.open])
+        if self.rank is None:
+            drawn = tokens[self.open].unsqueeze(-1)                     # (m, 1)
+            sure = logits.float().log_softmax(-1).gather(-1, drawn).squeeze(-1)
+            gumbel = -(-numbers.clamp(min=1e-20).log()).log()           # (n, T)
+            noise = min(self.temperature, HUGE) * (1 - share) * gumbel
+            confidence = noise.masked_scatter(self.open, sure + noise[self.open])
+        else:
+            confidence = -self.rank.float()
         left = (self.total * math.cos(math.pi / 2 * share)).long()
         left = left.clamp(min=self.steps - self.done).minimum(self.open.sum(1) - 1)  # one a step
         self.open = lowest(confidence.masked_fill(~self.open, math.inf), left)
+
+
+def halton_rank(grid):
+    """The number of the first point of the Halton sequence in bases 2 and 3 that lies in each cell,
+    (cells,)."""
+    height, width = grid
+    count = 24 * height * width  # some point then lies in every cell
+    point = torch.arange(count)
+
+    def coordinate(base):
+        rest = point
+        share = torch.zeros(count, dtype=torch.float64)
+        scale = 1.0
+        while rest.any():
+            scale /= base
+            share += rest % base * scale
+            rest = rest // base
+        return share
+
+    cell = (coordinate(2) * height).long() * width + (coordinate(3) * width).long()
+    return torch.full((height * width,), count).scatter_reduce(0, cell, point, "amin")
 
 
 def lowest(values, count):

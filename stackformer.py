@@ -12,17 +12,18 @@ and that code, and predicts the position.
     codes = model.sample(8, labels=labels)  # for MQVAE.decode
 
 Differences from the release: start tokens have their own table and no logits; label dropout allows
-guidance. Copy with gpt.py.
+guidance; rope and qk_norm, if not false. Copy with gpt.py.
 """
 
 import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability,
+    Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, Schedule,
     check_sampling, code_ends, divided, draw, filter_logits, kept_first, read_codes, sides,
     uniforms)
 
@@ -34,7 +35,8 @@ class Stackformer(CodeTransformer):
                                        the number N of cells with a code
     num_classes, label_dropout         see CodeTransformer
     code_layers, position_layers       depth of each transformer
-    n_head, n_embd, dropout, codebook_factors    as in GPT
+    n_head, n_embd, dropout, codebook_factors, qk_norm    as in GPT
+    rope                               rotary embeddings of a pair by its cell, in both transformers
     """
 
     reads = ("indices", "positions")
@@ -42,8 +44,9 @@ class Stackformer(CodeTransformer):
     def __init__(self, codebook_size: int, grid: int | list[int], num_codes: int,
                  num_classes: Count = 0, code_layers: int = 12, position_layers: int = 12,
                  n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
-                 label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+                 label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None,
+                 rope: bool = True, qk_norm: bool = True):
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grid = sides(grid)
         self.cells = math.prod(self.grid)
         self.length = num_codes
@@ -51,10 +54,11 @@ class Stackformer(CodeTransformer):
         self.code_emb, code_head = code_ends(codebook_size, n_embd, codebook_factors)
         self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last: the start token's
         self.index_emb = nn.Parameter(torch.zeros(num_codes, n_embd))
-        self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout)
+        self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout, qk_norm)
         self.code_norm = nn.LayerNorm(n_embd)
         self.code_head = code_head
-        self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
+        self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout, qk_norm)
+        self.init_rope(rope, [self.grid], n_embd // n_head)
         self.position_norm = nn.LayerNorm(n_embd)
         self.position_head = CodeHead(n_embd, self.cells, bias=False)
         self.init_weights()
@@ -85,8 +89,9 @@ class Stackformer(CodeTransformer):
         pairs = code + self.position_emb(positions)                     # (B, N, C)
         first = self.start_emb(starts) + self.position_emb.weight[-1]   # (B, C)
         x = torch.cat([first.unsqueeze(1), pairs[:, :-1]], dim=1)
-        h = self.code_blocks(self.drop(x + self.index_emb))             # (B, N, C)
-        p = self.position_blocks(h + code)                              # (B, N, C)
+        rope = self.turns(F.pad(positions[:, :-1] + 1, (1, 0)))         # (2, B, N, D)
+        h = self.code_blocks(self.drop(x + self.index_emb), rope=rope)  # (B, N, C)
+        p = self.position_blocks(h + code, rope=rope)                   # (B, N, C)
         return self.code_norm(h), self.position_norm(p)
 
     @torch.no_grad()
@@ -94,7 +99,8 @@ class Stackformer(CodeTransformer):
                top_k: int | None = None, top_p: float | None = None, cfg_scale: float = 1.0,
                generator: Generators = None, temperature_pos: float | None = None,
                top_k_pos: int | None = None, top_p_pos: float | None = None,
-               codes: Codes | None = None, known: Tensor | None = None) -> Codes:
+               codes: Codes | None = None, known: Tensor | None = None,
+               cfg_schedule: Schedule = "constant") -> Codes:
         """Codes of n new images, {"indices": (n, N), "positions": (n, N)}, positions ascending.
 
         As GPT.sample; *_pos apply to positions (temperature_pos default: temperature). A position
@@ -104,7 +110,7 @@ class Stackformer(CodeTransformer):
         temperature_pos = temperature if temperature_pos is None else temperature_pos
         filters = check_sampling(temperature, top_k, top_p)
         position_filters = check_sampling(temperature_pos, top_k_pos, top_p_pos)
-        starts, guide = self.start_sampling(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         device = starts.device
         code_cache = Cache(self.code_blocks, len(starts), self.length)
         position_cache = Cache(self.position_blocks, len(starts), self.length)
@@ -121,19 +127,23 @@ class Stackformer(CodeTransformer):
         cells = torch.arange(self.cells, device=device)
         last = known_cells - 1  # (n, 1): cells up to here are decided
         x = self.start_emb(starts) + self.position_emb.weight[-1]       # (n or 2n, C)
+        cell = torch.full_like(starts, -1)                              # of the last pair
         for t in range(self.length):
-            h = code_cache.step(x + self.index_emb[t], t)
+            guide.at((t + 1) / self.length)
+            rope = self.turns(cell + 1)                                 # (2, n or 2n, D)
+            h = code_cache.step(x + self.index_emb[t], t, rope)
             code = self.code_head.draw(self.code_norm(h), guide, filters, numbers[:, t])
             indices[:, t] = torch.where(t < kept, indices[:, t], code)
             code = self.code_emb(indices[:, t].repeat(guide.copies))
 
-            p = position_cache.step(h + code, t)
+            p = position_cache.step(h + code, t, rope)
             logits = guide(self.position_head(self.position_norm(p)))   # (n, h * w)
             no_room = cells > self.cells - self.length + t
             logits = logits.masked_fill((cells <= last) | no_room, -math.inf)
             position = draw(filter_logits(logits, *position_filters), numbers[:, t, -1])
             positions[:, t] = torch.where(t < kept, positions[:, t], position)
             last = last.maximum(positions[:, t:t + 1])
-            x = code + self.position_emb(positions[:, t].repeat(guide.copies))
+            cell = positions[:, t].repeat(guide.copies)
+            x = code + self.position_emb(cell)
         guide.check()
         return {"indices": indices, "positions": positions}

@@ -27,11 +27,12 @@ class WholePrefix:
     """Stands in for Blocks.step: keeps the tokens and runs over all of them again."""
 
     def __init__(self, blocks: Blocks):
-        self.blocks, self.seen = blocks, []
+        self.blocks, self.seen, self.turns = blocks, [], []
 
-    def __call__(self, x: torch.Tensor, *_) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, kv: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         self.seen.append(x)
-        return self.blocks(torch.stack(self.seen, dim=1))[:, -1]
+        self.turns.append(rope)
+        return self.blocks(torch.stack(self.seen, dim=1), rope=torch.stack(self.turns, dim=2))[:, -1]
 
 
 def main() -> None:

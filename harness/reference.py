@@ -311,6 +311,8 @@ SIZES = """
         n_head         n_head
         n_embd         n_embd
         """
+PLAIN = {"label_dropout": 0.0, "rope": False, "qk_norm": False}  # as no release has these
+
 
 def _gpt_taming(config):
     """Without classes, the start token is token K, or code `sos_token` if there are only K tokens.
@@ -319,8 +321,7 @@ def _gpt_taming(config):
     classes = config.get("n_classes", 0)
     vocabulary = config.get("vocab_size", K + 1)
     settings = {
-        "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0),
-        "label_dropout": 0.0,
+        "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0), **PLAIN,
         **pick(config, SIZES, """
         grid     grid
         n_layer  n_layer
@@ -347,7 +348,7 @@ def _stackformer(config):
     K = config["codebook_size"]
     classes = config["n_classes"]
     cells = config["grid"] ** 2
-    settings = {"name": "stackformer", "label_dropout": 0.0} | pick(config, SIZES, """
+    settings = {"name": "stackformer", **PLAIN} | pick(config, SIZES, """
         grid             grid
         codes_per_image  num_codes
         n_classes        num_classes
@@ -381,7 +382,7 @@ def _dq_transformer(config):
     special = config["special"]
     grids = [config["coarse_hw"], config["fine_hw"]]
     coarse, fine = (side**2 for side in grids)
-    settings = {"name": "dq_transformer", "grids": grids, "label_dropout": 0.0}
+    settings = {"name": "dq_transformer", "grids": grids, **PLAIN}
     settings |= pick(config, SIZES, """
         n_classes            num_classes
         position_layer       position_layers

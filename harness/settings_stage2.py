@@ -45,13 +45,14 @@ class SampleSettings:
     top_k: int | None = None
     top_p: float | None = None
     cfg_scale: float = 1.0
+    cfg_schedule: Literal["constant", "linear", "power-cosine"] | None = None
     temperature_pos: float | None = None  # of positions, if the model has them; null: temperature
     top_k_pos: int | None = None
     top_p_pos: float | None = None
     steps: int | None = None  # from here on for MaskTransformer.sample; null: its default
     layout_steps: int | None = None
     choice_temperature: float | None = None
-    cfg_schedule: Literal["constant", "linear"] | None = None
+    order: Literal["confidence", "halton"] | None = None
 
 
 STAGE2_SECTIONS = {

@@ -23,7 +23,8 @@ TAMING = {"model.ch_mult": [1, 1, 2, 2, 4], "model.attn_resolutions": [16], "mod
           "train.adam_beta2": 0.9, "data.random_flip": False, "data.min_scale": 1.0, "train.lr_scheduler": "constant"}
 SECOND = {"train.learning_rate": 5e-4, "train.lr_scheduler": "cosine", "train.adam_beta1": 0.9, "train.adam_beta2": 0.95,
           "train.adam_weight_decay": 0.01, "model.dropout": 0.1, "train.lr_warmup_epochs": 0, "train.max_grad_norm": None,
-          "train.use_ema": False, "train.mixed_precision": None, "model.label_dropout": 0}
+          "train.use_ema": False, "train.mixed_precision": None, "model.label_dropout": 0, "model.rope": False,
+          "model.qk_norm": False}
 STACK = SECOND | {"model.code_layers": 12, "model.position_layers": 12, "model.n_head": 16, "model.n_embd": 1024,
                   "train.train_batch_size": 4, "train.num_train_epochs": 50, "sample.top_k": 100, "sample.top_p": 0.95,
                   "sample.top_k_pos": 10, "sample.top_p_pos": 0.95, "codes.stage1": "runs/mqvae_imagenet_r25"}
@@ -60,11 +61,11 @@ RELEASES = {
         "model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "model.dropout": 0.0, "train.train_batch_size": 16,
         "train.max_train_steps": 25_000, "train.learning_rate": 1e-4, "train.lr_warmup_steps": 0, "train.lr_scheduler": "cosine",
         "train.adam_weight_decay": 0.1, "train.max_grad_norm": None, "train.mixed_precision": None, "train.adam_beta2": 0.95,
-        "sample.top_k": 50},
+        "sample.top_k": 50, "model.rope": False, "model.qk_norm": False},
     "stage2/gpt_imagenet_class": {
         "model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "model.dropout": 0.0, "train.base_lr": 4.5e-6,
         "train.lr_scheduler": "constant", "train.adam_weight_decay": 0.01, "train.adam_beta2": 0.95, "train.max_grad_norm": None,
-        "train.mixed_precision": None, "model.label_dropout": 0},
+        "train.mixed_precision": None, "model.label_dropout": 0, "model.rope": False, "model.qk_norm": False},
     "stage2/maskgit_imagenet_class": {
         "model.content_layers": 24, "model.n_head": 16, "model.n_embd": 768, "model.dropout": 0.1, "model.label_dropout": 0,
         "sample.choice_temperature": 4.5, "train.train_batch_size": 32, "train.learning_rate": 1e-4, "train.lr_scheduler": "constant",

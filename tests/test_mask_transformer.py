@@ -10,8 +10,8 @@ from conftest import command_in_copy
 from test_transformers import MODELS as OTHERS
 from test_transformers import make, memorise, random_codes, rows
 
-from gpt import Guidance, NotFinite, rotated
-from mask_transformer import MaskTransformer
+from gpt import Guidance, NotFinite, rotary_table, rotated
+from mask_transformer import MaskTransformer, halton_rank
 
 K, CLASSES = 12, 5
 TINY = {"layout_layers": 1, "content_layers": 2, "n_head": 2, "n_embd": 16}
@@ -57,7 +57,8 @@ def test_codes_are_valid_whatever_the_weights(name):
     for seed in range(10):
         model = make_mask(name, seed=seed)
         codes = model.sample(5, torch.arange(5), steps=1 + seed, layout_steps=1 + seed, temperature_pos=3.0, cfg_scale=1 + seed % 3,
-                             cfg_schedule=("constant", "linear")[seed % 2], top_k=1 + seed, choice_temperature=seed)
+                             cfg_schedule=("constant", "linear", "power-cosine")[seed % 3], top_k=1 + seed, choice_temperature=seed,
+                             order=("confidence", "halton")[seed % 2])
         check_valid(model, codes)
         kinds |= set(codes.get("grain", torch.zeros(1, dtype=torch.int64)).flatten().tolist())
     assert kinds == set(range(len(model.places.grids)))
@@ -152,6 +153,35 @@ def test_each_step_keeps_one(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_halton_order(name):
+    """The cells of an image are decided as the sequence reaches them, whatever the model is confident of."""
+    model = make_mask(name)
+    for known in (None, random_mask(model, 5)):
+        trace, codes = [], None if known is None else codes_for(name, 5)
+        drawn = model.sample(5, torch.arange(5), steps=4, order="halton", trace=trace, codes=codes, known=known)
+        layout, _ = model.places.read(drawn)
+        packed = model.places.pack(layout)
+        when = trace[0].flatten(1).gather(1, drawn["positions"]) if name == "mq" else trace[0]
+        when = model.places.read(drawn | {"indices": when})[1].gather(1, packed.place)
+        for row in range(5):
+            there = packed.valid[row] & (when[row] > 0)
+            ranks, steps = model.places.rank[packed.place[row, there]], when[row, there]
+            assert len(ranks.unique()) == len(ranks)
+            assert (steps[ranks.argsort()].diff() >= 0).all() and (known is not None or steps.max() == min(4, len(steps)))
+
+
+def test_halton_sequence():
+    """Points (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), ... after (0, 0); every cell has one; early ones are spread."""
+    assert halton_rank((2, 3)).tolist() == [0, 4, 2, 3, 1, 5]
+    for grid in ((1, 1), (3, 5), (16, 16), (1, 7), (32, 8)):
+        rank = halton_rank(grid)
+        assert len(rank.unique()) == len(rank) == math.prod(grid) and rank.max() < 24 * len(rank)
+    first = halton_rank((16, 16)).argsort()[:32]
+    blocks = torch.bincount(first // 64 * 4 + first % 16 // 4, minlength=16)  # 4 x 4 cells each
+    assert blocks.min() >= 1 and blocks.max() <= 3
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_the_schedule_and_the_trace(name):
     """The number of codes that each step decides; what was kept is step 0, and cells without a code are -1."""
     model, codes = make_mask(name), codes_for(name, 3)
@@ -178,15 +208,17 @@ def test_the_schedule_and_the_trace(name):
 
 def test_rotary_embeddings_see_differences_of_position():
     """Of centres in two dimensions, in finest cells, whatever the granularity."""
-    places = MODELS["triple"][0]().places
-    angles = places.angles(8)
-    assert angles.shape == (1 + 2 + 8 + 32, 4) and (angles[0] == 0).all()
+    cos, sin = rotary_table([[1, 2], [2, 4], [4, 8]], 8)
+    assert cos.shape == sin.shape == (1 + 2 + 8 + 32, 8) and (cos[0] == 1).all() and (sin[0] == 0).all()
     frequencies = torch.tensor([1.0, 0.1])
     for number, (y, x) in ((1, (2, 2)), (2, (2, 6)), (3, (1, 1)), (8, (3, 3)), (11, (0.5, 0.5)), (42, (3.5, 7.5))):
-        torch.testing.assert_close(angles[number], torch.cat([y * frequencies, x * frequencies]))
+        angles = torch.cat([y * frequencies, x * frequencies])
+        torch.testing.assert_close(cos[number], angles.cos().repeat(2))
+        torch.testing.assert_close(sin[number], torch.cat([-angles.sin(), angles.sin()]))
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 43, 8)
-    turned = [rotated(v, angles.cos(), angles.sin())[0, 0] for v in (q, k)]
+    turned = [rotated(v, cos, sin)[0, 0] for v in (q, k)]
+    torch.testing.assert_close(turned[0].norm(dim=1), q[0, 0].norm(dim=1))
     scores = turned[0] @ turned[1].t()                                                       # (43, 43)
 
     def cell(y, x):
@@ -331,6 +363,7 @@ def test_logits_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize("call, sentence", [
     (lambda m, c: m.sample(6, steps=0), "steps and layout_steps must be at least 1"),
     (lambda m, c: m.sample(6, choice_temperature=-1), "choice_temperature at least 0"),
+    (lambda m, c: m.sample(6, order="random"), "order must be confidence or halton; it is 'random'"),
     (lambda m, c: m.sample(6, temperature_pos=-1), "temperature must be at least 0"),
     (lambda m, c: m.sample(6, codes=c), "both codes and known"),
     (lambda m, c: m.sample(6, known=torch.ones(6, 4, 4, dtype=torch.bool)), "both codes and known"),

@@ -55,8 +55,9 @@ def test_a_run_leaves_what_it_should(train2, tmp_path, name, monkeypatch):
     assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 3, 4]
     if name.startswith("mask"):
         sample.main(["--run", str(moved), "-n", "5", "--steps", "3", "--layout_steps", "2", "--choice_temperature", "1",
-                     "--cfg_schedule", "linear", "--cfg", "2"])
-        assert json.loads((folder / "samples.json").read_text())["settings"].items() > {"steps": 3, "cfg_schedule": "linear"}.items()
+                     "--cfg_schedule", "linear", "--cfg", "2", "--order", "halton"])
+        settings = {"steps": 3, "cfg_schedule": "linear", "order": "halton"}
+        assert json.loads((folder / "samples.json").read_text())["settings"].items() > settings.items()
     else:
         with pytest.raises(UserError, match="sample.steps is not for a .*, which has temperature, top_k"):
             sample.main(["--run", str(moved), "-n", "5", "--steps", "3"])

@@ -99,10 +99,11 @@ def test_every_granularity_and_the_last_cell_can_be_sampled():
     assert seen == {0, 1, 2}
 
 
-@pytest.mark.parametrize("classes", [0, CLASSES])
+@pytest.mark.parametrize("classes, blocks", [(0, {}), (CLASSES, {"rope": False, "qk_norm": False}), (CLASSES, {"qk_norm": False}),
+                                             (CLASSES, {"rope": False})])
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("factors")])
-def test_cached_logits_equal_full_ones(name, classes, monkeypatch):
-    model, n = make(name, classes), 6
+def test_cached_logits_equal_full_ones(name, classes, blocks, monkeypatch):
+    model, n = make(name, classes, **blocks), 6
     seen, kept = [], []
     for module in (gpt, stackformer, dq_transformer):
         monkeypatch.setattr(module, "filter_logits",
@@ -178,6 +179,64 @@ def test_digits_make_an_exact_likelihood(name, monkeypatch):
         assert len(seen) == 6 * head.digits
 
 
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual_region_first", "triple"])
+def test_tokens_turn_by_the_centres_of_their_cells(name):
+    """In finest cells. Tokens without a cell do not turn."""
+    model, seen = make(name, CLASSES), []
+    for module in model.modules():
+        if isinstance(module, gpt.Blocks):
+            module.layers[0].register_forward_hook(lambda _, given, kept, out: seen.append(kept["rope"]), with_kwargs=True)
+    codes = random_codes(model, 3)
+    model.logits(codes, torch.arange(3))
+
+    def check(rope, cells):  # cells: for each row the (grid, cell) of each token, None for those without
+        rope = rope.expand(2, 3, 1, -1, -1) if rope.dim() == 5 else rope.unsqueeze(1).expand(2, 3, 1, -1, -1)
+        for i, row in enumerate(cells):
+            angles = torch.zeros(len(row), 4)
+            for t, token in enumerate(row):
+                if token is not None:
+                    (h, w), cell = token
+                    size = finest[0] / h
+                    y, x = (cell // w + 0.5) * size, (cell % w + 0.5) * size
+                    angles[t] = torch.tensor([y, 0.1 * y, x, 0.1 * x])
+            cos, sin = rope[:, i, 0, :len(row)]
+            torch.testing.assert_close(cos, angles.cos().repeat(1, 2))
+            torch.testing.assert_close(sin, torch.cat([-angles.sin(), angles.sin()], 1))
+
+    if name == "gpt":
+        finest = model.grid
+        check(seen[0], [[None] + [(finest, t) for t in range(15)]] * 3)  # each code its own cell, not that of the next
+    elif name == "stackformer":
+        finest = model.grid
+        for rope in seen:
+            check(rope, [[None] + [(finest, p) for p in row] for row in codes["positions"][:, :-1].tolist()])
+    else:
+        finest, tokens = model.grids[-1], model.order(codes)
+        for rope, tail in zip(seen, (slice(0, -1), slice(1, None))):  # Position-Transformer: the last token; Content-Transformer: the next
+            rows_ = []
+            for i in range(3):
+                slots = tokens.slot[i, :int(tokens.counts[i].sum()) + 2 * model.grains]
+                rows_.append([(model.grids[model.slot_grain[s]], int(model.slot_cell[s])) if model.slot_kind[s] == dq_transformer.CODE
+                              else None for s in slots][tail])
+            check(rope, rows_)
+    assert len(seen) == (1 if name == "gpt" else 2)
+    assert make(name, rope=False).rope is None and not any("rope" in key for key in model.state_dict())
+
+
+def test_qk_norm_bounds_attention():
+    """Longer queries and keys change nothing with it, and something without."""
+    for qk_norm in (True, False):
+        model = make("gpt", qk_norm=qk_norm)
+        codes = random_codes(model, 2)
+        before = model.logits(codes)["indices"]
+        for layer in model.blocks.layers:
+            with torch.no_grad():
+                layer.qkv.weight[:32] *= 8  # of 16 queries, 16 keys
+                layer.qkv.bias[:32] *= 8
+        same = torch.allclose(model.logits(codes)["indices"], before, atol=1e-4)
+        assert same == qk_norm
+
+
 def test_special_tokens_have_embeddings_of_their_own():
     emb = gpt.FactoredEmbedding([3, 4], 2, 8)
     found = emb(torch.arange(14))
@@ -194,9 +253,10 @@ def test_a_sample_does_not_depend_on_the_batch(name):
     model = make(name, CLASSES).double()
     labels = torch.arange(8) % CLASSES
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
-    together = model.sample(8, labels, top_p=0.9, cfg_scale=2.0, generator=generators)
+    settings = {"top_p": 0.9, "cfg_scale": 2.0, "cfg_schedule": "power-cosine"}
+    together = model.sample(8, labels, generator=generators, **settings)
     for i in range(8):
-        alone = model.sample(1, labels[i:i + 1], top_p=0.9, cfg_scale=2.0, generator=torch.Generator().manual_seed(i))
+        alone = model.sample(1, labels[i:i + 1], generator=torch.Generator().manual_seed(i), **settings)
         assert all(torch.equal(alone[k][0], together[k][i]) for k in alone)
     # One generator for all: the first of 8 rows is the only one of 1
     eight, one = (model.sample(n, labels[:n], generator=torch.Generator().manual_seed(7)) for n in (8, 1))
@@ -370,6 +430,32 @@ def test_guidance():
     torch.testing.assert_close(logits[2], 2 * logits[1] - logits[0])
 
 
+@pytest.mark.parametrize("name", ["gpt", "stackformer", "dual", "triple"])
+def test_guidance_grows_over_the_image(name, monkeypatch):
+    """From 1 to the scale: linearly, or by (1 - cos(pi s^3)) / 2, with the share s of codes, or of the area of a DQ-VAE's image."""
+    model, scales, guide = make(name, CLASSES), [], gpt.Guidance.__call__
+    monkeypatch.setattr(gpt.Guidance, "__call__", lambda self, logits: scales.append(self.scale) or guide(self, logits))
+    share = {"constant": lambda s: 1 + 0 * s, "linear": lambda s: s, "power-cosine": lambda s: (1 - torch.cos(math.pi * s**3)) / 2}
+    for schedule in share:
+        scales.clear()
+        codes = model.sample(1, [2], cfg_scale=3.0, cfg_schedule=schedule)
+        if name == "gpt":
+            s = torch.arange(1, 17) / 16
+        elif name == "stackformer":
+            s = torch.arange(1, 7).repeat_interleave(2) / 6
+        else:
+            slots = model.order(codes).slot[0, 1:]
+            area = torch.zeros(len(model.slot_kind))
+            for g in range(model.grains):
+                area[(model.slot_grain == g) & (model.slot_kind == 1)] = model.cells[-1] / model.cells[g]
+            after = area[slots].cumsum(0) / model.cells[-1]
+            s = torch.stack([torch.cat([torch.zeros(1), after[:-1]]), after], 1).flatten()  # of each token's position and content
+            assert s[-1] == 1
+        got = torch.tensor([float(scale) for scale in scales[:len(s)]])
+        torch.testing.assert_close(got, 1 + 2 * share[schedule](s))
+        assert got[-1] == 3
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["gpt", "stackformer", "dual"])
 def test_logits_that_are_not_finite_are_an_error(name, value):
@@ -473,6 +559,8 @@ def test_initial_loss_is_that_of_guessing():
     (lambda m, s: m.sample(2, temperature=-1), "temperature must be at least 0"),
     (lambda m, s: m.sample(2, [0, 1]), "unconditional"),
     (lambda m, s: m.sample(2, cfg_scale=2.0), "needs labels"),
+    (lambda m, s: m.sample(2, cfg_schedule="cosine"), "cfg_schedule must be one of constant, linear, power-cosine; it is 'cosine'"),
+    (lambda m, s: GPT(K, 4, n_embd=12, n_head=2), "n_embd / n_head must be a multiple of 4; it is 6"),
     (lambda m, s: s.sample(2, [0, 9]), "classes from 0 to 4"),
     (lambda m, s: s.sample(2, [0]), "one for each of the 2 images"),
     (lambda m, s: m.sample(2, generator=[torch.Generator()]), "one generator for each of the 2 rows"),
