@@ -63,12 +63,13 @@ def main(argv=None):
 
     # Optimizers
     parameters = [p for p in model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(model, run.adamw(parameters))
+    optimizer = run.make_optimizer(model, [{"params": parameters}])
+    model, optimizer = accelerator.prepare(model, optimizer)
     optimizers = {"model": optimizer}
     if discriminator is not None:
         discriminator = discriminator.to(device, memory_format=memory_format)
-        discriminator, d_optimizer = accelerator.prepare(
-            discriminator, run.adamw(discriminator.parameters()))
+        d_optimizer = run.make_optimizer(discriminator, [{"params": discriminator.parameters()}])
+        discriminator, d_optimizer = accelerator.prepare(discriminator, d_optimizer)
         optimizers["discriminator"] = d_optimizer
 
     # Resume

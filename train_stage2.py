@@ -66,7 +66,8 @@ def main(argv=None):
     raw_model = model
     if train["compile"]:
         compile_parts(model)
-    optimizer = run.adamw(parameter_groups(model, train["adam_weight_decay"]))
+    groups = parameter_groups(model, train["adam_weight_decay"])
+    optimizer = run.make_optimizer(model, groups)
     model, optimizer = fsdp.prepare(run, model, optimizer, ema)
 
     # Codes

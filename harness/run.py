@@ -28,6 +28,7 @@ from harness.config import UserError, flatten, read_yaml
 from harness.guard import Guard
 from harness.log import Log
 from harness.models import own_folder, run_config
+from muon import Muon, split
 
 # One process may wait long for another's codes, FID or images.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -93,12 +94,19 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM, SIGUSR1):
             signal.signal(number, self._on_signal)
 
-    def adamw(self, parameters):
+    def make_optimizer(self, module, groups):
+        """train.optimizer for these groups of the module's parameters."""
         train = self.train
-        return torch.optim.AdamW(
-            parameters, lr=0.0, betas=(train["adam_beta1"], train["adam_beta2"]),
-            eps=train["adam_epsilon"], weight_decay=train["adam_weight_decay"],
-            fused=self.accelerator.device.type == "cuda")
+        settings = {"lr": 0.0, "betas": (train["adam_beta1"], train["adam_beta2"]),
+                    "eps": train["adam_epsilon"], "weight_decay": train["adam_weight_decay"]}
+        if train["optimizer"] == "adamw":
+            on_gpu = self.accelerator.device.type == "cuda"
+            return torch.optim.AdamW(groups, fused=on_gpu, **settings)
+        optimizer = Muon(split(module, groups), **settings)
+        matrices, others = optimizer.counts()
+        self.accelerator.print(f"{type(module).__name__}: Muon for {matrices} matrices, AdamW for "
+                               f"{others} other tensors")
+        return optimizer
 
     # Checkpoints
 
@@ -317,7 +325,8 @@ def _networks(config):
     has_gan = flat.get("loss.disc_weight", 0) > 0
     sections = ("model.", "discriminator.") if has_gan else ("model.",)
     return {key: value for key, value in flat.items()
-            if key.startswith(sections) or key in ("train.use_ema", "train.freeze")}
+            if key.startswith(sections)
+            or key in ("train.use_ema", "train.freeze", "train.optimizer")}
 
 
 def learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch):

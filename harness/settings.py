@@ -37,6 +37,8 @@ class TrainSettings:
     num_train_epochs: Annotated[float, (1e-9, 1e9)] | None = None
     # Save and stop, for clusters with time limits; --resume auto continues.
     max_minutes: float | None = None
+    # Muon for matrices and AdamW for the rest, or AdamW for all.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float | None = None
     base_lr: float | None = None  # or this: per image, multiplied by the global batch
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
