@@ -1,5 +1,6 @@
 """What the tests share. They run on small networks, on the CPU, and need neither a network nor downloaded weights."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -259,6 +260,33 @@ sys.path[:] = [{str(folder)!r}, *(path for path in sys.path if path not in {plac
 print("done")
 """)
     assert "done" in forked(folder, folder / "use.py")
+
+
+def broken_script(tmp_path, code):
+    """train_stage1.py with this code before; its command."""
+    (tmp_path / "broken.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import os, signal, train_stage1, torch
+from harness import checkpoint, guard, launch
+Guard, rank = guard.Guard, int(os.environ.get("RANK", 0))
+{code}
+launch.run_main(train_stage1.main)
+""")
+    return [tmp_path / "broken.py", "--config", write_tiny(tmp_path)]
+
+
+def disk_is_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def class_folders(folder, classes, count=8):
+    shutil.rmtree(folder, ignore_errors=True)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(count * k + i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{i}.png")
 
 
 def metrics(folder):

@@ -663,3 +663,49 @@ def test_shapes_have_15_to_60_percent_detail_where_they_say(size):
 def test_every_source_can_be_named_in_a_config():
     names = get_args(get_type_hints(make_dataset)["name"])
     assert set(names) == {*dataset.SOURCES, "shapes"}
+
+
+# Bad and strange images in a dataset
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "png")
+    return file.getvalue()
+
+
+def noise_png():
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "png")
+    return file.getvalue()
+
+
+PNG = noise_png()
+BAD = {
+    "empty": lambda: b"", "no image": lambda: b"hello",
+    "cut": lambda: noise_png()[:1000], "bomb": bomb, "header alone": lambda: noise_png()[:33],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_images_are_told_in_training_and_end_an_evaluation(tmp_path, kind):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(100):
+            (tmp_path / split / f"{i:02}.png").write_bytes(BAD[kind]() if i == 50 else PNG)
+    data, val = (make_dataset("folder", str(tmp_path), split, 8) for split in ("train", "val"))
+    with pytest.warns(UserWarning) as told:
+        assert torch.equal(data[50][0], data[50][0]) and data[50][0].shape == (3, 8, 8)
+    assert len([w for w in told if "train/50.png" in str(w.message)]) == 1
+    with pytest.raises(DataError, match="val/50.png") as error:
+        val[50]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (1, 1)])
+def test_long_and_small_images_are_read(tmp_path, size):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "train/x.png")
+    image = make_dataset("folder", str(tmp_path), "train", 8, min_scale=0.5)[0][0]
+    assert image.shape == (3, 8, 8) and (image[0] == 1).all() and (image[1:] == -1).all()

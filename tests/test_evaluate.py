@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_MODELS, TRANSFORMERS, forked, save_stage1, write_tiny2
+from conftest import ROOT, TINY_MODELS, TRANSFORMERS, disk_is_full, forked, save_stage1, write_tiny2
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
@@ -516,3 +516,11 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(FileNotFoundError, match="the package torch-fidelity is missing"):
         inception.load_inception()
+
+
+def test_results_that_cannot_be_kept_are_printed(train, tmp_path, monkeypatch, capsys):
+    train()
+    monkeypatch.setattr(evaluate, "write_file", disk_is_full)
+    evaluate.main(["--run", str(tmp_path / "run"), "--images", "2", "--without", "lpips", "inception"])
+    told = capsys.readouterr().out
+    assert "metrics.json could not be written (No space left on device)" in told and "PSNR" in told

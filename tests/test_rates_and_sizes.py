@@ -158,19 +158,6 @@ def test_stage2_reads_a_rate_and_a_rectangle(any_rate, train2, tmp_path, photos,
     assert "encoding" in capfd.readouterr().err and len(list((tmp_path / stage1 / "codes").glob("val_*"))) == 2
 
 
-def test_each_rate_and_precision_has_a_code_cache_of_its_own():
-    from dataset import make_dataset
-    from harness.code_cache import cache_key
-    from vqgan import VQVAE, VectorQuantizer
-
-    model, data = VQVAE(ch=4, quantizer=VectorQuantizer(8, 4)), make_dataset("shapes", image_size=16)
-    settings = {"name": "shapes", "root": None, "image_size": 16}
-    choices = [(None, "no"), (None, "bf16"), (0.5, "no"), (0.25, "no"), ([0.3, 0.2], "no")]
-    keys = [cache_key(model, data, settings, [0, 5], 2, *choice) for choice in choices]
-    assert len(set(keys)) == len(choices)
-    assert keys == [cache_key(model, data, settings, [0, 5], 2, *choice) for choice in choices]
-
-
 def test_the_chosen_rate_and_size_hold_wherever_none_is_given(any_rate):
     model = load_run(any_rate("mqvae"))[0].requires_grad_(False)
     set_image_size(model, [32, 16])
