@@ -108,19 +108,24 @@ def train(tiny):
     AcceleratorState._reset_state(True)
 
 
-@pytest.fixture
-def train2():
-    """Runs train_stage2 in this process: train2(config, "key.sub=value", ..., resume="auto")."""
+def run_stage2(config, *overrides, resume=None):
+    """Runs train_stage2 in this process."""
     from accelerate.state import AcceleratorState, GradientState
 
     import train_stage2
 
-    def run(config, *overrides, resume=None):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train_stage2.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train_stage2.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+    AcceleratorState._reset_state(True)
 
-    yield run
+
+@pytest.fixture
+def train2():
+    """Runs train_stage2 in this process: train2(config, "key.sub=value", ..., resume="auto")."""
+    from accelerate.state import AcceleratorState
+
+    yield run_stage2
     AcceleratorState._reset_state(True)
 
 
