@@ -169,21 +169,30 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path, monkeypatch, name):
 # Which checkpoint a run goes on from
 
 
-@pytest.mark.parametrize("words, meant", [
-    (["auto", "latest", "RUN", "RUN/", "RUN/checkpoints"], "auto"),
-    (["step_00000003", "RUN/checkpoints/step_00000003", "RUN/checkpoints/step_00000003/"], "RUN/checkpoints/step_00000003"),
-    (["last", "true", "3", "OTHER", "step_00000009", "RUN/checkpoints/step_00000009", "OTHER/step_00000003", ""], None)])
-def test_what_can_be_resumed(tmp_path, words, meant):
-    run = tmp_path / "run"
-    write_weights(run / "checkpoints/step_00000003", {"model": {"w": torch.zeros(1)}})
-    for word in words:
-        word = word.replace("RUN", str(run)).replace("OTHER", str(tmp_path))
-        if meant:
-            assert wanted_checkpoint(word, run) == meant.replace("RUN", str(run))
-        else:
-            with pytest.raises(UserError, match="--resume takes auto or a checkpoint, such as .*; in .*, checkpoint.json is missing"):
-                wanted_checkpoint(word, run)
-    assert wanted_checkpoint(None, run) is None
+@pytest.fixture
+def third(tmp_path):
+    """A run folder with the checkpoint of step 3."""
+    write_weights(tmp_path / "run/checkpoints/step_00000003", {"model": {"w": torch.zeros(1)}})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("word, meant", [
+    (None, None),
+    *((word, "auto") for word in ("auto", "latest", "RUN", "RUN/", "RUN/checkpoints")),
+    *((word, "RUN/checkpoints/step_00000003") for word in (
+        "step_00000003", "RUN/checkpoints/step_00000003", "RUN/checkpoints/step_00000003/")),
+])
+def test_what_can_be_resumed(third, word, meant):
+    word = word and word.replace("RUN", str(third))
+    assert wanted_checkpoint(word, third) == (meant and meant.replace("RUN", str(third)))
+
+
+@pytest.mark.parametrize("word", [
+    "last", "true", "3", "RUN/..", "step_00000009", "RUN/checkpoints/step_00000009", "RUN/../step_00000003", ""])
+def test_what_cannot_be_resumed(third, word):
+    sentence = "--resume takes auto or a checkpoint, such as .*; in .*, checkpoint.json is missing"
+    with pytest.raises(UserError, match=sentence):
+        wanted_checkpoint(word.replace("RUN/..", str(third.parent)).replace("RUN", str(third)), third)
 
 
 def test_latest_is_auto_and_a_name_is_of_this_run(train, tmp_path):

@@ -65,23 +65,30 @@ def images(size: int | list[int] = [4, 8]):
     return size
 
 
+SECTIONS = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"},
+            "whole.size": "images.size", "images": images}
+
+
 def test_sections_give_the_choices_and_defaults_of_settings():
     """Of any setting: harness/config.py itself knows none."""
-    sections = {"whole": whole, "whole.part": {"wide": f"{__name__}.Wide", "deep": f"{__name__}.Deep"}, "whole.size": "images.size",
-                "images": images}
-    config = check_config({"whole": {"part": {"name": "deep"}}}, sections, "a file")
+    config = check_config({"whole": {"part": {"name": "deep"}}}, SECTIONS, "a file")
     assert config == {"whole": {"part": {"name": "deep", "depth": 3}, "size": [4, 8]}, "images": {"size": [4, 8]}}
     assert "&" not in yaml.safe_dump(config)  # an alias, which could not be read again
-    assert check_config({"whole": {"size": 5}}, sections, "a file")["whole"] == {"part": None, "size": 5}
+    assert check_config({"whole": {"size": 5}}, SECTIONS, "a file")["whole"] == {"part": None, "size": 5}
     assert build(whole, {"part": {"width": 7}})[0].width == 7
-    for part, sentence in (({"name": "long"}, "whole.part.name must be one of wide, deep; it is 'long'"),
-                           ({"depth": 4}, "whole.part.depth is not a setting of Wide, which has width"),
-                           ({"widt": 4}, "unknown key whole.part.widt; the nearest valid one is whole.part.width")):
-        with pytest.raises(UserError) as error:
-            check_config({"whole": {"part": part}}, sections, "a file")
-        assert sentence in str(error.value)
     with pytest.raises(UserError, match="Wide cannot be made with these settings"):
         build(whole, {"part": {"name": "deep"}})  # a choice is for whoever knows the choices, as make_model
+
+
+@pytest.mark.parametrize("part, sentence", [
+    ({"name": "long"}, "whole.part.name must be one of wide, deep; it is 'long'"),
+    ({"depth": 4}, "whole.part.depth is not a setting of Wide, which has width"),
+    ({"widt": 4}, "unknown key whole.part.widt; the nearest valid one is whole.part.width"),
+])
+def test_mistakes_in_any_setting(part, sentence):
+    with pytest.raises(UserError) as error:
+        check_config({"whole": {"part": part}}, SECTIONS, "a file")
+    assert sentence in str(error.value)
 
 
 def test_an_override_may_fill_an_empty_section(tiny):

@@ -99,15 +99,15 @@ def test_a_run_is_not_continued_over_another(train, tmp_path):
     train(f"train.output_dir={tmp_path}/third", resume=f"{tmp_path}/run/checkpoints/step_00000003")
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
 @pytest.mark.parametrize("name", ["config.yaml", "stage1/mine.txt", "metrics.jsonl"])
-def test_training_writes_over_nothing_that_is_not_of_a_run(train2, tmp_path, name):
+def test_training_writes_over_nothing_that_is_not_of_a_run(train2, tmp_path, name, resume):
     file = tmp_path / "run2" / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
     (tmp_path / "run2/checkpoints").mkdir()  # other programs have such folders too
-    for resume in (None, "auto"):
-        with pytest.raises(UserError, match=f"is not a run folder, but holds {name.split('/')[0]}, which a run would write over"):
-            train2(write_tiny2(tmp_path, "gpt"), resume=resume)
+    with pytest.raises(UserError, match=f"is not a run folder, but holds {name.split('/')[0]}, which a run would write over"):
+        train2(write_tiny2(tmp_path, "gpt"), resume=resume)
     assert file.read_text() == "precious" and len(list((tmp_path / "run2").iterdir())) == 2
 
 
