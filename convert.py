@@ -7,28 +7,24 @@ Kinds: vqgan_taming and gpt_taming (CompVis/taming-transformers), vqgan_llamagen
 dqvae and dq_transformer (the papers' official releases).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 from harness.config import UserError, check_config, override, read_yaml
 from harness.launch import run_main
 from harness.models import STAGE1, load_run, model_class, save_run
 from harness.reference import FIRST_STAGE, KINDS, from_reference, pick
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 import torch
-import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=list(KINDS))
@@ -55,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose another --out")
-    release = without_params(read_yaml(args.config))
+    release = read_yaml(args.config)
     state = read_checkpoint(args.checkpoint, args.ema, args.trust)
     own = _part(state, "transformer.") or state
     model, section = _convert(args.kind, own, release, args.thresholds)
@@ -65,12 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         stage1, stage1_config = _first_stage(args, release, first_stage, section)
         size = stage1_config["data"]["image_size"]
     config = _run_config(section, size, args)
-    others = {}
-    if args.discriminator:
-        discriminator = _part(state, "loss.discriminator.main.")
-        if not discriminator:
-            raise UserError(f"{args.checkpoint} holds no discriminator")
-        others["discriminator"] = {k: v.contiguous() for k, v in discriminator.items()}
+    others = {"discriminator": _part(state, "loss.discriminator.main.")}
+    if not args.discriminator:
+        others = None
+    elif not others["discriminator"]:
+        raise UserError(f"{args.checkpoint} holds no discriminator")
 
     # All checks are done: write
     save_run(out, config, {"model": model}, others)
@@ -80,21 +75,20 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out}: {section['name']}, {parameters / 1e6:.1f} M parameters")
 
 
-def _first_stage(args, release, state: dict[str, Tensor], section) -> tuple[nn.Module, dict]:
+def _first_stage(args, release, state, section):
     """The stage-1 model and config, from --stage1 or from its weights in the checkpoint. Its codes
     must be those of the transformer's `section`."""
     if args.stage1:
         model, config = load_run(args.stage1)
     elif state:
-        release = {"model": release.get("model", {}).get("first_stage_config", {})}
-        model, first = _convert(FIRST_STAGE[args.kind], state, release, args.thresholds)
+        release = without_params(release).get("model", {}).get("first_stage_config", {})
+        model, first = _convert(FIRST_STAGE[args.kind], state, {"model": release}, args.thresholds)
         config = _run_config(first, first["image_size"], args)
     else:
         raise UserError(f"{args.checkpoint} does not hold the weights of the first stage; convert "
                         "them first and give the run as --stage1")
     try:
-        transformer = model_class(section["name"])
-        settings = transformer.settings_for(model, config["data"]["image_size"])
+        settings = model_class(section["name"]).settings_for(model, config["data"]["image_size"])
     except ValueError as error:
         raise UserError(f"the first stage does not fit: {error}") from error
     if any(section[key] != value for key, value in settings.items()):
@@ -103,7 +97,7 @@ def _first_stage(args, release, state: dict[str, Tensor], section) -> tuple[nn.M
     return model, config
 
 
-def _convert(kind, state: dict[str, Tensor], release, thresholds) -> tuple[nn.Module, dict]:
+def _convert(kind, state, release, thresholds):
     """The model, and the section `model` of its config."""
     try:
         config = read_config(kind, release, thresholds)
@@ -115,23 +109,22 @@ def _convert(kind, state: dict[str, Tensor], release, thresholds) -> tuple[nn.Mo
             f"this is not the config of a {kind}: {error} is missing or wrong") from error
 
 
-def _run_config(section, size: int, args) -> dict:
+def _run_config(section, size, args):
     """The complete config of a run with this model. The data can be named later."""
     sections = STAGE1_SECTIONS if section["name"] in STAGE1 else STAGE2_SECTIONS
-    output_dir = str(Path(args.out).expanduser())
-    config = {
-        "model": dict(section), "data": {"name": "folder", "image_size": size},
-        "train": {"output_dir": output_dir, "learning_rate": 1e-4, "max_train_steps": 1},
-    }
+    train = {"output_dir": str(Path(args.out).expanduser()), "learning_rate": 1e-4,
+             "max_train_steps": 1}
+    config = {"model": section, "data": {"name": "folder", "image_size": size}, "train": train}
     override(config, [f"data.{setting}" for setting in args.data], sections)
     return check_config(config, sections, "--data")
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _part(state, prefix):
+    return {name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items()
+            if name.startswith(prefix)}
 
 
-def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) -> dict[str, Tensor]:
+def read_checkpoint(path, ema=False, trust=False):
     """The named tensors of a .safetensors file, a Lightning checkpoint (`state_dict`) or a LlamaGen
     checkpoint (`model`).
 
@@ -155,35 +148,34 @@ def read_checkpoint(path: str | Path, ema: bool = False, trust: bool = False) ->
         raise UserError(
             f"{path} is not a whole checkpoint ({words.splitlines()[0]})") from error
     if not isinstance(checkpoint, dict):
-        raise UserError(
-            f"{path} holds a {type(checkpoint).__name__} instead of named tensors")
-    if ema and isinstance(checkpoint.get("ema"), dict):
+        checkpoint = {}
+    if ema and checkpoint.get("ema"):
         return checkpoint["ema"]
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-    averaged = _part(tensors, "model_ema.")  # of Lightning's LitEma, which drops the dots
-    state = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
-    if ema:
-        if not averaged:
-            raise UserError(f"{path} holds no averaged weights")
-        state = {k: averaged.get(k.replace(".", ""), v) for k, v in state.items()}
+    state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+    averaged = _part(state, "model_ema.")  # of Lightning's LitEma, which drops the dots
+    state = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
     if not state:
         raise UserError(f"{path} holds no named tensors")
-    return state
+    if not ema:
+        return state
+    if not averaged:
+        raise UserError(f"{path} holds no averaged weights")
+    return {k: averaged.get(k.replace(".", ""), v) for k, v in state.items()}
 
 
-def without_params(release: Any) -> Any:
+def without_params(release):
     """A release's config with one level less: {target: CLASS, params: {...}} becomes
     {target: CLASS, ...}."""
     if not isinstance(release, dict):
         return release
     level = {key: without_params(value) for key, value in release.items()}
-    return level | (level.pop("params", None) or {})
+    return level | (level.get("params") or {})
 
 
-def read_config(kind: str, release: dict, thresholds: str | Path | None = None) -> dict:
+def read_config(kind, release, thresholds=None):
     """The config that from_reference takes, from the release's YAML file. A config that
     from_reference takes already is returned as is."""
     release = without_params(release)
@@ -199,26 +191,29 @@ def read_config(kind: str, release: dict, thresholds: str | Path | None = None) 
     return READERS[kind](params)
 
 
-def _read_vqgan_taming(params) -> dict:
-    return pick(params, "ddconfig", "n_embed", "embed_dim")
+def _read_mqvae(params):
+    return pick(params, """
+        encoder_config   encoder
+        masker_config    masker
+        demasker_config  demasker
+        vqconfig         quantizer
+        """)
 
 
-def _read_mqvae(params) -> dict:
-    return pick(params, encoder="encoder_config", masker="masker_config",
-                demasker="demasker_config", quantizer="vqconfig")
-
-
-def _read_dqvae(params, thresholds) -> dict:
+def _read_dqvae(params, thresholds):
     encoder = params["encoderconfig"]
     router = encoder["router_config"]
     grains = "triple" if "Triple" in router["target"] else "dual"
-    config = {
-        "encoder": encoder, "decoder": params["decoderconfig"],
-        **pick(params["vqconfig"], "codebook_size", "codebook_dim", beta="commitment_beta"),
-    }
+    config = pick(params, """
+        encoderconfig             encoder
+        decoderconfig             decoder
+        vqconfig.codebook_size    codebook_size
+        vqconfig.codebook_dim     codebook_dim
+        vqconfig.commitment_beta  beta
+        """)
     if "Entropy" not in router["target"]:
-        budget = params["lossconfig"]["budget_loss_config"]
-        return config | {"kind": f"{grains}_feature", "budget": budget, "router": router}
+        config["budget"] = params["lossconfig"]["budget_loss_config"]
+        return config | {"kind": f"{grains}_feature"}
     ratio = router["fine_grain_ratito"]  # their spelling
     path = Path(thresholds or router["json_path"]).expanduser()
     try:
@@ -229,14 +224,13 @@ def _read_dqvae(params, thresholds) -> dict:
     print(f"{path}: the release computes thresholds with other bins than its router uses, so more "
           "regions become fine than asked for (60 % instead of 50 % on 250 photographs of "
           "ImageNet)")
+    config["budget"] = {"target_ratio": ratio, "gamma": 10.0}
     patch_size = 2 ** (len(encoder["ch_mult"]) - 1)
-    return config | {
-        "kind": f"{grains}_entropy", "budget": {"target_ratio": ratio, "gamma": 10.0},
-        "router": {"threshold": threshold, "patch_size": patch_size},
-    }
+    config["router"] = {"threshold": threshold, "patch_size": patch_size}
+    return config | {"kind": f"{grains}_entropy"}
 
 
-def _read_gpt_taming(params) -> dict:
+def _read_gpt_taming(params):
     first = params["first_stage_config"]
     net = first["ddconfig"]
     condition = params.get("cond_stage_config")
@@ -246,7 +240,7 @@ def _read_gpt_taming(params) -> dict:
         if key not in ("class_label", "class"):
             raise UserError(f"this transformer is conditioned on {key!r}; "
                             "only unconditional and class-conditional ones are supported")
-        classes = condition.get("n_classes", 1000) if isinstance(condition, dict) else 1000
+        classes = condition.get("n_classes", 1000)
     return params["transformer_config"] | {
         "codebook_size": first["n_embed"], "n_classes": classes,
         "sos_token": params.get("sos_token", 0),
@@ -254,45 +248,43 @@ def _read_gpt_taming(params) -> dict:
     }
 
 
-def _read_stackformer(params) -> dict:
+def _read_stackformer(params):
     first = params["first_stage_config"]
     grid = params["height_and_weight"]  # their spelling
     return params["transformer_config"] | {
-        "grid": grid, **pick(first["vqconfig"], "codebook_size"),
+        "grid": grid, "codebook_size": first["vqconfig"]["codebook_size"],
         "n_classes": params.get("n_classes", 0),
         "codes_per_image": int(first["masker_config"]["topk_ratio"] * grid**2),
         "position_sos": params.get("sos_pos_token", grid**2),
     }
 
 
-def _read_dq_transformer(params) -> dict:
-    order = params["permuter_config"]
-    by_class = params.get("class_cond_stage_config")
-    if by_class:
-        classes = by_class["n_classes"]
-        starts = pick(by_class, content="threshold_content", coarse="threshold_coarse_position",
-                      fine="threshold_fine_position")
-    else:
-        classes = 0
-        starts = pick(params["uncond_stage_config"], content="coarse_sos",
-                      coarse="coarse_pos_sos", fine="fine_pos_sos")
-    special = {
-        "content_eos": order["content_eos_code"],
-        "content_sos_or_first_class": starts["content"],
-    }
-    for grain in ("coarse", "fine"):
-        special[f"{grain}_position_eos"] = order[f"{grain}_position_eos_code"]
-        special[f"{grain}_position_sos_or_first_class"] = starts[grain]
-    return params["transformer_config"] | {
-        **pick(order, "coarse_hw", "fine_hw", "fine_position_order",
-               codebook_size="content_pad_code"),
-        "n_classes": classes, "special": special,
-    }
+def _read_dq_transformer(params):
+    starts = """
+    class_cond_stage_config.n_classes                  n_classes
+    class_cond_stage_config.threshold_content          special.content_sos_or_first_class
+    class_cond_stage_config.threshold_coarse_position  special.coarse_position_sos_or_first_class
+    class_cond_stage_config.threshold_fine_position    special.fine_position_sos_or_first_class
+    """
+    if not params.get("class_cond_stage_config"):
+        starts = """
+    uncond_stage_config.coarse_sos      special.content_sos_or_first_class
+    uncond_stage_config.coarse_pos_sos  special.coarse_position_sos_or_first_class
+    uncond_stage_config.fine_pos_sos    special.fine_position_sos_or_first_class
+    """
+    return {"n_classes": 0} | params["transformer_config"] | pick(params, starts, """
+    permuter_config.coarse_hw                 coarse_hw
+    permuter_config.fine_hw                   fine_hw
+    permuter_config.fine_position_order       fine_position_order
+    permuter_config.content_pad_code          codebook_size
+    permuter_config.content_eos_code          special.content_eos
+    permuter_config.coarse_position_eos_code  special.coarse_position_eos
+    permuter_config.fine_position_eos_code    special.fine_position_eos
+    """)
 
 
-READERS = {"vqgan_taming": _read_vqgan_taming, "mqvae": _read_mqvae,
-           "gpt_taming": _read_gpt_taming, "stackformer": _read_stackformer,
-           "dq_transformer": _read_dq_transformer}
+READERS = {"vqgan_taming": dict, "mqvae": _read_mqvae, "gpt_taming": _read_gpt_taming,
+           "stackformer": _read_stackformer, "dq_transformer": _read_dq_transformer}
 
 if __name__ == "__main__":
     run_main(main)

@@ -3,7 +3,7 @@
     make_dataset    a torch Dataset of (image, label): float (3, H, W) in [-1, 1], int
     train_loader    batches over several workers and processes; uint8 until they are on the device
     eval_loader     the same, in order, each image once
-    SOURCES         the datasets by name, and what `root` must hold; to add one, see CONTRIBUTING.md
+    Source          where the images of a dataset are; data/sources.py has those of all names
 
 Training order and augmentation follow from (seed, epoch, index) alone, not from the number of
 workers or from what ran before. That is what makes a resumed run equal to an uninterrupted one.
@@ -15,26 +15,20 @@ import atexit
 import copy
 import math
 import multiprocessing
-import os
 import random
-import re
 import signal
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from data.images import (
-    SPLIT, by_folder, decode, files_below, image_extensions, read_image,
-)
+from data.images import DataError, decode
 
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
@@ -45,16 +39,6 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # images float (B, 3, H, W) in [-1, 1
 ENOUGH = 2
 SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows has none
 MAX_UNREADABLE = 0.01  # of the training images, before training stops
-SIDECARS = (".txt", ".json", ".csv", ".xml", ".yml", ".yaml", ".md")  # often lie beside images
-
-
-class DataError(Exception):
-    """Something about the user's data, in one sentence."""
-
-    def __init__(self, message: str):
-        # A loader's worker process hands its exceptions over as a traceback in text: the sentence
-        # is its last line.
-        super().__init__(message.strip().splitlines()[-1].removeprefix("dataset.DataError: "))
 
 
 def make_dataset(
@@ -68,7 +52,7 @@ def make_dataset(
         max_objects: Annotated[int, (1, 3)] = 3, image_column: str | None = None,
         label_column: str | None = None, uint8: bool = False) -> ImageDataset:
     """The images and labels of one split. DataError, in one sentence, if `root` does not hold what
-    SOURCES says.
+    data/sources.py says.
 
     image_size               side of the square images, or [height, width]
     random_crop, random_flip augmentation of the training split. Without random_crop, and for
@@ -85,43 +69,20 @@ def make_dataset(
     uint8                    images as uint8 in [0, 255] instead of float in [-1, 1]
     """
     train = split == "train"
-    if not isinstance(image_size, int):
-        if name == "shapes":
-            raise DataError(f"data.image_size must be a number for shapes; it is {image_size}")
-        if len(image_size) != 2:
-            raise DataError("data.image_size must be a number or [height, width]; it is "
-                            f"{image_size}")
+    if not isinstance(image_size, int) and (name == "shapes" or len(image_size) != 2):
+        valid = "a number for shapes" if name == "shapes" else "a number or [height, width]"
+        raise DataError(f"data.image_size must be {valid}; it is {image_size}")
     if name == "shapes":
-        from data.shapes import Shapes  # which no other dataset needs
+        from data.shapes import Shapes
 
-        count = train_size if train else val_size
-        source = Shapes(train, image_size, seed, count, max_objects)
+        source = Shapes(train, image_size, seed, train_size if train else val_size, max_objects)
     else:
         settings = {"folder": [val_fraction], "webdataset": [val_fraction],
                     "huggingface": [val_fraction, image_column, label_column]}
-        source = _source(name, root, split, *settings.get(name, []))
+        from data.sources import find_source
+
+        source = find_source(name, root, split, *settings.get(name, []))
     return ImageDataset(source, image_size, train, random_crop, random_flip, min_scale, seed, uint8)
-
-
-def _source(name, root, split, *settings):
-    """The images of a split. DataError if `root` does not hold any."""
-    make, layout = SOURCES[name]
-    try:
-        if not root:
-            raise DataError(f"dataset {name!r} needs data.root, the folder that holds the images")
-        root = Path(root).expanduser()
-        if not root.is_dir() and name != "webdataset":
-            raise DataError(f"there is no folder {root}")
-        source = make(root, split == "train", *settings)
-        if len(source.labels) == 0:
-            raise DataError(f"no images for the {split} split in {root}")
-        return source
-    except (DataError, FileNotFoundError) as error:
-        raise DataError(f"{error}; data.root must be {layout}") from error
-    except PermissionError as error:
-        raise DataError(f"{error}; make all of data.root readable") from error
-    except ValueError as error:
-        raise DataError(str(error)) from error
 
 
 @dataclass(eq=False, repr=False)
@@ -144,7 +105,7 @@ class ImageDataset(Dataset):
     uint8: bool = False
 
     def __post_init__(self):
-        self._number([name for name in self.source.classes if name is not None])
+        self._number(self.source.classes)
         self.sides = np.broadcast_to(self.image_size, 2).tolist()  # height, width
         self.least = 0  # pixels a side, to which JPEGs may be reduced; 0: whole
         if self.train:
@@ -155,10 +116,10 @@ class ImageDataset(Dataset):
     def __len__(self):
         return len(self.source.labels)
 
-    def label(self, index: int) -> int:
+    def label(self, index):
         return self.class_of[self.source.labels[index]]
 
-    def shown(self, index: int) -> int:
+    def shown(self, index):
         """The image at this index, or if it is known to be unreadable, the next one that is not."""
         if self.unreadable[index]:
             index += int(np.roll(self.unreadable, -index).argmin())
@@ -187,8 +148,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} images")
+        index = range(len(self))[index]  # IndexError where there is no such image
         while True:
             index = self.shown(index)
             try:
@@ -259,9 +219,8 @@ def train_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, num_work
     batch_size is per process; process `rank` of `world` gets its share of every batch. The first
     batch is number `start`.
     """
-    dataset.uint8 = True
     batches = TrainBatches(len(dataset), batch_size, seed, start, rank, world)
-    return _batches(dataset, batches, num_workers, device)
+    return load_batches(dataset, batches, num_workers, device)
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None,
@@ -273,21 +232,20 @@ def eval_loader(dataset: ImageDataset, batch_size: int, limit: int | None = None
     limit: at most so many images in all, evenly spread over the dataset.
     """
     dataset = copy.copy(dataset)
-    dataset.uint8 = True
     dataset.least = 0  # whole JPEGs, also of the training split
-    count = min(limit or len(dataset), len(dataset))
-    indices = [i * len(dataset) // count for i in range(rank, count, world)]
+    indices = spread(len(dataset), limit)[rank::world]
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    return _batches(dataset, batches, num_workers, device)
+    return load_batches(dataset, batches, num_workers, device)
 
 
-def _batches(dataset, batches, num_workers, device):
-    settings = worker_settings(num_workers, device)
-    return on_device(DataLoader(dataset, batch_sampler=batches, **settings), device)
+def spread(total, limit):
+    """Indices of at most `limit` (or all) of so many images, evenly spread."""
+    count = min(limit or total, total)
+    return [i * total // count for i in range(count)]
 
 
 @dataclass
-class TrainBatches(Sampler):
+class TrainBatches:
     """Endless lists of (epoch, index). Every epoch is a permutation of all images; what does not
     fill a batch is dropped."""
 
@@ -299,38 +257,34 @@ class TrainBatches(Sampler):
     world: int = 1
 
     def __iter__(self):
-        per_epoch = self.n // (self.batch_size * self.world)
-        epoch, first_batch = divmod(self.start, per_epoch)
-        while True:
-            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            order = torch.randperm(self.n, generator=generator)
-            for batch in range(first_batch, per_epoch):
-                first = (batch * self.world + self.rank) * self.batch_size
-                indices = order[first:first + self.batch_size].tolist()
-                yield [(epoch, index) for index in indices]
-            epoch += 1
-            first_batch = 0
+        size = self.batch_size
+        for epoch, images, first, _ in epochs(self.n, size * self.world, self.seed, self.start):
+            for batch in images[first:, size * self.rank:size * (self.rank + 1)]:
+                yield [(epoch, index) for index in batch.tolist()]
 
 
-def worker_settings(num_workers: int, device: Device) -> dict:
-    """How a DataLoader's workers run."""
-    return dict(num_workers=num_workers, pin_memory=torch.device(device).type == "cuda",
-                prefetch_factor=4 if num_workers else None,
-                worker_init_fn=_leave_signals_to_the_trainer,
-                generator=torch.Generator())  # or it would draw from the models' random numbers
+def epochs(n, batch, seed, start):
+    """From batch number `start` on, of each epoch: its number, all its batches (N, batch) of n
+    images, the first of them that is due, and the generator that ordered them."""
+    epoch, first = divmod(start, n // batch)
+    while True:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        images = torch.randperm(n, generator=generator)[:n // batch * batch]
+        yield epoch, images.view(-1, batch), first, generator
+        epoch += 1
+        first = 0
 
 
 def _leave_signals_to_the_trainer(_):
     """Schedulers and Ctrl-C signal every process, but the training process must save before its
-    workers end. A second SIGTERM, from the training process, ends the worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM, SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers():
-    """At exit Python sends its workers one SIGTERM, which they ignore, and would wait for ever."""
+    """At exit Python sends its workers a SIGTERM, which they ignore, and would wait for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises when a worker is killed
     for process in multiprocessing.active_children():
@@ -338,280 +292,25 @@ def end_workers():
             process.kill()
 
 
-def on_device(loader: DataLoader, device: Device) -> Batches:
-    """The batches of a loader of uint8 images."""
+def load_batches(dataset, batches, num_workers, device) -> Batches:
+    """The images of these lists of keys, on `device`."""
+    dataset = copy.copy(dataset)
+    dataset.uint8 = True
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda", prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        generator=torch.Generator())  # or it would draw from the models' random numbers
     for images, labels in loader:
         yield to_float(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 
 class Source(Protocol):
-    """The images of one split: `Files`, `Arrays`, `Packed`, or any class with these."""
+    """The images of one split: `Files`, `Arrays` and `Packed` of data/sources.py, or any class with
 
-    labels: Sequence[int]  # -1: none
-    classes: Sequence[str | None]  # names of the labels, all different; None: of no training image
-
-    def load(self, index: int) -> Image.Image | Tensor | str | bytes:
-        """An RGB image of any size; the path of an image file, or what is in it; or a uint8 tensor
-        (3, H, W) of the right size, which is neither cropped nor flipped."""
-
-    def name(self, index: int) -> str:
-        """For messages, and for the code cache: unique, and the same in every run."""
-
-
-@dataclass
-class Files:
-    """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first."""
-
-    paths: list[str]
-    labels: list[int]
-    classes: list[str]
-    crop: tuple[int, int, int, int] | None = None
-
-    def load(self, index):
-        return read_image(self.paths[index]).crop(self.crop) if self.crop else self.paths[index]
-
-    def name(self, index):
-        return self.paths[index]
-
-
-@dataclass
-class Arrays:
-    """Images (H, W, 3) uint8 in memory."""
-
-    arrays: np.ndarray
-    labels: list[int]
-    classes: list[str]
-
-    def load(self, index):
-        return Image.fromarray(self.arrays[index])
-
-    def name(self, index):
-        return str(index)
-
-
-@dataclass
-class Packed:
-    """Some rows of what lies in shards or in a table."""
-
-    box: Any  # Shards or Table
-    rows: Sequence[int]
-    labels: list[int]
-    classes: list[str | None]
-
-    def load(self, index):
-        return self.box.read(self.rows[index])
-
-    def name(self, index):
-        return self.box.name(self.rows[index])
-
-
-def list_images(*folders: Path) -> list[list[Path]]:
-    """The images in each folder, but for those that one before it has (see `files_below`). Files
-    that are no images are told of."""
-    listed, others = files_below(image_extensions(), *folders)
-    others = [name for name in others if not name.lower().endswith(SIDECARS)]
-    if others:
-        warnings.warn(f"{len(others)} files in {folders[-1]} are no images that Pillow reads, and "
-                      f"are passed over, such as {min(others)}", stacklevel=2)
-    return [[folder / name for name in names] for folder, names in zip(folders, listed)]
-
-
-def imagenet(root: Path, train: bool) -> Files:
-    splits = split_folders(root)
-    for split in ("train", "val"):
-        if split not in splits:
-            raise DataError(f"{root / split} has no class folders")
-    source = folder(root, train, 0)
-    unsorted = source.classes == ["image"] if train else -1 in source.labels
-    if unsorted and source.labels:
-        base = splits["train" if train else "val"]
-        raise DataError(f"the images in {base} are not sorted into class folders")
-    # Folders may be named by synset (n01440764) or by class index (0), which the .yml translates.
-    synsets = _pairs(root / "imagenet_idx_to_synset.yml", r"(\d+): *(n\d+)")
-    words = _pairs(root / "synset_human.txt", r"(?m)^(\S+)[ \t]+(.+)")
-    synsets = [synsets.get(name, name) for name in source.classes]
-    names = [words.get(synset, synset) for synset in synsets]
-    source.classes = [name if names.count(name) == 1 else f"{name} ({synset})"  # two are "crane"
-                      for name, synset in zip(names, synsets)]
-    return source
-
-
-def _pairs(path, pattern):
-    return dict(re.findall(pattern, path.read_text())) if path.is_file() else {}
-
-
-def ffhq(root: Path, train: bool) -> Files:
-    """The lists may be in root, root/assets or ./assets. Without them the first 60,000 images in
-    order of name are for training."""
-    lists = {}
-    for place in (Path("assets"), root, root / "assets"):
-        lists |= {path.name: path for path in place.glob("ffhq*.txt")}
-    name, other = "ffhqtrain.txt", "ffhqvalidation.txt"
-    if not train:
-        name, other = other, name
-    paths, = list_images(root)
-    if name in lists:
-        by_name = {path.name: path for path in paths}
-        listed = lists[name].read_text().split()
-        missing = [entry for entry in listed if Path(entry).name not in by_name]
-        if missing:
-            raise DataError(f"{lists[name]} lists {missing[0]} (and {len(missing) - 1} more "
-                            f"images), which {root} does not hold")
-        paths = [by_name[Path(entry).name] for entry in listed]
-    elif other in lists:
-        raise DataError(f"there is {lists[other]} but no {name} beside it; add it, or remove both "
-                        "to split at 60,000")
-    else:
-        paths = paths[:60_000] if train else paths[60_000:]
-    return _faces(paths)
-
-
-def celeba(root: Path, train: bool) -> Files:
-    partition = root / "list_eval_partition.txt"
-    images = root / "img_align_celeba"
-    if not partition.exists():  # from Kaggle, where there also is a folder in the folder
-        partition = partition.with_suffix(".csv")
-    if (images / images.name).is_dir():
-        images /= images.name
-    for path in (partition, images):
-        if not path.exists():
-            raise DataError(f"there is no {path}")
-    rows = [re.findall(r'[^\s,"]+', line) for line in partition.read_text().splitlines()]
-    number = "0" if train else "1"
-    paths = [images / row[0] for row in rows if row[1:] == [number]]
-    return _faces(paths, (25, 57, 153, 185))  # 128 x 128 around x 89, y 121
-
-
-def _faces(paths, crop=None):
-    return Files([str(path) for path in paths], [0] * len(paths), ["face"], crop)
-
-
-def cifar10(root: Path, train: bool) -> Arrays:
-    try:
-        import torchvision  # takes seconds
-
-        data = torchvision.datasets.CIFAR10(str(root), train=train)
-    except RuntimeError as error:
-        raise DataError(f"{root} does not hold CIFAR-10 whole") from error
-    return Arrays(data.data, data.targets, data.classes)
-
-
-def folder(root: Path, train: bool, val_fraction: float) -> Files:
-    """Folders train/ and val/ are the splits if they are there; an image that both lead to is in
-    val/ alone. Otherwise val_fraction of the files is held out, chosen by a hash of the name.
-    Labels are the first-level folders, if every image is in one."""
-    splits = split_folders(root)
-    splits.setdefault("train", root)
-    listed = zip(splits.items(), list_images(*splits.values()))
-    parts = {split: _Folder(base, paths) for (split, base), paths in listed}
-    split = _split(parts["train"], parts.get("val"), train, val_fraction)
-    return Files([split.name(i) for i in range(len(split.rows))], split.labels, split.classes)
-
-
-class _Folder:
-    """Image files, as Shards has those in shards."""
-
-    order = None
-
-    def __init__(self, base, paths):
-        self.paths = paths
-        self.keys = [path.relative_to(base).as_posix() for path in paths]
-        self.labels = by_folder(self.keys)
-
-    def name(self, row):
-        return str(self.paths[row])
-
-
-def split_folders(root: Path) -> dict[str, Path]:
-    """The folders for "val" and "train" in `root`, by their names (Valid, TRAINING)."""
-    splits = {}
-    for path in sorted(root.iterdir()):
-        match = SPLIT.fullmatch(path.name)
-        if match and path.is_dir():
-            first = splits.setdefault(match[1].lower(), path)
-            if not path.samefile(first):
-                raise DataError(f"{first} and {path} are for the same split; rename one of them")
-    return dict(sorted(splits.items(), reverse=True))  # validation first
-
-
-def webdataset(root: Path, train: bool, val_fraction: float) -> Packed:
-    from data.shards import tar_shards
-
-    return packed(*tar_shards(root), train, val_fraction)
-
-
-def huggingface(root: Path, train: bool, val_fraction: float, image_column: str | None,
-                label_column: str | None) -> Packed:
-    from data.shards import tables
-
-    return packed(*tables(root, image_column, label_column), train, val_fraction)
-
-
-def packed(training, validation, train: bool, val_fraction: float) -> Packed:
-    """A split of what is for training, and of what is for validation, if anything is."""
-    if not training:
-        reason = ""
-        if validation:
-            reason = f": by its names all is for validation, such as {validation.name(0)}"
-        raise DataError(f"there are no images for training{reason}")
-    return _split(training, validation, train, val_fraction)
-
-
-def _split(training, validation, train, val_fraction):
-    """The images for training, or those for validation. Where validation is None, a share of the
-    training images is held out."""
-    part = validation if validation and not train else training
-    rows = range(len(part.labels))
-    labels = training.labels
-    if not validation:
-        held_out = _held_out(training.keys, val_fraction)
-        rows = np.flatnonzero(held_out != train).tolist()
-        labels = [labels[row] for row in np.flatnonzero(~held_out)]
-    used = set(labels)
-    if used <= {"image"}:
-        return Packed(part, rows, [0] * len(rows), ["image"])
-    order = _order(used, training.order)
-    numbers = {label: i for i, label in enumerate(order) if label in used}
-    labels = [part.labels[row] for row in rows]
-    for row, label in zip(rows, labels):
-        if validation and label not in numbers and label != "image":
-            raise DataError(f"{part.name(row)} is of class {label!r}, which the training split "
-                            "does not have")
-    classes = [str(label) if label in used else None for label in order]
-    return Packed(part, rows, [numbers.get(label, -1) for label in labels], classes)
-
-
-def _held_out(keys, val_fraction):
-    """Which images are for validation, by a hash: one's place does not change when others come or
-    go. At least one is."""
-    places = np.array([zlib.crc32(os.fsencode(key)) for key in keys]) / 2**32
-    return places < max(val_fraction, places.min(initial=1) + 2**-32)
-
-
-def _order(used, order):
-    """All labels: words in this order, or sorted; numbers from 0."""
-    largest = max(used)
-    if isinstance(largest, str):
-        return order or sorted(used)
-    if largest >= 10**6:
-        raise DataError("classes must be numbered from 0 to below 1,000,000; they are from "
-                        f"{min(used)} to {largest}")
-    return range(largest + 1)
-
-
-SOURCES = {  # a function of (root, train), and what root must be
-    "imagenet": (imagenet, "a folder with train/ and val/, each with one folder of images per "
-                           "class (train/n01440764/x.JPEG)"),
-    "ffhq": (ffhq, "a folder of the FFHQ images (00000.png, ...), with ffhqtrain.txt and "
-                   "ffhqvalidation.txt if you have them"),
-    "celeba": (celeba, "a folder with img_align_celeba/ (000001.jpg, ...) and "
-                       "list_eval_partition.txt or .csv"),
-    "cifar10": (cifar10, "a folder with cifar-10-batches-py/ (python -c \"import torchvision; "
-                         "torchvision.datasets.CIFAR10('ROOT', download=True)\" makes it)"),
-    "folder": (folder, "a folder of images, of any kind that Pillow reads, in sub-folders or not"),
-    "webdataset": (webdataset, "a folder of .tar shards, or a pattern of them "
-                               "(PATH/train-{000..123}.tar), with images (x.jpg) and, if you have "
-                               "classes, x.cls or a folder for each"),
-    "huggingface": (huggingface, "a folder that save_to_disk of the library datasets has written, "
-                                 "or one of .parquet files"),
-}
+    labels       a number for each image; -1: none
+    classes      the names of the labels, all different
+    load(index)  an RGB image of any size; the path of an image file, or what is in it; or a uint8
+                 tensor (3, H, W) of the right size, which is neither cropped nor flipped
+    name(index)  for messages, and for the code cache: unique, and the same in every run
+    """

@@ -23,10 +23,7 @@ causal attention does not see it; the last coarse cell can be sampled; the fines
 filled in, since the others imply them. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, check_grids,
-    check_known, check_sampling, code_ends, covered, divided, draw, filter_logits, sides, uniforms)
+    Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, cell_tables, check_grids,
+    check_known, check_sampling, code_ends, covered, cross_entropy, divided, draw, filter_logits,
+    read_codes, register_tables, sides, uniforms)
 
 START = 0  # kinds of tokens
 CODE = 1
@@ -71,8 +69,7 @@ class DQTransformer(CodeTransformer):
                  n_embd: int = 1024, dropout: Probability = 0.1, label_dropout: Probability = 0.1,
                  order: Literal["row-first", "region-first"] = "row-first",
                  codebook_factors: list[int] | None = None):
-        super().__init__(num_classes, label_dropout)
-        self.codebook_size = codebook_size
+        super().__init__(codebook_size, num_classes, label_dropout, dropout)
         self.grids = [sides(grid) for grid in grids]
         self.grains = len(grids)
         self.cells = [h * w for h, w in self.grids]
@@ -85,7 +82,6 @@ class DQTransformer(CodeTransformer):
         self.position_emb = nn.Embedding(sum(self.cells) + self.grains * special, n_embd)
         self.grain_emb = nn.Embedding(self.grains, n_embd)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
-        self.drop = nn.Dropout(dropout)
         self.position_blocks = Blocks(position_layers, n_head, n_embd, dropout)
         self.position_norm = nn.LayerNorm(n_embd)
         self.position_head = nn.Linear(n_embd, self.cells[-1] + self.grains, bias=False)
@@ -94,14 +90,14 @@ class DQTransformer(CodeTransformer):
         self.content_head = content_head
         self.init_weights()
         self._tabulate(order)
-        self.mean_counts: Tensor | None = None  # (G,), see survey
+        self.mean_counts = None  # (G,), see survey
 
     @classmethod
-    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+    def settings_for(cls, stage1, size):
         grids = [divided(size, factor) for factor in stage1.factors]
         return super().settings_for(stage1, size) | {"grids": grids}
 
-    def _tabulate(self, order: str) -> None:
+    def _tabulate(self, order):
         """Registers what is known of each slot, and of each column of position_head.
 
         For grids [1, 2], so one region (R = 1) of four finest cells (N = 4):
@@ -109,152 +105,112 @@ class DQTransformer(CodeTransformer):
             slot           0      1     2    | 3      4     5     6     7     8
             slot_kind      START  CODE  END  | START  CODE  CODE  CODE  CODE  END
             slot_grain     0      0     0    | 1      1     1     1     1     1
-            slot_cell             0          |        0     1     2     3
+            slot_cell             0     1    |        0     1     2     3     4  end: cells_g
             slot_corner           0          |        0     1     2     3        first finest cell
             slot_region    R      0     R    | R      0     0     0     0     R  R: none
-            slot_column           0     4    |        0     1     2     3     5  of position_head
+            slot_opens     whether the cell is the first of its region
             slot_special   K + 1        K    | K + 1                          K  content
             slot_place     row of position_emb; the first one, of start tokens
 
-            column             0    1    2    3    4    5
-            column_slot[0]     1   -1   -1   -1    2   -1      -1: of another granularity
-            column_slot[1]     4    5    6    7   -1    8
-            column_region[g]   of the cell; R: of an end, or another granularity
-            column_opens[g]    whether the cell is the first of its region
-            cover[g]           the slot that covers each finest cell, (N,)
+            column            0    1    2    3    4    5        of position_head
+            column_slot[0]    1   -1   -1   -1    2   -1        -1: of another granularity
+            column_slot[1]    4    5    6    7   -1    8
+            cover[g]          the slot that covers each finest cell, (N,)
         """
-        first_slot = 0
-        first_place = 0
-        tables = []
-        for g, cells in enumerate(self.cells):
-            tables.append(self._tables_of(g, order, first_slot, first_place))
-            first_slot += cells + 2
-            first_place += cells + 1 + self.num_starts
-        for name in tables[0]:
-            values = [table[name] for table in tables]
-            join = torch.cat if name.startswith("slot") else torch.stack
-            self.register_buffer(name, join(values), persistent=False)
+        tables = [self._tables_of(g, order) for g in range(self.grains)]
+        register_tables(self, tables, stacked=("column_slot", "cover"))
 
-    def _tables_of(self, g: int, order: str, first_slot: int, first_place: int) -> dict:
+    def _tables_of(self, g, order):
         """The tables of granularity g."""
-        regions = self.cells[0]
+        regions, *_, finest = self.cells
         cells = self.cells[g]
-        finest = self.cells[-1]
-        width = self.grids[g][1]
-        size = width // self.grids[0][1]                # side of a region, in cells
-        scale = self.grids[-1][1] // width              # side of a cell, in finest cells
+        coarser = sum(self.cells[:g])
+        first_slot = coarser + 2 * g
+        first_place = coarser + g * (1 + self.num_starts)
+        region, corner, cover = cell_tables(self.grids, g).values()
+        opens = corner == cell_tables(self.grids, 0)["corner"][region]
         cell = torch.arange(cells)
-        y, x = cell // width, cell % width
-        region = y // size * self.grids[0][1] + x // size
-        inside = y % size * size + x % size             # number within the region
-        corner = y * scale * self.grids[-1][1] + x * scale
-        walk = cell if order == "row-first" else (region * size**2 + inside).argsort()
+        walk = cell if order == "row-first" else region.argsort(stable=True)
         slot = first_slot + 1 + walk.argsort()          # of each cell
-        end = first_slot + 1 + cells
 
-        fine = torch.arange(finest)
-        fine_y, fine_x = fine // self.grids[-1][1], fine % self.grids[-1][1]
-        covering = fine_y // scale * width + fine_x // scale
-
-        def of_slots(start: int, codes: Tensor, end: int) -> Tensor:
+        def of_slots(start, codes, end):
             return torch.cat([torch.tensor([start]), codes, torch.tensor([end])])
 
-        def of_columns(values: Tensor, elsewhere: int) -> Tensor:
-            return F.pad(values, (0, finest - cells + self.grains), value=elsewhere)
-
-        column_slot = of_columns(slot, -1)
-        column_slot[finest + g] = end
+        column_slot = F.pad(slot, (0, finest - cells + self.grains), value=-1)
+        column_slot[finest + g] = first_slot + 1 + cells
         return {
             "slot_kind": of_slots(START, torch.full_like(cell, CODE), END),
             "slot_grain": of_slots(g, torch.full_like(cell, g), g),
-            "slot_cell": of_slots(0, walk, 0),
+            "slot_cell": of_slots(0, walk, cells),
             "slot_corner": of_slots(0, corner[walk], 0),
             "slot_region": of_slots(regions, region[walk], regions),
-            "slot_column": of_slots(0, walk, finest + g),
+            "slot_opens": of_slots(False, opens[walk], False),
             "slot_special": of_slots(self.codebook_size + 1, 0 * cell, self.codebook_size),
             "slot_place": first_place + of_slots(cells + 1, walk, cells),
             "column_slot": column_slot,
-            "column_region": of_columns(region, regions),
-            "column_opens": of_columns(inside == 0, False),
-            "cover": slot[covering],
+            "cover": slot[cover],
         }
 
-    def start_tables(self) -> dict[str, list[int]]:
+    def start_tables(self):
         *_, (name, content) = self.content_emb.named_parameters()
         return {f"content_emb.{name}": [len(content) - self.num_starts],
                 "position_emb.weight": [n + 1 for n in self.cells]}
 
     # Codes to sequences and back
 
-    def order(self, codes: Codes) -> Tokens:
-        """Codes {"indices": (B, h, w), "grain": (B, h', w')} as sequences."""
-        indices = codes["indices"]
-        grain = codes["grain"]
-        if indices.shape[1:] != self.grids[-1] or grain.shape[1:] != self.grids[0]:
-            raise ValueError(f"indices must be (B, *{self.grids[-1]}) and grain (B, "
-                             f"*{self.grids[0]}); they are {tuple(indices.shape)} and "
-                             f"{tuple(grain.shape)}")
-        indices = indices.flatten(1)                                    # (B, N)
-        grain = grain.flatten(1)                                        # (B, R)
+    def order(self, codes):
+        """Codes {"indices": (B, h, w), "grain": (B, h', w')} as `Tokens`."""
+        indices, grain = read_codes(codes, indices=self.grids[-1], grain=self.grids[0])
         is_code = self.slot_kind == CODE                                # (M,)
         chosen = F.pad(grain, (0, 1))[:, self.slot_region] == self.slot_grain
         present = ~is_code | chosen                                     # (B, M)
         content = torch.where(is_code, indices[:, self.slot_corner], self.slot_special)
         counts = self._counts(grain)                                    # (B, G)
-        totals = torch.cat([counts.sum(1, keepdim=True), counts], dim=1)
-        codes_of_longest, *longest = totals.amax(0).tolist()  # the only wait for the GPU
-        length = codes_of_longest + 2 * self.grains
+        total = present.sum(1, keepdim=True)                            # (B, 1)
+        *longest, T = torch.cat([counts, total], 1).amax(0).tolist()  # the only wait for the GPU
+        slot = (~present).byte().argsort(dim=1, stable=True)[:, :T]     # (B, T)
+        padding = torch.arange(T, device=slot.device) >= total
+        slot = slot.masked_fill(padding, len(is_code) - 1)
+        return Tokens(slot, content.gather(1, slot), counts, longest)
 
-        place = torch.where(present, present.cumsum(1) - 1, length)     # absent: a last column
-        slots = torch.arange(len(is_code), device=indices.device)
-        last = torch.full((len(indices), length + 1), len(is_code) - 1, device=indices.device)
-        slot = last.scatter(1, place, slots.expand_as(place))
-        content = torch.full_like(slot, self.codebook_size).scatter(1, place, content)
-        return Tokens(slot[:, :-1], content[:, :-1], counts, longest)
-
-    def unorder(self, tokens: Tokens) -> Codes:
+    def unorder(self, tokens):
         """The inverse of `order`."""
         slot = tokens.slot
-        B = len(slot)
-        grain = slot.new_zeros(B, self.cells[0] + 1)
-        grain = grain.scatter(1, self.slot_region[slot], self.slot_grain[slot])
-        contents = slot.new_zeros(B, len(self.slot_kind)).scatter(1, slot, tokens.content)
-        return self._codes(grain[:, :-1], contents)
+        none = slot.new_zeros(len(slot), len(self.slot_kind))           # (B, M)
+        grain = none.scatter(1, self.slot_region[slot], self.slot_grain[slot])
+        return self._codes(grain[:, :self.cells[0]], none.scatter(1, slot, tokens.content))
 
-    def _codes(self, grain: Tensor, contents: Tensor) -> Codes:
+    def _codes(self, grain, contents):
         """Granularities of regions (B, R) and contents of slots (B, M) to codes."""
-        fine = torch.arange(self.cells[-1], device=grain.device)
-        grain_of_fine = grain[:, self.column_region[-1, :len(fine)]]    # (B, N)
-        indices = contents.gather(1, self.cover[grain_of_fine, fine])   # (B, N)
+        region = self.slot_region[self.column_slot[-1, :self.cells[-1]]]        # (N,)
+        cover = self.cover.gather(0, grain[:, region])                          # (B, N)
+        indices = contents.gather(1, cover)                                     # (B, N)
         return {"indices": indices.unflatten(1, self.grids[-1]),
                 "grain": grain.unflatten(1, self.grids[0])}
 
-    def lengths(self, codes: Codes) -> Tensor:
-        """Number of input tokens (B,) of each image."""
+    def lengths(self, codes):
         return self._counts(codes["grain"].flatten(1)).sum(1) + 2 * self.grains - 1
 
-    def _counts(self, grain: Tensor) -> Tensor:
+    def _counts(self, grain):
         """Codes of each granularity (B, G), given the granularity of each region (B, R)."""
-        counts = [(grain == g).sum(1) * (cells // self.cells[0])
-                  for g, cells in enumerate(self.cells)]
-        return torch.stack(counts, dim=1)
+        regions = F.one_hot(grain, self.grains).sum(1)                  # (B, G)
+        return regions * regions.new_tensor(self.cells) // self.cells[0]
 
     # Training
 
     @torch.no_grad()
-    def survey(self, batches: Iterable[Codes]) -> Tensor:
+    def survey(self, batches):
         """As CodeTransformer.survey. Also keeps the mean count of each granularity, which
         normalises the training loss.
 
         In batches of similar length, dividing by the batch's own counts would overweight short
         images. Call it in every process; the counts are not saved with the weights.
         """
-        counts = [self._counts(codes["grain"].flatten(1)) for codes in batches]
-        counts = torch.cat(counts)                                      # (rows, G)
+        counts = torch.cat([self._counts(codes["grain"].flatten(1)) for codes in batches])
         self.mean_counts = counts.double().mean(0).float().to(self.index_emb.device)
         return counts.sum(1) + 2 * self.grains - 1
 
-    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, codes, labels=None):
         """Codes and labels (B,) to {"loss", "content", "position"}, in nats: mean cross-entropy of
         codes, that of positions and ends (per granularity, then averaged), and their sum. After
         `survey`, the training loss divides by mean counts, not the batch's."""
@@ -267,73 +223,65 @@ class DQTransformer(CodeTransformer):
         if self.training and not surveyed:
             number = mean_over_processes(number)
 
-        def means(number: Tensor) -> tuple[Tensor, Tensor]:
-            return content / number.sum(), (position / (number + rows)).mean()  # a row has an end
+        def means(number):
+            return {"content": content / number.sum(),
+                    "position": (position / (number + rows)).mean()}  # a row has an end
 
-        content_mean, position_mean = means(number)
-        loss = sum(means(rows * self.mean_counts)) if surveyed else content_mean + position_mean
-        return {"loss": loss, "content": content_mean.detach(), "position": position_mean.detach()}
+        parts = means(number)
+        loss = sum((means(rows * self.mean_counts) if surveyed else parts).values())
+        return {"loss": loss} | {name: mean.detach() for name, mean in parts.items()}
 
     def logits(self, codes: Codes, labels: Tensor | None = None) -> dict[str, list[Tensor]]:
         """Next-token logits under teacher forcing, a list entry per granularity, padded to its
         longest row L_g: content[g] (B, L_g, K); position[g] (B, L_g + 1, cells_g + 1), whose last
         column and step are the end; length[g] (B,), the number of codes."""
         tokens = self.order(codes)
-        content, position = self._outputs(tokens, labels)
-        return {"content": [self.content_head(x) for x in content], "position": position,
+        hidden, position, *_ = zip(*self._outputs(tokens, labels))
+        return {"content": [self.content_head(x) for x in hidden], "position": list(position),
                 "length": list(tokens.counts.unbind(1))}
 
     @torch.no_grad()
-    def bits(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
+    def bits(self, codes, labels=None):
         """Negative log-likelihood of each image in bits (B,), without the finest positions, which
         the others imply."""
         content, position, _ = self._nats(codes, labels)
         return sum(nats.sum(1) for nats in content + position[:-1]) / math.log(2)
 
-    def _nats(self, codes: Codes, labels: Tensor | None
-              ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _nats(self, codes, labels):
         """Cross-entropies of codes [(B, L_g)] and of positions and ends [(B, L_g + 1)], 0 at
         padding; and counts (B, G)."""
         tokens = self.order(codes)
-        hidden, logits = self._outputs(tokens, labels)
         content = []
         position = []
-        for g, before in enumerate(self._predicting(tokens)):
-            number = torch.arange(before.shape[1], device=before.device)
-            padding = number > tokens.counts[:, g:g + 1]                # (B, L_g + 1)
-            slot = tokens.slot.gather(1, before + 1)
-            code = tokens.content.gather(1, before[:, :-1] + 1)
-            code = code.masked_fill(padding[:, 1:], -100)
-            cell = torch.where(self.slot_kind[slot] == CODE, self.slot_cell[slot], self.cells[g])
-            cell = cell.masked_fill(padding, -100)
-            content.append(self.content_head.nats(hidden[g], code))
-            position.append(F.cross_entropy(logits[g].mT.float(), cell, reduction="none"))
+        for hidden, logits, code, cell in self._outputs(tokens, labels):
+            content.append(self.content_head.nats(hidden, code))
+            position.append(cross_entropy(logits, cell))
         return content, position, tokens.counts
 
-    def _outputs(self, tokens: Tokens, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """The input of content_head and the logits of positions, as `logits` orders them."""
+    def _outputs(self, tokens, labels):
+        """Of each granularity: inputs of content_head (B, L_g, C) and logits of positions
+        (B, L_g + 1, cells_g + 1); and their targets, codes (B, L_g) and cells or the end
+        (B, L_g + 1), -100 at padding."""
         h, z = self._hidden(tokens, labels)                             # (B, T - 1, C) each
-        content = []
-        position = []
-        for g, before in enumerate(self._predicting(tokens)):
-            before = before.unsqueeze(-1).expand(-1, -1, h.shape[-1])   # (B, L_g + 1, C)
+        first = F.pad((tokens.counts + 2).cumsum(1), (1, 0))            # (B, G + 1)
+        outputs = []
+        for g, length in enumerate(tokens.longest):
+            number = torch.arange(length + 1, device=h.device)
+            padding = number > tokens.counts[:, g:g + 1]                # (B, L_g + 1)
+            step = (first[:, g:g + 1] + number).clamp(max=h.shape[1] - 1)
+            code = tokens.content.gather(1, step[:, :-1] + 1).masked_fill(padding[:, 1:], -100)
+            cell = self.slot_cell[tokens.slot.gather(1, step + 1)].masked_fill(padding, -100)
+
+            step = step.unsqueeze(-1).expand(-1, -1, h.shape[-1])       # (B, L_g + 1, C)
             of_cells = self.position_head.weight[:self.cells[g]]
             end = self.cells[-1] + g
             head = torch.cat([of_cells, self.position_head.weight[end:end + 1]])
-            position.append(F.linear(self.position_norm(h.gather(1, before)), head))
-            content.append(self.content_norm(z.gather(1, before[:, :-1])))
-        return content, position
+            logits = F.linear(self.position_norm(h.gather(1, step)), head)
+            hidden = self.content_norm(z.gather(1, step[:, :-1]))
+            outputs.append((hidden, logits, code, cell))
+        return outputs
 
-    def _predicting(self, tokens: Tokens) -> list[Tensor]:
-        """For each granularity, the steps (B, L_g + 1) that predict its codes and end; arbitrary at
-        padding."""
-        first = F.pad((tokens.counts + 2).cumsum(1), (1, 0))            # (B, G + 1)
-        number = torch.arange(max(tokens.longest) + 1, device=first.device)
-        last = tokens.slot.shape[1] - 2
-        return [(first[:, g:g + 1] + number[:length + 1]).clamp(max=last)
-                for g, length in enumerate(tokens.longest)]
-
-    def _hidden(self, tokens: Tokens, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _hidden(self, tokens, labels):
         """Hidden states of both transformers, (B, T - 1, C) each. Step t predicts token t + 1."""
         starts = self.start_tokens(len(tokens.slot), labels, tokens.slot.device)
         content, place, grain = self.rows(tokens.slot, tokens.content, starts.unsqueeze(1))
@@ -344,17 +292,16 @@ class DQTransformer(CodeTransformer):
         z = self.content_blocks(h + place[:, 1:])                       # content step
         return h, z
 
-    def rows(self, slot: Tensor, content: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, slot, content, starts):
         """The rows of tokens in content_emb, position_emb and grain_emb; `starts`: which start."""
         start = (self.slot_kind[slot] == START) * starts
         return content + start, self.slot_place[slot] + start, self.slot_grain[slot]
 
     # Sampling
 
-    def check_known(self, codes: Codes, known: Tensor) -> None:
-        n = len(known)
-        starts = torch.zeros(n, dtype=torch.int64, device=known.device)
-        State(self, n, starts).keep_known(codes, known)
+    def check_known(self, codes, known):
+        starts = known.new_zeros(len(known), dtype=torch.int64)
+        State(self, len(known), starts).keep_known(codes, known)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None, temperature: float = 1.0,
@@ -372,14 +319,13 @@ class DQTransformer(CodeTransformer):
         of the sequence, and draw the rest.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
-        check_sampling(temperature, top_k, top_p)
-        check_sampling(temperature_pos, top_k_pos, top_p_pos)
+        filters = check_sampling(temperature, top_k, top_p)
+        position_filters = check_sampling(temperature_pos, top_k_pos, top_p_pos)
         if fine_positions not in ("filled", "sampled"):
             raise ValueError(f"fine_positions must be filled or sampled; it is {fine_positions!r}")
         starts, guide = self.start_sampling(n, labels, cfg_scale)
-        draws = 1 + self.content_head.digits
-        numbers = uniforms(n, draws * self.length, generator, starts.device)
-        numbers = numbers.view(n, self.length, draws)
+        shape = self.length, 1 + self.content_head.digits
+        numbers = uniforms(n, shape, generator, starts.device)
         position_cache = Cache(self.position_blocks, len(starts), self.length)
         content_cache = Cache(self.content_blocks, len(starts), self.length)
         state = State(self, n, starts)
@@ -391,15 +337,12 @@ class DQTransformer(CodeTransformer):
             h = position_cache.step(x + self.index_emb[t], t)
             logits = guide(self.position_head(self.position_norm(h)))   # (n, N + G)
             possible = state.possible(fine_positions == "sampled")
-            logits = logits.masked_fill(~possible, -math.inf)
-            logits = filter_logits(logits, temperature_pos, top_k_pos, top_p_pos)
+            logits = filter_logits(logits.masked_fill(~possible, -math.inf), *position_filters)
             state.move(draw(logits, numbers[state.rows, t, 0]))
 
             _, place, _ = state.rows_of_last()
             z = self.content_norm(content_cache.step(h + self.position_emb(place), t))
-            filters = temperature, top_k, top_p
-            number = numbers[state.rows, t, 1:]
-            state.store(self.content_head.draw(z, guide, filters, number))
+            state.store(self.content_head.draw(z, guide, filters, numbers[state.rows, t, 1:]))
 
             if (t + 1) % content_cache.window == 0:  # finished rows leave; it waits for the GPU
                 active = state.unfinished()
@@ -413,7 +356,7 @@ class DQTransformer(CodeTransformer):
         return self._codes(state.grain[:, :-1], state.contents)
 
 
-def mean_over_processes(number: Tensor) -> Tensor:
+def mean_over_processes(number):
     """So that the mean of the processes' losses is the mean over all tokens."""
     if not (dist.is_available() and dist.is_initialized()):
         return number
@@ -425,64 +368,58 @@ class State:
     """Sequences while they are sampled. Those at the last slot are finished; `rows` of the n are
     still in the batch.
 
-    slot, content    the last token, (rows,) each
-    grain            (n, R + 1): each region's granularity, -1: undecided; the last: region "none"
-    contents         (n, M): the codes so far
-    owed             (rows, N + G): columns of position_head that must come before the end
-    prompt           tokens that stay, the first `prompt_length` (n,) of a sequence
+    slot        of the last token, (rows,)
+    grain       (n, R + 1): each region's granularity, -1: undecided; the last: region "none"
+    contents    (n, M): of all slots, so far
+    owed        (rows, N + G): columns of position_head that must come before the end
+    prompt      slots and contents that stay, (n, T) each, the first `prompt_length` (n,)
     """
 
-    def __init__(self, model: DQTransformer, n: int, starts: Tensor):
-        device = starts.device
+    def __init__(self, model, n, starts):
         self.model = model
         self.starts = starts                                            # (n,), guided (2n,)
         self.copies = len(starts) // n
-        self.rows = torch.arange(n, device=device)
-        self.slot = torch.zeros(n, dtype=torch.int64, device=device)
-        self.content = torch.full_like(self.slot, model.codebook_size + 1)
-        self.grain = torch.full((n, model.cells[0] + 1), -1, device=device)
+        self.rows = torch.arange(n, device=starts.device)
+        self.slot = torch.zeros_like(self.rows)
+        self.grain = self.slot.new_full((n, model.cells[0] + 1), -1)
         self.grain[:, -1] = 0
-        self.contents = torch.zeros(n, len(model.slot_kind), dtype=torch.int64, device=device)
-        columns = model.column_slot.shape[1]
-        self.owed = torch.zeros(n, columns, dtype=torch.bool, device=device)
+        self.contents = model.slot_special.repeat(n, 1)
+        self.owed = torch.zeros_like(model.column_slot[self.slot], dtype=torch.bool)
         self.moves = 0
-        self.prompt: Tokens | None = None
+        self.prompt = self.contents, self.contents
         self.prompt_length = torch.ones_like(self.slot)  # the start token
 
-    def keep_known(self, codes: Codes | None, known: Tensor | None) -> None:
+    def keep_known(self, codes, known):
         """Keeps the codes whose finest cells are all `known`, bool (n, h, w), and the end of a
         granularity whose codes all stay (so that it gets no others; one without codes may)."""
         model = self.model
+        device = self.rows.device
         check_known(len(self.rows), model.grids[-1], codes, known)
-        known = known.to(self.rows.device)
-        tokens = model.order({key: value.to(known.device) for key, value in codes.items()})
+        tokens = model.order({key: value.to(device) for key, value in codes.items()})
         kind = model.slot_kind[tokens.slot]                             # (n, T), padding: END
-        number = torch.arange(kind.shape[1], device=known.device)
-        whole = covered(known, model.cover, len(model.slot_kind)).gather(1, tokens.slot)
+        number = torch.arange(kind.shape[1], device=device)
+        whole = covered(known.to(device), model.cover, len(model.slot_kind)).gather(1, tokens.slot)
         stays = (kind == CODE) & whole                                  # (n, T)
         length = torch.where(stays, number + 1, 1).amax(1)              # up to the last that stays
         if ((kind == CODE) & ~stays & (number < length.unsqueeze(1))).any():
             raise ValueError("this model draws coarse codes first, then finer ones, each in raster "
                              "order, so only the first of these can stay, such as all coarse codes;"
                              " a MaskTransformer keeps any region")
-        following = kind.gather(1, length.clamp(max=len(number) - 1).unsqueeze(1)).squeeze(1)
-        self.prompt = tokens
+        following = kind.gather(1, length.unsqueeze(1)).squeeze(1)      # a code is never the last
+        self.prompt = tokens.slot, tokens.content
         self.prompt_length = length + ((following == END) & (length > 1))
 
-    def _or_prompt(self, drawn: Tensor, of_prompt: Callable[[Tokens], Tensor]) -> Tensor:
-        """What was drawn (rows,) for the next token, or what the prompt says."""
-        if self.prompt is None:
-            return drawn
-        number = min(self.moves, self.prompt.slot.shape[1] - 1)
-        said = of_prompt(self.prompt)[self.rows, number]
+    def _or_prompt(self, drawn, prompt):
+        """What was drawn (rows,) for the next token, or what the prompt (n, T) says."""
+        said = prompt[self.rows, min(self.moves, prompt.shape[1] - 1)]
         return torch.where(self.moves < self.prompt_length[self.rows], said, drawn)
 
-    def rows_of_last(self) -> tuple[Tensor, Tensor, Tensor]:
+    def rows_of_last(self):
         """`DQTransformer.rows` of the last tokens, (copies * rows,) each."""
-        slot = self.slot.repeat(self.copies)
-        return self.model.rows(slot, self.content.repeat(self.copies), self.starts)
+        content = self.contents[self.rows, self.slot].repeat(self.copies)
+        return self.model.rows(self.slot.repeat(self.copies), content, self.starts)
 
-    def possible(self, any_fine_order: bool) -> Tensor:
+    def possible(self, any_fine_order):
         """Columns of position_head that may come next, (rows, N + G): the first owed cell or else
         the end, and cells before it that open an undecided region."""
         model = self.model
@@ -490,15 +427,15 @@ class State:
         slots = model.column_slot[g]                                    # (rows, N + G)
         end = slots.amax(1, keepdim=True)                               # (rows, 1)
         due = torch.where(self.owed, slots, end).amin(1, keepdim=True)  # (rows, 1)
-        undecided = self.grain[self.rows].gather(1, model.column_region[g]) < 0
-        may_open = model.column_opens[g] & undecided
+        undecided = self.grain[self.rows].gather(1, model.slot_region[slots]) < 0
+        may_open = model.slot_opens[slots] & undecided
         may_open &= (slots > self.slot.unsqueeze(1)) & (slots < due)
         is_due = slots == due
         if any_fine_order:
             is_due |= self.owed & (g == model.grains - 1).unsqueeze(1)
         return may_open | is_due
 
-    def move(self, column: Tensor) -> None:
+    def move(self, column):
         """Moves to the drawn column (rows,) of position_head, or from an end to the next
         granularity's start.
 
@@ -507,12 +444,11 @@ class State:
         """
         model = self.model
         self.moves += 1
-        column = self._or_prompt(column, lambda tokens: model.slot_column[tokens.slot])
+        drawn = model.column_slot[model.slot_grain[self.slot], column]
+        drawn = self._or_prompt(drawn, self.prompt[0])
         ended = model.slot_kind[self.slot] == END
         following = (self.slot + 1).clamp(max=len(model.slot_kind) - 1)
-        drawn = model.column_slot[model.slot_grain[self.slot], column]
         self.slot = torch.where(ended, following, drawn)
-        self.content = model.slot_special[self.slot]
 
         g = model.slot_grain[self.slot]                                 # (rows,)
         grain = self.grain[self.rows]                                   # (rows, R + 1)
@@ -521,27 +457,26 @@ class State:
         entered = F.one_hot(model.slot_region[self.slot], grain.shape[1]).bool()
         decided = (grain < 0) & (entered | takes_all)                   # (rows, R + 1)
         self.grain[self.rows] = torch.where(decided, g.unsqueeze(1), grain)
-        owed = self.owed | decided.gather(1, model.column_region[g])
-        self.owed = owed & (model.column_slot[g] != self.slot.unsqueeze(1))
+        slots = model.column_slot[g]                                    # (rows, N + G)
+        owed = self.owed | decided.gather(1, model.slot_region[slots])
+        self.owed = owed & (slots != self.slot.unsqueeze(1))
 
-    def store(self, code: Tensor) -> None:
+    def store(self, code):
         """Stores the code (rows,) of the last token, unless that is a start or an end."""
-        code = self._or_prompt(code, lambda tokens: tokens.content)
+        code = self._or_prompt(code, self.prompt[1])
         is_code = self.model.slot_kind[self.slot] == CODE
-        self.content = torch.where(is_code, code, self.content)
-        self.contents[self.rows, self.slot] = code  # never read at starts and ends
+        special = self.model.slot_special[self.slot]
+        self.contents[self.rows, self.slot] = torch.where(is_code, code, special)
 
-    def unfinished(self) -> Tensor:
+    def unfinished(self):
         return (self.slot < len(self.model.slot_kind) - 1).nonzero().squeeze(1)
 
-    def keep_rows(self, active: Tensor) -> Tensor:
+    def keep_rows(self, active):
         """Keeps these rows of the batch only. Returns their rows in the caches, including the null
         class's."""
-        copies = [active + i * len(self.rows) for i in range(self.copies)]
-        cached = torch.cat(copies)
+        cached = torch.cat([active + i * len(self.rows) for i in range(self.copies)])
         self.starts = self.starts[cached]
         self.rows = self.rows[active]
         self.slot = self.slot[active]
-        self.content = self.content[active]
         self.owed = self.owed[active]
         return cached

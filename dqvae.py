@@ -5,7 +5,7 @@
                     three granularities
     FeatureRouter   predicts the error that each granularity would leave in a region; where it falls
                     most, the region is refined
-    grey_entropy    the router without learning: the entropy of a region's pixels
+    DQVAE.entropy   the router without learning: the entropy of a region's pixels
 
 A region is a cell of the coarsest grid. With factors [16, 8], coarse regions have 1 code and fine
 ones 2 x 2. Thresholds on a region's score give the shares. Interface as in vqgan.py; images are
@@ -22,22 +22,18 @@ Differences from the release: how the feature router learns (`explore`) and ema_
 undone by release_training=True; entropy thresholds use the router's own bins. Copy with vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqgan import (
     Codes, Decoder, DownPath, Neck, Output, Tokenizer, UpPath, VectorQuantizer, check_size,
-    group_norm, sides, world_size)
+    conv3x3, group_norm, pair, sides, sum_over_processes, world_size)
 
 COLOURS = [[0.1, 0.3, 1.0], [1.0, 0.85, 0.1], [1.0, 0.1, 0.1]]  # of granularities, in pictures
 PERCENTILES = 99  # thresholds of a model for any rate
@@ -75,24 +71,16 @@ class DQVAE(Tokenizer):
                  decoder_attn_resolutions: list[int] = (32,),
                  quantizer: VectorQuantizer | None = None, release_training: bool = False):
         quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
-        super().__init__(list(factors), quantizer)
+        super().__init__(list(factors), quantizer, check_ratios(ratios, len(factors)))
         self.grains = len(factors)
         check_factors(self.factors, len(ch_mult), len(decoder_ch_mult))
-        self.ranges = check_ratios(ratios, self.grains)
-        self.any_rate = any(low < high for low, high in self.ranges)
-        self.ratios = [(low + high) / 2 for low, high in self.ranges]  # if nothing else is asked
-        self.training_ratios = self.ratios
-        self.rate_range = tuple(map(sum, zip(*self.ranges))) if self.any_rate else None
+        self.any_rate = self.rate_range is not None
         self.image_size = image_size
         self.budget_weight = budget_weight
         self.ema_weighted = ema_weighted
         self.release_training = release_training
-        self.progress = 1.0
         self._calibrated = False
         self.set_image_size(image_size)
-        if quantizer.depth:
-            raise ValueError("DQ-VAE cannot read several codes per cell; give a ResidualVQ to a "
-                             "VQGAN")
         if self.any_rate and release_training and router == "feature":
             raise ValueError("ranges as ratios need thresholds, which the feature router has only "
                              "without release_training")
@@ -101,16 +89,19 @@ class DQVAE(Tokenizer):
         channels = self.down.channels[:-self.grains - 1:-1]             # coarsest first
         self.necks = nn.ModuleList(Neck(c, z_channels) for c in channels)
         self.router = FeatureRouter(z_channels, self.grains) if router == "feature" else None
-        # On the entropy, or on the gain that the feature router predicts; NaN: not known yet.
-        number = PERCENTILES if self.any_rate else self.grains - 1
-        self.register_buffer("thresholds", torch.full((number,), math.nan))
+        # Thresholds on the entropy, or on the gain that the feature router predicts, and the share
+        # of regions above each; NaN: not known yet.
+        self.shares = self._shares(None)
+        if self.any_rate:
+            self.shares = [1 - p / (PERCENTILES + 1) for p in range(1, PERCENTILES + 1)]
+        self.register_buffer("thresholds", torch.full((len(self.shares),), math.nan))
         self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
         self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
         height, width = (side // factors[-1] for side in sides(image_size))
         self.position = PositionEmbedding(z_channels, height, width)
         up = UpPath(image_size, ch, decoder_ch_mult, num_res_blocks + 1, decoder_attn_resolutions)
         self.decoder = Decoder(up, z_channels)
-        self.to_image = nn.Conv2d(up.channels[-1], 3, 3, padding=1)
+        self.to_image = conv3x3(up.channels[-1], 3)
 
     def forward(self, images: Tensor, ratios: list[float] | None = None) -> Output:
         """Images (B, 3, H, W) to an `Output` with the quantizer's losses and, for the feature
@@ -133,10 +124,8 @@ class DQVAE(Tokenizer):
             losses["budget"] = budget(gate, self.ratios, self.budget_weight)
         if errors is not None:
             losses["router"] = self.router_loss(errors, grain, recon, images)
-        for g in range(1, self.grains):
-            info[f"ratio_{g}"] = (grain == g).float().mean()
-        info["codes"] = self._count(grain).float().mean()
-        info["bits"] = self.bits(codes).mean()
+        for name, numbers in self.counts(codes).items():
+            info[name] = numbers.float().mean()
         if not self.training:
             info |= self.maps(codes, images)
         return Output(recon, codes, losses, info)
@@ -150,21 +139,17 @@ class DQVAE(Tokenizer):
         indices = self.quantizer.nearest(self.vectors(features, grain))
         return {"indices": self.same_within_code(indices, self.to_finest(grain)), "grain": grain}
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Codes to images (B, 3, H, W)."""
-        return self._decode(self.quantizer.lookup(codes["indices"]))
-
-    def _decode(self, z_q: Tensor) -> Tensor:
+    def _decode(self, z_q):
         z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())       # (B, z_channels, h, w)
         return self.to_image(self.decoder(self.position(z)))            # (B, 3, H, W)
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images):
         """Images to the features (B, z, H / f, W / f) of each granularity, coarsest first."""
         check_size(images, self.factor)
         levels = self.down(images)[:-self.grains - 1:-1]
         return [neck(x) for neck, x in zip(self.necks, levels)]
 
-    def vectors(self, features: list[Tensor], grain: Tensor, gate: Tensor | None = None) -> Tensor:
+    def vectors(self, features, grain, gate=None):
         """Each finest cell's vector (B, h, w, D), of its region's granularity. A gate
         (B, G, h', w'), whose value there is 1, gets a gradient."""
         size = features[-1].shape[-2:]
@@ -178,8 +163,7 @@ class DQVAE(Tokenizer):
 
     # Routing
 
-    def route(self, images: Tensor, features: list[Tensor], ratios: list[float] | None
-              ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def route(self, images, features, ratios):
         """The grain (B, h', w'), and what the feature router learns by: the release's gate, or the
         predicted errors, (B, G, h', w')."""
         shares = self._shares(ratios)
@@ -195,42 +179,36 @@ class DQVAE(Tokenizer):
         grain = self.explore(gain, shares) if self.training else self.refine(gain, shares)
         return grain, None, errors
 
-    def refine(self, score: Tensor, shares: list[float]) -> Tensor:
-        """The granularity of each region: how many thresholds its score (B, h', w') exceeds."""
+    def refine(self, score, shares):
+        """The granularity of each region: how many thresholds its score (B, h', w') exceeds. Those
+        for any rate are percentiles, between which the shares' are interpolated."""
         if self.router is None and not self._calibrated and self.thresholds.isnan().any():
             raise ValueError("the entropy router has no thresholds yet; call calibrate or "
                              "set_thresholds first")
         self._calibrated = True  # checked once, because it waits for the GPU
-        thresholds = thresholds_at(self.thresholds, shares).nan_to_num(0.0)
-        return (score.unsqueeze(-1) > thresholds).sum(-1)
+        thresholds = self.thresholds
+        if self.any_rate:
+            places = [min(max(round(PERCENTILES - 100 * share, 6), 0), 98) for share in shares]
+            thresholds = torch.stack([thresholds[int(p)].lerp(thresholds[math.ceil(p)], p % 1)
+                                      for p in places])
+        return (score.unsqueeze(-1) > thresholds.nan_to_num(0.0)).sum(-1)
 
-    def explore(self, gain: Tensor, shares: list[float]) -> Tensor:
+    @torch.no_grad()
+    def explore(self, gain, shares):
         """Training, ours: refines the regions where the predicted error falls most from the
         coarsest to the finest granularity, by thresholds of the batch. Evaluation uses their moving
-        average. Some regions are routed at random (40 % at first, 5 % from half-way), so that
-        errors of all granularities are seen."""
-        with torch.no_grad():
-            wanted = quantiles(gain, torch.tensor([1 - share for share in shares]).to(gain))
-            grain = (gain.unsqueeze(-1) > wanted).sum(-1)               # (B, h', w')
-            if self.any_rate:
-                every = torch.arange(1, PERCENTILES + 1, device=gain.device) / (PERCENTILES + 1)
-                self._follow(quantiles(gain, every))
-            else:
-                self._follow(wanted)
-            number = torch.rand_like(gain)
-            anything = sum((number < share).long() for share in shares)
-            explored = torch.rand_like(gain) < max(0.05, 0.4 * (1 - self.progress / 0.5))
-            return torch.where(explored, anything, grain)
-
-    def _follow(self, thresholds: Tensor) -> None:
-        """Moves the thresholds towards those of all processes' batches."""
-        if world_size() > 1:
-            dist.all_reduce(thresholds)
-            thresholds = thresholds / world_size()
+        average, of all processes. Some regions are routed at random (40 % at first, 5 % from
+        half-way), so that errors of all granularities are seen."""
+        grain = (gain.unsqueeze(-1) > quantiles(gain, shares)).sum(-1)  # (B, h', w')
+        thresholds = sum_over_processes(quantiles(gain, self.shares)) / world_size()
         moved = self.thresholds.lerp(thresholds, 0.05)
         self.thresholds.copy_(torch.where(self.thresholds.isfinite(), moved, thresholds))
+        number = torch.rand_like(gain)
+        anything = sum((number < share).long() for share in shares)
+        explored = torch.rand_like(gain) < max(0.05, 0.4 * (1 - self.progress / 0.5))
+        return torch.where(explored, anything, grain)
 
-    def release_gate(self, features: list[Tensor]) -> Tensor:
+    def release_gate(self, features):
         """Training, the release's: granularities are sampled, as a gate (B, G, h', w') that the
         features are multiplied by and that the budget loss counts. In evaluation, the likeliest."""
         logits = self.router(features)
@@ -238,7 +216,7 @@ class DQVAE(Tokenizer):
             return F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
         return F.one_hot(logits.argmax(1), self.grains).permute(0, 3, 1, 2).float()
 
-    def router_loss(self, errors: Tensor, grain: Tensor, recon: Tensor, images: Tensor) -> Tensor:
+    def router_loss(self, errors, grain, recon, images):
         """Regression of each region's squared error, relative to the batch's mean, at the
         granularity that it had. (Routers that learned by straight-through gradients came to refine
         much the same places in all images.)"""
@@ -247,13 +225,25 @@ class DQVAE(Tokenizer):
         predicted = errors.gather(1, grain.unsqueeze(1)).squeeze(1)     # (B, h', w')
         return 0.1 * (predicted - error / error.mean().clamp(min=1e-12)).square().mean()
 
+    @torch.no_grad()
     def entropy(self, images: Tensor) -> Tensor:
-        """The entropy router's score: `grey_entropy` of images in each region, (B, h', w')."""
+        """The entropy router's score: the entropy of the grey values of images (B, 3, H, W) in each
+        region, in nats (B, h', w'), float32: 32 bins, linspace(-1, 1), with a Gaussian kernel of
+        sigma 0.01."""
         check_size(images, self.factor)
-        return grey_entropy(images, self.factor)
+        with torch.autocast(images.device.type, enabled=False):
+            r, g, b = images.float().split(1, dim=1)
+            grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                 # (B, 1, H, W)
+            p = []
+            for center in torch.linspace(-1, 1, 32).tolist():  # one bin at a time saves memory
+                kernel = torch.exp(-0.5 * ((grey - center) / 0.01).square())
+                p.append(F.avg_pool2d(kernel, self.factor))
+            p = torch.cat(p, dim=1)                                     # (B, 32, h', w')
+            p = p / p.sum(1, keepdim=True)
+            return torch.special.entr(p).sum(1)  # entr(0) = 0, even if subnormals are flushed
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> dict:
+    def calibrate(self, batches) -> dict:
         """Sets the entropy router's thresholds so that `ratios` hold on batches of images
         (B, 3, H, W); for any rate, all percentiles. Returns them with their settings, for a file;
         {} for the feature router."""
@@ -263,17 +253,13 @@ class DQVAE(Tokenizer):
         if not entropy:
             raise ValueError("calibration of the thresholds needs at least one image")
         entropy = torch.cat(entropy).sort().values
-        if self.any_rate:
-            shares = [1 - p / (PERCENTILES + 1) for p in range(1, PERCENTILES + 1)]
-        else:
-            shares = self._shares(None)
-        places = [min(int((1 - share) * len(entropy)), len(entropy) - 1) for share in shares]
+        places = [int((1 - share) * len(entropy)) for share in self.shares]
         thresholds = entropy[places].tolist()
         self.set_thresholds(thresholds, self.factor)
         return {"patch_size": self.factor, "image_size": self.image_size, "ratios": self.ratios,
                 "thresholds": thresholds, "regions": len(entropy)}
 
-    def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
+    def set_thresholds(self, thresholds: list[float], patch_size: int):
         """Sets ascending thresholds (G - 1), or for any rate the percentiles 1 to 99, of regions of
         `patch_size` pixels."""
         if self.router is not None:
@@ -290,26 +276,17 @@ class DQVAE(Tokenizer):
 
     # Rates
 
-    def schedule(self, step: int, max_steps: int, seed: int = 0) -> None:
-        """Sets how many regions are routed at random in a training step, and draws its shares from
-        (seed, step), the same on all processes."""
-        self.progress = step / max_steps
-        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        drawn = torch.rand(len(self.ranges), generator=generator).tolist()
-        self.training_ratios = [low + (high - low) * x
-                                for (low, high), x in zip(self.ranges, drawn)]
-
-    def set_rate(self, rate: float | list[float]) -> None:
+    def set_rate(self, rate: float | list[float]):
         """Chooses the shares. One number, their sum, stands for the same place in each range."""
         if not isinstance(rate, list):
-            low, high = self.rate_range or (0.0, sum(self.ratios))
-            place = (rate - low) / (high - low)
             ranges = self.ranges if self.any_rate else [(0.0, r) for r in self.ratios]
+            low, high = map(sum, zip(*ranges))
+            place = (rate - low) / (high - low)
             rate = [round(low + place * (high - low), 9) for low, high in ranges]
         self._shares(rate)
         self.ratios = rate
 
-    def _shares(self, ratios: list[float] | None) -> list[float]:
+    def _shares(self, ratios):
         """The shares of regions that are wanted above each threshold (G - 1)."""
         if ratios is None:
             ratios = self.ratios
@@ -326,7 +303,7 @@ class DQVAE(Tokenizer):
 
     # Codes
 
-    def maps(self, codes: Codes, images: Tensor) -> dict[str, Tensor]:
+    def maps(self, codes, images):
         """{"grain_map": (B, 3, H, W)}: the images, coarse regions in blue, fine ones in red."""
         colours = torch.tensor(COLOURS[:1] + COLOURS[1 - self.grains:], device=images.device)
         tint = colours[codes["grain"]].permute(0, 3, 1, 2) * 2 - 1      # (B, 3, h', w')
@@ -335,55 +312,49 @@ class DQVAE(Tokenizer):
 
     def bits(self, codes: Codes) -> Tensor:
         """Bits per image (B,): log2 K per code, log2 G per region for its granularity."""
-        grain = codes["grain"]
-        bits_of_grain = grain[0].numel() * math.log2(self.grains)
-        return self._count(grain) * math.log2(self.quantizer.codebook_size) + bits_of_grain
+        return super().bits(codes) + codes["grain"][0].numel() * math.log2(self.grains)
 
-    def spent(self, codes: Codes) -> Tensor:
-        return self.first_cells(self.to_finest(codes["grain"])).bool()
+    def spent(self, codes):
+        return self.first_cells(self.to_finest(codes["grain"]))
 
-    def counts(self, codes: Codes) -> dict[str, Tensor]:
+    def counts(self, codes):
         shares = {f"ratio_{g}": (codes["grain"] == g).float().mean((1, 2))
                   for g in range(1, self.grains)}
         return super().counts(codes) | shares
 
-    def to_finest(self, grain: Tensor) -> Tensor:
-        """Granularity of each region (B, h', w') to that of each finest cell (B, h, w)."""
-        times = self.factors[0] // self.factors[-1]
-        return grain.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    def to_finest(self, values, g=0):
+        """What each cell of granularity g has, to each finest cell, (B, h, w); by default, of each
+        region."""
+        times = self.factors[g] // self.factors[-1]
+        return values.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
-    def first_cells(self, cells: Tensor) -> Tensor:
-        """1 at the first cell of each code, else 0, (B, h, w); cells: their granularities."""
+    def first_cells(self, cells):
+        """Whether a cell is the first one of its code, (B, h, w); cells: their granularities."""
         times = torch.pow(2, self.grains - 1 - cells)
         y = torch.arange(cells.shape[1], device=cells.device).view(-1, 1)
         x = torch.arange(cells.shape[2], device=cells.device)
-        return ((y % times == 0) & (x % times == 0)).float()
+        return (y % times == 0) & (x % times == 0)
 
-    def same_within_code(self, indices: Tensor, cells: Tensor) -> Tensor:
+    def same_within_code(self, indices, cells):
         """Copies each code's first cell to its others, whose equal vectors kernels may round
         differently."""
         for g in range(self.grains - 1):
             times = self.factors[g] // self.factors[-1]
-            first = indices[:, ::times, ::times]
-            first = first.repeat_interleave(times, 1).repeat_interleave(times, 2)
+            first = self.to_finest(indices[:, ::times, ::times], g)
             indices = torch.where(cells == g, first, indices)
         return indices
-
-    def _count(self, grain: Tensor) -> Tensor:
-        """Codes per image (B,)."""
-        return torch.pow(4, grain).sum((1, 2))
 
 
 class FeatureRouter(nn.Module):
     """Features (B, C, h_g, w_g) of each granularity, coarsest first, to (B, G, h', w'), float32."""
 
-    def __init__(self, channels: int, grains: int):
+    def __init__(self, channels, grains):
         super().__init__()
         self.norms = nn.ModuleList(group_norm(channels) for _ in range(grains))
         self.fc1 = nn.Linear(grains * channels, grains * channels)
         self.fc2 = nn.Linear(grains * channels, grains)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features):
         side = features[0].shape[-1]
         pooled = [F.avg_pool2d(norm(x), x.shape[-1] // side)
                   for norm, x in zip(self.norms, features)]             # (B, C, h', w') each
@@ -391,7 +362,7 @@ class FeatureRouter(nn.Module):
         return self.fc2(F.silu(self.fc1(x))).permute(0, 3, 1, 2).float()
 
 
-def check_factors(factors: list[int], levels: int, decoder_levels: int) -> None:
+def check_factors(factors, levels, decoder_levels):
     coarsest = 2 ** (levels - 1)
     finest = 2 ** (decoder_levels - 1)
     halved = [coarsest // 2**g for g in range(len(factors))]
@@ -400,9 +371,9 @@ def check_factors(factors: list[int], levels: int, decoder_levels: int) -> None:
                          f"{finest} (from decoder_ch_mult); they are {factors}")
 
 
-def check_ratios(ratios: list[float | list[float]], grains: int) -> list[tuple[float, float]]:
+def check_ratios(ratios, grains):
     """The ratios as ranges (low, high)."""
-    ranges = [tuple(r) if isinstance(r, (list, tuple)) else (r, r) for r in ratios]
+    ranges = [pair(ratio) for ratio in ratios]
     if not valid_ratios(ranges, grains):
         raise ValueError(f"ratios must be {grains - 1} for {grains} factors, above 0 and together "
                          "less than 1, or ranges of such, the lower first; they are "
@@ -410,48 +381,22 @@ def check_ratios(ratios: list[float | list[float]], grains: int) -> list[tuple[f
     return ranges
 
 
-def valid_ratios(ranges: list[tuple], grains: int) -> bool:
+def valid_ratios(ranges, grains):
     """All ratios within the ranges are valid."""
     if len(ranges) != grains - 1 or any(len(ends) != 2 for ends in ranges):
         return False
     return all(0 < low <= high for low, high in ranges) and sum(high for _, high in ranges) < 1
 
 
-def thresholds_at(thresholds: Tensor, shares: list[float]) -> Tensor:
-    """Of percentiles 1 to 99, those (G - 1,) above which these shares are, interpolated; thresholds
-    for fixed ratios (G - 1,) are returned as they are."""
-    if len(thresholds) < PERCENTILES:
-        return thresholds
-    places = [min(max(round(PERCENTILES - 100 * share, 6), 0), 98) for share in shares]
-    return torch.stack([thresholds[int(p)].lerp(thresholds[math.ceil(p)], p % 1) for p in places])
-
-
-def quantiles(values: Tensor, shares: Tensor) -> Tensor:
-    """As torch.quantile (values, shares), which takes at most 2^24 values."""
+def quantiles(values, shares):
+    """The values above which these shares are. (torch.quantile takes at most 2^24 values.)"""
     values = values.flatten().sort().values
-    places = shares * (len(values) - 1)
+    places = torch.tensor([1 - share for share in shares]).to(values) * (len(values) - 1)
     low = places.floor().long()
     return values[low].lerp(values[places.ceil().long()], places - low)
 
 
-@torch.no_grad()
-def grey_entropy(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] to the entropy of the grey values in each square of `size`
-    pixels, in nats (B, h', w'), float32: 32 bins, linspace(-1, 1), with a Gaussian kernel of sigma
-    0.01."""
-    with torch.autocast(images.device.type, enabled=False):
-        r, g, b = images.float().split(1, dim=1)
-        grey = 0.2989 * r + 0.5870 * g + 0.1140 * b                     # (B, 1, H, W)
-        p = []
-        for center in torch.linspace(-1, 1, 32).tolist():  # one bin at a time saves memory
-            kernel = torch.exp(-0.5 * ((grey - center) / 0.01).square())
-            p.append(F.avg_pool2d(kernel, size))
-        p = torch.cat(p, dim=1)                                         # (B, 32, h', w')
-        p = p / p.sum(1, keepdim=True)
-        return torch.special.entr(p).sum(1)  # entr(0) = 0, even if subnormals are flushed
-
-
-def budget(gate: Tensor, ratios: list[float], weight: float) -> Tensor:
+def budget(gate, ratios, weight):
     """The release's loss of a gate (B, G, h', w'). Its code counts, such as sum(g0 + 4 g1), reduce
     to each granularity's mean gate."""
     shares = gate.mean((0, 2, 3))
@@ -465,23 +410,22 @@ class PositionEmbedding(nn.Module):
     """Adds Fourier features of (x, y) and learned vectors per row and column to (B, C, h, w); on
     grids of another size than (height, width), the learned ones are interpolated."""
 
-    def __init__(self, channels: int, height: int, width: int):
+    def __init__(self, channels, height, width):
         super().__init__()
         self.fourier = nn.Conv2d(2, channels, 1)
         nn.init.uniform_(self.fourier.weight, -math.sqrt(9 / 2), math.sqrt(9 / 2))
         self.rows = nn.Parameter(nn.init.trunc_normal_(torch.empty(height, channels)))
         self.columns = nn.Parameter(nn.init.trunc_normal_(torch.empty(width, channels)))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         h, w = z.shape[-2:]
-        y = torch.linspace(-1, 1, h, device=z.device)
-        x = torch.linspace(-1, 1, w, device=z.device)
+        x, y = (torch.linspace(-1, 1, side, device=z.device) for side in (w, h))
         xy = torch.stack(torch.meshgrid(x, y, indexing="xy")).unsqueeze(0)      # (1, 2, h, w)
         learned = stretched(self.rows, h).unsqueeze(2) + stretched(self.columns, w).unsqueeze(1)
         return z + torch.sin(self.fourier(xy)) + learned
 
 
-def stretched(vectors: Tensor, n: int) -> Tensor:
+def stretched(vectors, n):
     """Vectors (m, C) as (C, n)."""
     vectors = vectors.t()
     if vectors.shape[1] == n:

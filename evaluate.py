@@ -45,13 +45,13 @@ import json
 import math
 import os
 import re
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 from harness.checkpoint import write_file
-from harness.config import UserError, check_config, override
+from harness.config import UserError
 from harness.hub import run_folder
 from harness.inception import (
     FEATURES, LOGITS, check_images, check_neighbours, distances, gaussians, inception_features,
@@ -59,29 +59,35 @@ from harness.inception import (
 )
 from harness.launch import run_main
 from harness.metrics import compare, mean_and_spread, perplexity, usage
-from harness.models import (
-    STAGE2, class_names, in_precision, load_run, run_config, run_dataset, set_rate,
-)
+from harness.models import STAGE2, class_names, load_run, run_config
 from harness.run import PATIENCE
-from harness.sampling import draw, load_models, model_parser, sampling_arguments
-from harness.settings2 import SampleSettings
+from harness.sampling import (
+    draw, load_models, model_parser, parse_with_overrides, sampling_arguments, to_path,
+)
+from harness.settings_stage2 import SampleSettings
+from harness.use import in_precision, overridden, run_dataset, set_rate
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from tqdm import tqdm
+from accelerate.utils import gather_object, tqdm
+from torch.utils.data import BatchSampler
 
 from data.images import read_image
-from dataset import ImageDataset, eval_loader, list_images, make_dataset, to_uint8
+from data.sources import list_images
+from dataset import eval_loader, make_dataset, to_uint8
 from losses import load_lpips
 from vqgan import sides
 
 QUEUE = 65536
+METRICS = {  # that need networks, by stage and network
+    1: {"lpips": "lpips", "rfid": "inception", "rsfid": "inception"},
+    2: dict.fromkeys(("fid", "sfid", "is", "precision", "recall"), "inception"),
+}
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv or sys.argv[1:])
+def main(argv=None):
+    args = parse_arguments(argv)
     names = {folder: run_config(folder)["model"]["name"] for folder in args.run}
     check_arguments(args, names)
     evaluation = Evaluation(args, names)
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation.print_results()
 
 
-def parse_arguments(words):
+def parse_arguments(argv):
     parser = model_parser(__doc__)
     option = parser.add_argument
     option("--run", action="append", required=True, type=run_folder,
@@ -107,11 +113,11 @@ def parse_arguments(words):
     option("--images", type=int,
            help="at most so many of them, spread over the split (default: all)")
     option("-n", type=int, help="(stage 2) samples to draw (default: as many as images)")
-    option("--samples", type=path,
+    option("--samples", type=to_path,
            help="(stage 2) measure these instead: a folder of images, or an .npz of uint8 images")
-    option("--reference", type=path,
+    option("--reference", type=to_path,
            help="an .npz of statistics or images (ADM suite) for FID, in place of the split")
-    option("--save_statistics", metavar="FILE.npz", type=path,
+    option("--save_statistics", metavar="FILE.npz", type=to_path,
            help="write the split's statistics there, for --reference")
     option("--without", nargs="+", choices=("lpips", "inception"), default=[],
            help="leave out what needs these networks")
@@ -120,17 +126,7 @@ def parse_arguments(words):
            help="processes that read images, per process")
     option("--markdown", action="store_true",
            help="print the table as Markdown, a row for each run")
-    option("overrides", nargs="*", metavar="data.key=value",
-           help="other data; in stage 2 also sample.key=value")
-    # They may also stand after --without, which takes words.
-    overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]
-    args = parser.parse_intermixed_args([word for word in words if word not in overrides])
-    args.overrides += overrides
-    return args
-
-
-def path(text):
-    return Path(text).expanduser()
+    return parse_with_overrides(parser, argv)
 
 
 def rates(text):
@@ -143,11 +139,10 @@ def rates(text):
 
 def check_arguments(args, names):
     """UserError for what makes no sense, as far as the command line shows it."""
-    counts = [args.batch_size, args.images, args.n]
-    too_few = any(count is not None and count < 1 for count in counts)
-    if too_few or args.num_workers < 0 or not 0 <= args.seed < 2**32:
-        raise UserError("--batch_size, --images and -n must be at least 1, --num_workers at least "
-                        "0, and --seed between 0 and 2^32 - 1")
+    counts = [args.batch_size, args.images, args.n, args.num_workers + 1]
+    if any(count is not None and count < 1 for count in counts):
+        raise UserError("--batch_size, --images and -n must be at least 1, and --num_workers at "
+                        "least 0")
     in_stage2 = [name in STAGE2 for name in names.values()]
     if args.rates and any(in_stage2):
         raise UserError("--rates are for stage-1 runs; a stage-2 run has one, codes.ratio")
@@ -164,22 +159,10 @@ def check_arguments(args, names):
                         f"{statistics}")
 
 
-@dataclass
-class Subject:
-    """A run that is measured, and the images that it is measured on."""
-
-    folder: str
-    config: dict
-    model: torch.nn.Module | None  # of stage 2
-    stage1: torch.nn.Module
-    dataset: ImageDataset
-    data: dict  # the dataset's settings
-
-
 class Evaluation:
     """What one call of this script measures.
 
-    names      of the models, for each run folder and each row of the table
+    names      of the models, for each run folder
     results    the metrics, for each row of the table
     lpips, inception    networks, if they are there
     absent     for each of the others, why it is not
@@ -191,18 +174,17 @@ class Evaluation:
         self.args = args
         self.names = names
         self.results = {}
-        self.lpips = None
-        self.inception = None
         self.absent = {}
         self.reference = load_reference(args.reference) if args.reference else {}
         self.images = self.reference.pop("images", None)
         self.features = {}
         self.state = Accelerator(kwargs_handlers=[PATIENCE])
-        self.is_main = self.state.is_main_process
 
     # Runs, images and networks
 
     def load(self, folder):
+        """A run: its config, its models on the device (`model` is of stage 2, or None), the images
+        that it is measured on, and their settings."""
         args = self.args
         options = self.state.device, args.mixed_precision
         model = None
@@ -212,15 +194,14 @@ class Evaluation:
             stage1, config = load_run(folder, args.which)
             stage1 = in_precision(stage1, config, *options)
         dataset, data = run_images(args, config, args.split, stage1)
-        return Subject(folder, config, model, stage1, dataset, data)
+        return SimpleNamespace(folder=folder, config=config, model=model, stage1=stage1,
+                               dataset=dataset, data=data)
 
     def check_data(self):
         """UserError for what cannot be measured, before anything is."""
         args = self.args
-        if not (args.rates or args.reference or args.save_statistics):
-            return
         data = set()
-        for folder in args.run:
+        for folder in args.run if args.rates or args.reference or args.save_statistics else ():
             run = self.load(folder)
             data.add(data_key(run.data))
             if self.images is not None:
@@ -232,26 +213,24 @@ class Evaluation:
                             "give --run one of them")
 
     def load_networks(self):
-        if not all(name in STAGE2 for name in self.names.values()):
-            self.lpips = self.load_network("lpips", lambda: load_lpips("--without lpips"))
+        needs_lpips = not all(name in STAGE2 for name in self.names.values())
+        self.lpips = needs_lpips and self.load_network("lpips", load_lpips, "--without lpips")
         self.inception = self.load_network("inception", load_inception)
 
-    def load_network(self, name, load):
+    def load_network(self, name, load, *args):
         """The network; or None, and `absent` says why."""
-        reason = None
+        reason = ""
         with self.state.local_main_process_first():  # may download
-            if name in self.args.without:
-                reason = f"left out by --without {name}"
-            else:
-                try:
-                    network = load().to(self.state.device)
-                except FileNotFoundError as error:
-                    reason = str(error)
-        reasons = [r for r in gather_object([reason]) if r]  # here or on another machine
-        if not reasons:
+            try:
+                if name in self.args.without:
+                    raise FileNotFoundError(f"left out by --without {name}")
+                network = load(*args).to(self.state.device)
+            except FileNotFoundError as error:
+                reason = str(error)
+        reason = max(gather_object([reason]))  # here or on another machine
+        if not reason:
             return network
-        self.absent[name] = reasons[0]
-        return None
+        self.absent[name] = reason
 
     # The work of several processes
 
@@ -263,49 +242,36 @@ class Evaluation:
                              state.process_index, state.num_processes, state.device)
         count = min(args.images or len(dataset), len(dataset))
         total = math.ceil(count / (args.batch_size * state.num_processes))
-        return tqdm(loader, what, total, disable=not self.is_main, dynamic_ncols=True)
+        return tqdm(loader, what, total, dynamic_ncols=True)
 
-    def split(self, items, what):
-        """This process's share of a list or an array, in batches."""
-        mine = items[self.state.process_index::self.state.num_processes]
-        size = self.args.batch_size
-        for i in tqdm(range(0, len(mine), size), what, disable=not self.is_main,
-                      dynamic_ncols=True):
-            yield mine[i:i + size]
-
-    def collect(self, batches):
-        """The rows of all processes, on the first one."""
-        rows = torch.cat(batches) if batches else torch.empty(0)
-        if self.state.num_processes == 1:
-            return rows
-        shares = [None] * self.state.num_processes if self.is_main else None
-        torch.distributed.gather_object(rows, shares)
-        return torch.cat(shares) if self.is_main else None
+    def split(self, count, what):
+        """This process's share of the numbers below `count`, in lists."""
+        mine = range(self.state.process_index, count, self.state.num_processes)
+        return tqdm(BatchSampler(mine, self.args.batch_size, drop_last=False), what,
+                    dynamic_ncols=True)
 
     # Real images, as Inception sees them
 
     def real_features(self, run, images=None):
-        """Features (N, FEATURES + SPATIAL) of these images, or else of the dataset's; on the first
-        process."""
+        """Features (N, FEATURES + SPATIAL) of these images, or else of the dataset's."""
         key = data_key(run.data) if images is None else "reference"
         if key not in self.features:
             if images is None:
                 source = (to_uint8(batch) for batch, _ in self.batches(run.dataset, "originals"))
             else:
-                source = map(as_tensor, self.split(images, "reference"))
+                source = (as_tensor(images[numbers])
+                          for numbers in self.split(len(images), "reference"))
             rows = [inception_features(self.inception, batch)[0] for batch in source]
-            self.features[key] = self.collect(rows)
+            self.features[key] = collect(rows)
         return self.features[key]
 
     def real_side(self, run, neighbours=False):
-        """What samples and reconstructions are compared with, on the first process: Gaussians; for
-        neighbours also "features" (M, FEATURES) and where they are "from"."""
+        """What samples and reconstructions are compared with: Gaussians; for neighbours also
+        "features" (M, FEATURES) and where they are "from"."""
         is_enough = self.reference and (self.images is None or len(self.reference) == 2)
         if is_enough and not neighbours:
             return self.reference
         features = self.real_features(run, self.images)
-        if not self.is_main:
-            return {}
         real = {} if is_enough else gaussians(features)
         origin = self.args.split if self.images is None else self.args.reference.name
         return real | self.reference | {"features": features[:, :FEATURES], "from": origin}
@@ -314,7 +280,7 @@ class Evaluation:
         if not self.inception:
             raise UserError(self.absent["inception"])
         features = self.real_features(self.load(self.args.run[0]))
-        if self.is_main:
+        if self.state.is_main_process:
             save_statistics(self.args.save_statistics, gaussians(features))
             print(f"statistics of {len(features)} images: {self.args.save_statistics}")
 
@@ -323,7 +289,8 @@ class Evaluation:
     def measure_stage1(self, run):
         """The metrics; on the first process."""
         model = run.stage1
-        if min(sides(run.dataset.image_size)) < 11:
+        size = sides(run.dataset.image_size)
+        if min(size) < 11:
             raise UserError("SSIM needs images of 11 pixels or more; these have "
                             f"{run.dataset.image_size}")
         real = self.real_side(run) if self.inception else {}
@@ -343,21 +310,20 @@ class Evaluation:
             uses += torch.bincount(spent, minlength=len(uses))
             if self.inception:
                 features.append(inception_features(self.inception, reconstructions)[0])
-        uses = self.state.reduce(uses, "sum").cpu()
-        rows = self.collect(rows)                                       # (N, metrics)
-        features = self.collect(features)
-        if not self.is_main:
+        uses = self.state.reduce(uses, "sum").cpu().chunk(books)
+        rows = collect(rows)                                            # (N, metrics)
+        features = collect(features)
+        if not self.state.is_main_process:
             return {}
         metrics = measured_images(run.data, self.args.split, len(rows), run.dataset)
         for name, column in zip(values, rows.T):
             metrics |= mean_and_spread(name, column)
         if self.inception:
             metrics |= {f"r{name}": x for name, x in distances(features, real).items()}
-        of_books = [(usage(book), usage(book, QUEUE), perplexity(book))
-                    for book in uses.chunk(books)]
-        metrics |= dict(zip(("usage", f"usage_{QUEUE}", "perplexity"),
-                            np.mean(of_books, 0).tolist()))
-        metrics["bits_per_pixel"] = metrics["bits"] / math.prod(sides(run.dataset.image_size))
+        metrics["usage"] = fmean(map(usage, uses))
+        metrics[f"usage_{QUEUE}"] = fmean(usage(book, QUEUE) for book in uses)
+        metrics["perplexity"] = fmean(map(perplexity, uses))
+        metrics["bits_per_pixel"] = metrics["bits"] / math.prod(size)
         return metrics
 
     # Stage 2
@@ -382,26 +348,24 @@ class Evaluation:
         for images, labels in self.batches(validation, f"{run.folder}: bits"):
             codes = run.stage1.encode(images)
             bits.append(run.model.bits(codes, labels if is_conditional else None).double().cpu())
-        bits = self.collect(bits)
+        bits = collect(bits)
 
         count = args.n or min(args.images or len(dataset), len(dataset))
         if not self.inception:
             count = min(count, args.batch_size * self.state.num_processes)  # for the speed alone
-        elif self.is_main and not args.samples:
+        elif not args.samples:
             check_neighbours(count, len(real["features"]))
+        seconds = []
+        source = self.draw_samples(run, count, seconds)
         if args.samples:
             source = self.read_samples(sides(trained)) if self.inception else ()
-        else:
-            source = self.draw_samples(run, count)
         features = []
-        seconds = 0.0
-        for images, duration in source:
-            seconds += duration
+        for images in source:
             if self.inception:
                 features.append(torch.cat(inception_features(self.inception, images), 1))
-        features = self.collect(features)
-        seconds = max(gather_object([seconds]))
-        if not self.is_main:
+        features = collect(features)
+        seconds = max(gather_object([sum(seconds)]))
+        if not self.state.is_main_process:
             return {}
         metrics = measured_images(run.data, "val", len(bits), validation)
         metrics |= mean_and_spread("bits", bits)
@@ -416,20 +380,20 @@ class Evaluation:
         metrics |= distances(features, real)
         return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
 
-    def draw_samples(self, run, count):
-        """This process's share of new images, uint8 (B, 3, H, W), and the seconds that each batch
-        took. Labels are as in the dataset."""
+    def draw_samples(self, run, count, seconds):
+        """This process's share of new images, uint8 (B, 3, H, W); adds to the list how long each
+        batch took. Labels are as in the dataset."""
         labels = spread_labels(run.dataset, count) if run.model.num_classes else None
-        settings = overridden(run.config, self.args.overrides)["sample"]
+        settings = overridden(run.config, self.args.overrides, **SECTIONS)["sample"]
         settings = sampling_arguments(run.model, settings, labels)
-        for numbers in self.split(list(range(count)), "sampling"):
+        for numbers in self.split(count, "sampling"):
             started = time.monotonic()
             images = draw(run.model, run.stage1, numbers, labels, self.args.seed, settings)
-            yield as_tensor(images), time.monotonic() - started
+            seconds.append(time.monotonic() - started)
+            yield as_tensor(images)
 
     def read_samples(self, size):
-        """This process's share of --samples, but for sample.py's grid.png, as draw_samples gives
-        it."""
+        """This process's share of --samples, but for sample.py's grid.png, uint8 (B, 3, H, W)."""
         source = self.args.samples
         if source.suffix == ".npz":
             images = read_npz(source, "arr_0").get("arr_0")
@@ -439,10 +403,11 @@ class Evaluation:
             images = [file for file in images if file.name != "grid.png"]
             if not images:
                 raise UserError(f"there are no images in {source}")
-        for batch in self.split(images[:self.args.n], "samples"):
+        for numbers in self.split(len(images[:self.args.n]), "samples"):
+            batch = [images[number] for number in numbers]
             if source.is_dir():
-                batch = np.stack([read_pixels(file, size) for file in batch])
-            yield as_tensor(batch), 0.0
+                batch = [read_pixels(file, size) for file in batch]
+            yield as_tensor(np.stack(batch))
 
     # Results
 
@@ -450,8 +415,10 @@ class Evaluation:
     def measure(self, folder):
         """Measures a run, at each of the rates, and writes its metrics.json."""
         args = self.args
-        name = self.names[folder]
         run = self.load(folder)
+        stage = 2 if run.model else 1
+        about = {"run": folder, "model": self.names[folder]}
+        no_statistics = f"{args.reference} has neither `mu_s` and `sigma_s` nor images"
         by_rate = {}
         for rate in args.rates or [None]:
             row = folder
@@ -461,34 +428,22 @@ class Evaluation:
             metrics = self.measure_stage2(run) if run.model else self.measure_stage1(run)
             if args.reference and self.inception:
                 metrics["reference"] = args.reference.name
-            metrics["missing"] = self.missing(metrics, name in STAGE2)
+            metrics["missing"] = {name: self.absent.get(network, no_statistics)
+                                  for name, network in METRICS[stage].items()
+                                  if name not in metrics}
             by_rate[rate] = metrics
-            self.results[row] = metrics
-            self.names[row] = name
-        if self.is_main:
-            about = {"run": folder, "model": name, "which": args.which, "split": args.split,
-                     "data": args.overrides}
+            self.results[row] = about | metrics
+        if self.state.is_main_process:
+            about |= {"which": args.which, "split": args.split, "data": args.overrides}
             about |= {"rates": by_rate} if args.rates else metrics
             try:
                 write_file(Path(folder) / "metrics.json", json.dumps(about, indent=1) + "\n")
             except OSError as error:  # somebody else's run, a full disk: the table follows
                 print(f"{folder}/metrics.json could not be written ({error.strerror})")
 
-    def missing(self, metrics, in_stage2):
-        """Why metrics of this stage are not there."""
-        expected = ["lpips", "rfid", "rsfid"]
-        if in_stage2:
-            expected = ["fid", "sfid", "is", "precision", "recall"]
-        reason = self.absent.get("inception", f"{self.args.reference} has neither `mu_s` and "
-                                              "`sigma_s` nor images")
-        reasons = {name: reason for name in expected if name not in metrics}
-        if "lpips" in reasons:
-            reasons["lpips"] = self.absent["lpips"]
-        return reasons
-
     def print_results(self):
-        if self.is_main:
-            print(table(self.results, self.names, self.args.markdown))
+        if self.state.is_main_process:
+            print(table(self.results, self.args.markdown))
             missing = {}
             for metrics in self.results.values():
                 for name, reason in metrics["missing"].items():
@@ -498,20 +453,26 @@ class Evaluation:
         self.state.wait_for_everyone()
 
 
-def overridden(config, overrides):
-    """The sections `data`, without augmentation, and in stage 2 `sample`."""
-    sections = {"data": make_dataset}
-    if config["model"]["name"] in STAGE2:
-        sections["sample"] = SampleSettings
-    settings = {name: dict(config[name]) for name in sections}
-    override(settings, overrides, sections)
-    settings["data"] |= {"random_crop": False, "random_flip": False}
-    return check_config(settings, sections, "the command line")
+def collect(batches):
+    """The rows of all batches of all processes, on the first one."""
+    rows = torch.cat(batches) if batches else torch.empty(0)
+    if not torch.distributed.is_initialized():
+        return rows
+    is_first = torch.distributed.get_rank() == 0
+    shares = [None] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(rows, shares)
+    return torch.cat(shares) if is_first else None
+
+
+SECTIONS = {"data": make_dataset, "sample": SampleSettings}  # of stage 1: the first
 
 
 def run_images(args, config, split, model):
-    """A split of a run's data, or of other data by overrides, and the settings of that data."""
-    data = overridden(config, args.overrides)["data"]
+    """A split of a run's data, or of other data by overrides, without augmentation; and the
+    settings of that data."""
+    sections = {name: SECTIONS[name] for name in SECTIONS if name in config}
+    data = overridden(config, args.overrides, **sections)["data"]
+    data |= {"random_crop": False, "random_flip": False}
     return run_dataset({"data": data}, [], split, model), data
 
 
@@ -525,14 +486,14 @@ def set_classes(dataset, run):
 
 def data_key(data):
     """Equal for equal images (min_scale is of an augmentation that is off)."""
-    return json.dumps(data | {"min_scale": None}, sort_keys=True)
+    return str(data | {"min_scale": None})
 
 
 def measured_images(data, split, count, dataset):
     """Which images a row is about; a user's own are called by the last part of their path."""
     name = data["name"]
     if name in ("folder", "webdataset", "huggingface"):
-        name = path(data["root"]).resolve().name
+        name = to_path(data["root"]).resolve().name
     return {"dataset": name, "split": split, "images": count, "images_in_split": len(dataset)}
 
 
@@ -562,44 +523,43 @@ def read_pixels(file, size):
 
 # The table
 
-LABELS = {  # and the format; those with "+" come with their spread
-    "dataset": ("data", "s"),
-    "images": ("images", "s"),
-    "reference": ("reference of FID", "s"),
-    "psnr": ("PSNR (dB)", ".2f"),
-    "ssim": ("SSIM", ".4f"),
-    "lpips": ("LPIPS", ".4f"),
-    "rfid": ("rFID", ".2f"),
-    "rsfid": ("rsFID", ".2f"),
-    "usage": ("codes in use", ".1%"),
-    f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", ".1%"),
-    "perplexity": ("perplexity", ".1f"),
-    "codes": ("codes per image", "+.1f"),
-    "bits": ("bits per image", "+.1f"),
-    "bits_per_pixel": ("bits per pixel", ".4f"),
-    "kept_ratio": ("kept cells", ".1%"),
-    "ratio_1": ("granularity 1", "+.1%"),
-    "ratio_2": ("granularity 2", "+.1%"),
-    "samples": ("samples", "d"),
-    "labels": ("their labels", "s"),
-    "real_images": ("real images", "s"),
-    "fid": ("FID", ".2f"),
-    "sfid": ("sFID", ".2f"),
-    "is": ("Inception Score", "+.2f"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "images_per_second": ("sampled images/s", ".2f"),
+LABELS = {  # and what stands in a cell
+    "model": ("model", "{model}"),
+    "dataset": ("data", "{dataset} {split}"),
+    "images": ("images", "{images} of {images_in_split}"),
+    "reference": ("reference of FID", "{reference}"),
+    "psnr": ("PSNR (dB)", "{psnr:.2f}"),
+    "ssim": ("SSIM", "{ssim:.4f}"),
+    "lpips": ("LPIPS", "{lpips:.4f}"),
+    "rfid": ("rFID", "{rfid:.2f}"),
+    "rsfid": ("rsFID", "{rsfid:.2f}"),
+    "usage": ("codes in use", "{usage:.1%}"),
+    f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", f"{{usage_{QUEUE}:.1%}}"),
+    "perplexity": ("perplexity", "{perplexity:.1f}"),
+    "codes": ("codes per image", "{codes:.1f} ± {codes_std:.1f}"),
+    "bits": ("bits per image", "{bits:.1f} ± {bits_std:.1f}"),
+    "bits_per_pixel": ("bits per pixel", "{bits_per_pixel:.4f}"),
+    "kept_ratio": ("kept cells", "{kept_ratio:.1%}"),
+    "ratio_1": ("granularity 1", "{ratio_1:.1%} ± {ratio_1_std:.1%}"),
+    "ratio_2": ("granularity 2", "{ratio_2:.1%} ± {ratio_2_std:.1%}"),
+    "samples": ("samples", "{samples}"),
+    "labels": ("their labels", "{labels}"),
+    "real_images": ("real images", "{real_images} from {real_images_from}"),
+    "fid": ("FID", "{fid:.2f}"),
+    "sfid": ("sFID", "{sfid:.2f}"),
+    "is": ("Inception Score", "{is:.2f} ± {is_std:.2f}"),
+    "precision": ("precision", "{precision:.3f}"),
+    "recall": ("recall", "{recall:.3f}"),
+    "images_per_second": ("sampled images/s", "{images_per_second:.2f}"),
 }
 
 
-def table(results, names, markdown=False):
-    """The results {run: metrics} as text: a column for each run, or in Markdown a row. `names` are
-    those of the models, {run: name}."""
-    rows = {run: cells(metrics) for run, metrics in results.items()}
-    keys = [key for key in LABELS if any(key in row for row in rows.values())]
-    lines = [["run", "model", *(LABELS[key][0] for key in keys)]]
-    for run, row in rows.items():
-        lines.append([Path(run).name, names[run], *(row.get(key, "-") for key in keys)])
+def table(results, markdown=False):
+    """The results {run: metrics} as text: a column for each run, or in Markdown a row."""
+    keys = [key for key in LABELS if any(key in metrics for metrics in results.values())]
+    lines = [["run", *(LABELS[key][0] for key in keys)]]
+    for run, metrics in results.items():
+        lines.append([Path(run).name, *(cell(metrics, key) for key in keys)])
     if markdown:
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -607,21 +567,11 @@ def table(results, names, markdown=False):
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*lines))
 
 
-def cells(metrics):
-    """The metrics as text."""
-    values = metrics | {
-        "dataset": f"{metrics['dataset']} {metrics['split']}",
-        "images": f"{metrics['images']} of {metrics['images_in_split']}"}
-    if "real_images" in metrics:
-        values["real_images"] = f"{metrics['real_images']} from {metrics['real_images_from']}"
-    texts = {}
-    for key, (_, form) in LABELS.items():
-        if key in values:
-            number_form = form.strip("+")
-            texts[key] = format(values[key], number_form)
-            if form != number_form and metrics[f"{key}_std"]:
-                texts[key] += f" ± {metrics[f'{key}_std']:{number_form}}"
-    return texts
+def cell(metrics, key):
+    """A metric as text; a spread of 0 is left out."""
+    if key not in metrics:
+        return "-"
+    return re.sub(" ± 0[.0]*%?$", "", LABELS[key][1].format(**metrics))
 
 
 if __name__ == "__main__":

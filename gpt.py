@@ -10,6 +10,7 @@
     Guidance, NotFinite     classifier-free guidance; the error for NaN or infinite logits
     filter_logits, draw     temperature, top-k, top-p; sampling
     check_known, kept_first, covered    which codes stay when a part of an image is drawn anew
+    cell_tables, register_tables        how grids of several granularities lie on each other
     parameter_groups        for AdamW: weight decay on linear weights only
 
     model = GPT(codebook_size=1024, grid=16, num_classes=1000)
@@ -20,11 +21,9 @@ Unconditional with num_classes=0. Unlike the release's, start tokens have their 
 logits, and labels may be dropped. Needs torch only.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -49,8 +48,10 @@ class CodeTransformer(nn.Module):
 
     reads = ("indices",)  # the names of the codes of the stage-1 models that it is for
 
-    def __init__(self, num_classes: Count, label_dropout: Probability):
+    def __init__(self, codebook_size, num_classes, label_dropout, dropout):
         super().__init__()
+        self.codebook_size = codebook_size
+        self.drop = nn.Dropout(dropout)
         self.num_classes = num_classes
         self.label_dropout = label_dropout
         self.has_null = num_classes == 0 or label_dropout > 0
@@ -68,12 +69,12 @@ class CodeTransformer(nn.Module):
                              f"{stage1.quantizer.depth}")
         return {"codebook_size": stage1.quantizer.codebook_size}
 
-    def start_tokens(self, n: int, labels: Tensor | None, device: torch.device) -> Tensor:
+    def start_tokens(self, n, labels, device):
         """Start tokens (n,) of labels (n,) or of the null class, with label dropout in training."""
-        if labels is None and not self.has_null:
-            raise ValueError("this model needs labels: it was made with label_dropout=0, so it has "
-                             "no null class")
         if labels is None:
+            if not self.has_null:
+                raise ValueError("this model needs labels: it was made with label_dropout=0, so it "
+                                 "has no null class")
             return torch.full((n,), self.num_classes, device=device)
         if self.num_classes == 0:
             raise ValueError("labels were given, but this model is unconditional (num_classes=0)")
@@ -92,12 +93,12 @@ class CodeTransformer(nn.Module):
             labels = torch.where(dropped, self.num_classes, labels)
         return labels
 
-    def start_tables(self) -> dict[str, list[int]]:
-        """The tables that hold start tokens, and how many other rows come before each copy."""
+    def start_tables(self):
+        """The tables that hold start tokens, and how many other rows come before each copy, as
+        {name: [rows, ...]}."""
         return {"start_emb.weight": [0]}
 
-    def start_sampling(self, n: int, labels: Tensor | list[int] | None,
-                       cfg_scale: float) -> tuple[Tensor, Guidance]:
+    def start_sampling(self, n, labels, cfg_scale, cfg_schedule="constant"):
         """Start tokens (n,), or with guidance (2n,), the second half being the null class's."""
         if self.training:
             raise ValueError("the model is in training mode; call eval() before sample()")
@@ -105,14 +106,13 @@ class CodeTransformer(nn.Module):
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
         starts = self.start_tokens(n, labels, device)
-        if cfg_scale == 1.0:
-            return starts, Guidance(1.0, 1)
-        if labels is None:
-            raise ValueError(f"cfg_scale={cfg_scale} needs labels to guide towards")
-        null = self.start_tokens(n, None, device)
-        return torch.cat([starts, null]), Guidance(cfg_scale, 2)
+        if cfg_scale != 1.0:
+            if labels is None:
+                raise ValueError(f"cfg_scale={cfg_scale} needs labels to guide towards")
+            starts = torch.cat([starts, self.start_tokens(n, None, device)])
+        return starts, Guidance(cfg_scale, len(starts) // n, cfg_schedule)
 
-    def check_known(self, codes: Codes, known: Tensor) -> None:
+    def check_known(self, codes, known):
         """ValueError if `sample` cannot keep these cells of these codes."""
         kept_first(len(known), self.grid, codes, known)
 
@@ -120,7 +120,21 @@ class CodeTransformer(nn.Module):
         """Reads all training codes before training. Returns each row's number of tokens (rows,)."""
         return torch.cat([self.lengths(codes) for codes in batches])
 
-    def init_weights(self) -> None:
+    def lengths(self, codes: Codes) -> Tensor:
+        """Number of input tokens (B,) of each image."""
+        return torch.full_like(codes["indices"].flatten(1)[:, 0], self.length)
+
+    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes and labels (B,) to the mean cross-entropies of `_nats`, and "loss", their sum."""
+        means = {name: nats.mean() for name, nats in self._nats(codes, labels).items()}
+        return {"loss": sum(means.values())} | {name: x.detach() for name, x in means.items()}
+
+    @torch.no_grad()
+    def bits(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each image's codes, in bits (B,)."""
+        return sum(nats.sum(1) for nats in self._nats(codes, labels).values()) / math.log(2)
+
+    def init_weights(self):
         """As minGPT: N(0, 0.02) for linear layers and embeddings, zero biases."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -146,43 +160,30 @@ class GPT(CodeTransformer):
                  n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
                  dropout: Probability = 0.0, label_dropout: Probability = 0.1,
                  codebook_factors: list[int] | None = None):
-        super().__init__(num_classes, label_dropout)
-        self.codebook_size = codebook_size
+        super().__init__(codebook_size, num_classes, label_dropout, dropout)
         self.grid = sides(grid)
         self.length = math.prod(self.grid)
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
         self.code_emb, head = code_ends(codebook_size, n_embd, codebook_factors)
         self.index_emb = nn.Parameter(torch.zeros(self.length, n_embd))
-        self.drop = nn.Dropout(dropout)
         self.blocks = Blocks(n_layer, n_head, n_embd, dropout)
         self.norm = nn.LayerNorm(n_embd)
         self.head = head
         self.init_weights()
 
     @classmethod
-    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+    def settings_for(cls, stage1, size):
         return super().settings_for(stage1, size) | {"grid": divided(size, stage1.factor)}
-
-    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes {"indices": (B, h, w)} and labels (B,) to {"loss", "code"}, both the mean
-        cross-entropy in nats."""
-        loss = self._nats(codes, labels).mean()
-        return {"loss": loss, "code": loss.detach()}
 
     def logits(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Next-code logits under teacher forcing, {"indices": (B, T, K)}, T = h * w."""
         return {"indices": self.head(self._hidden(codes, labels))}
 
-    @torch.no_grad()
-    def bits(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image's codes, in bits (B,)."""
-        return self._nats(codes, labels).sum(1) / math.log(2)
+    def _nats(self, codes, labels):
+        """Cross-entropies in nats, (B, T)."""
+        return {"code": self.head.nats(self._hidden(codes, labels), self._flat(codes))}
 
-    def _nats(self, codes: Codes, labels: Tensor | None) -> Tensor:
-        """Cross-entropies (B, T)."""
-        return self.head.nats(self._hidden(codes, labels), self._flat(codes))
-
-    def _hidden(self, codes: Codes, labels: Tensor | None) -> Tensor:
+    def _hidden(self, codes, labels):
         indices = self._flat(codes)                                     # (B, T)
         starts = self.start_tokens(len(indices), labels, indices.device)
         x = self.code_emb(indices[:, :-1])                              # (B, T - 1, C)
@@ -205,47 +206,39 @@ class GPT(CodeTransformer):
         codes, known   keep the cells `known`, bool (n, h, w), of `codes`, the first in raster
                        order, and draw the rest
         """
-        check_sampling(temperature, top_k, top_p)
+        filters = check_sampling(temperature, top_k, top_p)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
         device = starts.device
         kept = kept_first(n, self.grid, codes, known).to(device)        # (n,)
-        numbers = uniforms(n, self.length * self.head.digits, generator, device)
-        numbers = numbers.view(n, self.length, -1)                      # (n, T, digits)
-        indices = torch.zeros(n, self.length, dtype=torch.int64, device=device)
+        numbers = uniforms(n, (self.length, self.head.digits), generator, device)
+        indices = starts.new_zeros(n, self.length)
         if codes is not None:
             indices = self._flat(codes).to(device).clone()
         cache = Cache(self.blocks, len(starts), self.length)
         x = self.start_emb(starts)                                      # (n or 2n, C)
         for t in range(self.length):
             x = self.norm(cache.step(x + self.index_emb[t], t))
-            code = self.head.draw(x, guide, (temperature, top_k, top_p), numbers[:, t])
+            code = self.head.draw(x, guide, filters, numbers[:, t])
             indices[:, t] = torch.where(t < kept, indices[:, t], code)
             x = self.code_emb(indices[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices.view(n, *self.grid)}
 
-    def lengths(self, codes: Codes) -> Tensor:
-        """Number of input tokens (B,) of each image."""
-        return torch.full_like(codes["indices"][:, 0, 0], self.length)
-
-    def _flat(self, codes: Codes) -> Tensor:
-        if codes["indices"].shape[1:] != self.grid:
-            raise ValueError(f"indices must be (B, {self.grid[0]}, {self.grid[1]}); they are "
-                             f"{tuple(codes['indices'].shape)}")
-        return codes["indices"].flatten(1)
+    def _flat(self, codes):
+        return read_codes(codes, indices=self.grid)[0]
 
 
 def sides(grid: int | list[int]) -> tuple[int, int]:
     """(height, width) of a grid: a side or [height, width]."""
-    return tuple(grid) if isinstance(grid, (list, tuple)) else (grid, grid)
+    return (grid, grid) if isinstance(grid, int) else tuple(grid)
 
 
-def divided(size: int | list[int], factor: int) -> int | list[int]:
+def divided(size, factor):
     """The grid of images of this size, in the same form."""
     return size // factor if isinstance(size, int) else [side // factor for side in size]
 
 
-def check_grids(grids: list[tuple[int, int]], least: int) -> None:
+def check_grids(grids, least):
     """ValueError unless there are so many, each a multiple of the one before."""
     for (y, x), (h, w) in zip(grids, grids[1:]):
         if h % y or h <= y or h * x != w * y:
@@ -258,8 +251,7 @@ def check_grids(grids: list[tuple[int, int]], least: int) -> None:
 class Blocks(nn.Module):
     """A stack of transformer blocks, causal or bidirectional, (B, T, C) to (B, T, C)."""
 
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, dropout: float,
-                 causal: bool = True):
+    def __init__(self, n_layer, n_head, n_embd, dropout, causal=True):
         super().__init__()
         if n_embd % n_head:
             raise ValueError("n_embd must be a multiple of n_head; they are "
@@ -269,7 +261,7 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(
             Block(n_head, n_embd, dropout, causal) for _ in range(n_layer))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x, mask=None, rope=None):
         """For bidirectional blocks: `mask`, the keys that are attended to, bool, broadcast to
         (B, heads, T, T); `rope`, the angles of rotary position embeddings
         (B or 1, T, head_dim / 2)."""
@@ -279,7 +271,7 @@ class Blocks(nn.Module):
             x = layer(x, mask=mask, rope=rope)
         return x
 
-    def step(self, x: Tensor, kv: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    def step(self, x, kv, t, mask):
         """One decoding step, (B, C) to (B, C), as `Cache.step` calls it. Shapes change every
         `Cache.window` steps: it can be compiled."""
         x = x.unsqueeze(1)
@@ -291,10 +283,9 @@ class Blocks(nn.Module):
 class Block(nn.Module):
     """Self-attention and a GELU MLP, pre-norm, with residual connections."""
 
-    def __init__(self, n_head: int, n_embd: int, dropout: float, causal: bool = True):
+    def __init__(self, n_head, n_embd, dropout, causal=True):
         super().__init__()
         self.n_head = n_head
-        self.dropout = dropout
         self.causal = causal
         self.norm1 = nn.LayerNorm(n_embd)
         self.norm2 = nn.LayerNorm(n_embd)
@@ -303,8 +294,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(Linear(n_embd, 4 * n_embd), nn.GELU(), Linear(4 * n_embd, n_embd))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, kv: Tensor | None = None, t: Tensor | None = None,
-                mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x, kv=None, t=None, mask=None, rope=None):
         """(B, T, C) to (B, T, C). With a cache kv (2, B, heads, window, head_dim), T is 1 and
         t (1,) is the token's number."""
         B, T, C = x.shape
@@ -316,13 +306,13 @@ class Block(nn.Module):
         if kv is not None:
             k, v = kv.index_copy_(3, t, torch.stack([k, v]))
         a = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0,
+            q, k, v, mask, self.drop.p if self.training else 0.0,
             is_causal=self.causal and kv is None)                       # (B, heads, T, D)
         x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, C)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x, cos, sin):
     """Queries or keys (B, heads, T, head_dim), each pair of halves turned by its angle (RoFormer,
     arXiv 2104.09864)."""
     a, b = x.chunk(2, -1)
@@ -332,11 +322,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """nn.Linear. For one decoding step on the CPU, `W @ x.T` is twice as fast as `x @ W.T`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled() or x.numel() > 64 * self.in_features:
             return super().forward(x)
-        y = self.weight @ x.reshape(-1, self.in_features).t()           # (out, rows)
-        y = y.t().contiguous()
+        y = (self.weight @ x.reshape(-1, self.in_features).t()).t().contiguous()
         if self.bias is not None:
             y = y + self.bias.to(y)
         return y.view(*x.shape[:-1], self.out_features)
@@ -347,51 +336,51 @@ class CodeHead(Linear):
 
     digits = 1  # random numbers that a code takes
 
-    def nats(self, x: Tensor, codes: Tensor) -> Tensor:
+    def nats(self, x, codes):
         """Cross-entropy of each code (...), 0 for code -100."""
-        logits = self(x).flatten(0, -2).float()
-        return F.cross_entropy(logits, codes.flatten(), reduction="none").view(codes.shape)
+        return cross_entropy(self(x), codes)
 
-    def draw(self, x: Tensor, guide: Guidance, filters: tuple, numbers: Tensor) -> Tensor:
+    def draw(self, x, guide, filters, numbers):
         """Samples codes (n,) from hidden states (n or 2n, C), with filter_logits' settings and
         random numbers (n, digits)."""
         return draw(filter_logits(guide(self(x)), *filters), numbers[:, 0])
 
 
+def cross_entropy(logits, tokens):
+    """Of each token (...), given logits (..., V), in nats; 0 for token -100."""
+    logits = logits.flatten(0, -2).float()
+    return F.cross_entropy(logits, tokens.flatten(), reduction="none").view(tokens.shape)
+
+
 class FactoredHead(nn.Module):
     """A CodeHead that predicts a code's digits, the first and then each given those before."""
 
-    def __init__(self, factors: list[int], n_embd: int):
+    def __init__(self, factors, n_embd):
         super().__init__()
         self.factors = factors
         self.digits = len(factors)
         self.heads = nn.ModuleList(CodeHead(n_embd, f, bias=False) for f in factors)
         self.embs = nn.ModuleList(nn.Embedding(f, n_embd) for f in factors[:-1])
-        self.mlps = nn.ModuleList()
-        for _ in factors[:-1]:
-            self.mlps.append(nn.Sequential(nn.LayerNorm(n_embd), Linear(n_embd, n_embd), nn.GELU(),
-                                           Linear(n_embd, n_embd)))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n_embd), Linear(n_embd, n_embd), nn.GELU(),
+                          Linear(n_embd, n_embd)) for _ in factors[:-1])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """Log-probabilities of all codes (..., K): only for few codes."""
-        total = x.new_zeros(*x.shape[:-1], 1)                           # (..., codes so far)
-        x = x.unsqueeze(-2)
-        for i, head in enumerate(self.heads):
-            total = (total.unsqueeze(-1) + head(x).log_softmax(-1)).flatten(-2)
-            every = torch.arange(self.factors[i], device=x.device).expand(*x.shape[:-1], -1)
-            x = self._after(i, x.unsqueeze(-2), every).flatten(-3, -2)
-        return total
+        every = torch.arange(math.prod(self.factors), device=x.device)
+        every = every.expand(*x.shape[:-1], -1)                         # (..., K)
+        return -self.nats(x.unsqueeze(-2).expand(*every.shape, -1), every)
 
-    def nats(self, x: Tensor, codes: Tensor) -> Tensor:
+    def nats(self, x, codes):
         """Cross-entropy of each code (...), 0 for code -100."""
         total = 0.0
         digits = digits_of(codes.clamp(min=0), self.factors)
         for i, (head, digit) in enumerate(zip(self.heads, digits)):
-            total = total + head.nats(x, digit)
+            total += head.nats(x, digit)
             x = self._after(i, x, digit)
         return total.masked_fill(codes < 0, 0.0)
 
-    def draw(self, x: Tensor, guide: Guidance, filters: tuple, numbers: Tensor) -> Tensor:
+    def draw(self, x, guide, filters, numbers):
         """As CodeHead.draw."""
         code = 0
         for i, (head, factor) in enumerate(zip(self.heads, self.factors)):
@@ -400,7 +389,7 @@ class FactoredHead(nn.Module):
             x = self._after(i, x, digit.repeat(guide.copies))
         return code
 
-    def _after(self, i: int, x: Tensor, digit: Tensor) -> Tensor:
+    def _after(self, i, x, digit):
         """The hidden state that predicts digit i + 1; after the last one, as it is."""
         if i == len(self.mlps):
             return x
@@ -411,14 +400,14 @@ class FactoredEmbedding(nn.Module):
     """Codes (...) to the sum of their digits' embeddings (..., C); `special` tokens beyond the
     codes have their own."""
 
-    def __init__(self, factors: list[int], special: int, n_embd: int):
+    def __init__(self, factors, special, n_embd):
         super().__init__()
         self.factors = factors
         self.codes = math.prod(factors)
         self.tables = nn.ModuleList(nn.Embedding(f, n_embd) for f in factors)
         self.special = nn.Embedding(special, n_embd) if special else None
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         digits = digits_of(tokens.clamp(max=self.codes - 1), self.factors)
         x = sum(table(digit) for table, digit in zip(self.tables, digits))
         if self.special is not None:
@@ -427,17 +416,15 @@ class FactoredEmbedding(nn.Module):
         return x
 
 
-def digits_of(codes: Tensor, factors: list[int]) -> list[Tensor]:
+def digits_of(codes, factors):
     return [codes // math.prod(factors[i + 1:]) % f for i, f in enumerate(factors)]
 
 
-def code_ends(codebook_size: int, n_embd: int, factors: list[int] | None,
-              special: int = 0) -> tuple[nn.Module, nn.Module]:
+def code_ends(codebook_size, n_embd, factors, special=0):
     """The embedding of codes and `special` tokens, and the head that predicts codes."""
     if factors is None:
         embedding = nn.Embedding(codebook_size + special, n_embd)
         return embedding, CodeHead(n_embd, codebook_size, bias=False)
-    factors = list(factors)
     if math.prod(factors) != codebook_size or min(factors) < 2:
         raise ValueError("codebook_factors must be numbers whose product is codebook_size, "
                          f"{codebook_size}; they are {factors}")
@@ -450,7 +437,7 @@ class Cache:
 
     graphs = True  # on a GPU, replay each step from a CUDA graph
 
-    def __init__(self, blocks: Blocks, rows: int, length: int):
+    def __init__(self, blocks, rows, length):
         weight = blocks.layers[0].qkv.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -460,33 +447,32 @@ class Cache:
         self.numbers = torch.arange(length, device=weight.device)
         # Attention covers multiples of this, the future masked: few shapes, little waste.
         self.window = 64 if weight.is_cuda else 16
-        self.captured: dict[tuple, Graph] | None = {} if weight.is_cuda else None
+        self.captured = {} if weight.is_cuda else None
 
-    def step(self, x: Tensor, t: int) -> Tensor:
+    def step(self, x, t):
         """Token t through the blocks, (rows, C) to (rows, C). The next step may overwrite the
         result."""
         now = self.numbers[t:t + 1]
         window = min(len(self.numbers), (t // self.window + 1) * self.window)
 
-        def step(x: Tensor, now: Tensor) -> Tensor:
+        def step(x, now):
             past = (self.numbers[:window] <= now).unsqueeze(0)
             return self.blocks.step(x, self.kv[..., :window, :], now, past)
 
-        if self.captured is None or not Cache.graphs:
-            return step(x, now)
-        # Earlier graphs are kept: one that is freed takes workspaces of the others with it.
-        key = window, len(x), self.kv.data_ptr()
-        if key not in self.captured:
+        if self.captured is not None and Cache.graphs:
+            # Earlier graphs are kept: one that is freed takes workspaces of the others with it.
+            key = window, len(x), self.kv.data_ptr()
             try:
-                self.captured[key] = Graph(step, x, now)
+                if key not in self.captured:
+                    self.captured[key] = Graph(step, x, now)
+                return self.captured[key](x, now)
             except RuntimeError as error:  # something in the step cannot be captured
                 warnings.warn("sampling without CUDA graphs from here on, which is slower: "
                               f"{error}", stacklevel=2)
                 Cache.graphs = False
-                return step(x, now)
-        return self.captured[key](x, now)
+        return step(x, now)
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows):
         """Keeps these rows (R,) only."""
         self.kv = self.kv.index_select(2, rows)
 
@@ -495,10 +481,10 @@ class Graph:
     """A function of tensors of these shapes, captured in a CUDA graph: one launch for all its
     kernels. Calls return the same tensor."""
 
-    streams: dict[torch.device, torch.cuda.Stream] = {}  # one for all: libraries keep workspaces
-    first: dict[torch.device, Graph] = {}  # which stays, so that all others can use its memory
+    streams = {}  # of each device one for all: libraries keep workspaces
+    first = {}  # of each device the one that stays, so that all others can use its memory
 
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
+    def __init__(self, function, *inputs):
         self.inputs = [v.clone() for v in inputs]
         self.graph = torch.cuda.CUDAGraph()
         device = inputs[0].device
@@ -517,7 +503,7 @@ class Graph:
             at_the_end.callback(self.graph.capture_end)
             self.output = function(*self.inputs)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs):
         torch._foreach_copy_(self.inputs, list(inputs))
         self.graph.replay()
         return self.output
@@ -525,12 +511,10 @@ class Graph:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """For AdamW: decays the weights of linear layers, not biases, norms and embeddings."""
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if id(p) in linear]
-    others = [p for p in parameters if id(p) not in linear]
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
+    return [{"params": [p for p in parameters if p in linear], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p not in linear], "weight_decay": 0.0}]
 
 
 TINY, HUGE = 1e-30, 1e30  # settings of sampling beyond these would be 0 and infinite in float32
@@ -544,15 +528,23 @@ class Guidance:
     """Classifier-free guidance: null + scale * (conditional - null). Also records whether logits
     were finite; `check` waits for the GPU, so it is called once, after sampling.
 
-    copies    rows of each image: 1, or 2 with guidance, all conditional ones first
+    copies      rows of each image: 1, or 2 with guidance, all conditional ones first
+    schedule    constant, or linear: the scale grows from 1
     """
 
-    def __init__(self, scale: float, copies: int):
+    def __init__(self, scale, copies, schedule="constant"):
         self.scale = scale
+        self.full_scale = scale
         self.copies = copies
+        self.schedule = schedule
         self.finite = True
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def at(self, share):
+        """Sets the scale for the step that completes this share of the image."""
+        if self.schedule == "linear":
+            self.scale = 1 + share * (self.full_scale - 1)
+
+    def __call__(self, logits):
         """(copies * n, V) to (n, V)."""
         if self.copies == 2:
             conditional, null = logits.chunk(2)
@@ -560,14 +552,15 @@ class Guidance:
         self.finite = logits.isfinite().all() & self.finite
         return logits
 
-    def check(self) -> None:
+    def check(self):
         if not self.finite:
             raise NotFinite("the model's logits are not finite, so nothing can be sampled: either "
                             "its weights are not (use an earlier checkpoint), or half precision "
                             "overflowed (use float32), or cfg_scale is far too large")
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> tuple:
+    """The settings of filter_logits; ValueError if they make no sense."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"the temperature must be at least 0; it is {temperature}")
     if top_k is not None and top_k < 1:
@@ -575,23 +568,22 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError("top_p must be above 0 and at most 1, or None for no limit; it is "
                          f"{top_p}")
+    return temperature, top_k, top_p
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                  top_p: float | None = None) -> Tensor:
+def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     """Logits (B, V) below the highest, divided by the temperature, float32; -inf for excluded
     tokens. Temperature 0 leaves only the most likely."""
     logits = logits.float()
     if temperature == 0:
         top_k = 1
-        temperature = 1.0
     logits = logits - logits.amax(-1, keepdim=True)  # a low temperature must not make it infinite
     logits = logits / min(max(temperature, TINY), HUGE)
     if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+        values, tokens = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
         reached = p.cumsum(-1) - p >= max(top_p, TINY)  # by the tokens before
         ordered = ordered.masked_fill(reached, -math.inf)
@@ -599,7 +591,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
     return logits
 
 
-def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+def draw(logits, numbers):
     """Samples one token (B,) per row of logits (B, V), given random numbers (B,) in [0, 1)."""
     below = logits.softmax(-1).cumsum(-1)
     target = below[:, -1:] * numbers.unsqueeze(-1) * (1 - 2**-20)  # below the total, once rounded
@@ -607,7 +599,17 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     return passed.int().argmax(-1)  # the first
 
 
-def check_known(n: int, grid: tuple[int, int], codes: Codes | None, known: Tensor | None) -> None:
+def read_codes(codes, **shapes):
+    """The codes of these names, (B, T) each. ValueError unless their shapes are these, after B."""
+    for name, shape in shapes.items():
+        if name not in codes or codes[name].shape[1:] != shape:
+            have = {key: tuple(value.shape) for key, value in codes.items()}
+            raise ValueError(f"{name} must be (B, {', '.join(map(str, shape))}); the codes are "
+                             f"{have}")
+    return [codes[name].flatten(1) for name in shapes]
+
+
+def check_known(n, grid, codes, known):
     """ValueError unless codes of n images and `known`, which of their cells stay, bool (n, h, w),
     come together."""
     if (codes is None) != (known is None):
@@ -616,27 +618,56 @@ def check_known(n: int, grid: tuple[int, int], codes: Codes | None, known: Tenso
         return
     rows = {len(value) for value in codes.values()}
     if known.shape != (n, *grid) or known.dtype != torch.bool or rows != {n}:
-        shapes = {name: tuple(value.shape) for name, value in codes.items()}
         raise ValueError(f"codes must be those of {n} images, and known bool, ({n}, {grid[0]}, "
-                         f"{grid[1]}); they are {shapes} and {known.dtype}, {tuple(known.shape)}")
+                         f"{grid[1]}); they are those of {rows} and {known.dtype}, "
+                         f"{tuple(known.shape)}")
 
 
-def kept_first(n: int, grid: tuple[int, int], codes: Codes | None, known: Tensor | None) -> Tensor:
+def kept_first(n, grid, codes, known):
     """How many cells of each image stay (n,). ValueError unless they are the first in raster
     order."""
     check_known(n, grid, codes, known)
     if known is None:
         return torch.zeros(n, dtype=torch.int64)
-    count = known.sum((1, 2))
-    first = torch.arange(math.prod(grid), device=known.device) < count.unsqueeze(1)
-    if not torch.equal(known.flatten(1), first):
+    if (known.flatten(1).int().diff(dim=1) > 0).any():
         raise ValueError("this model draws cells in raster order, so only the first ones can stay: "
                          "whole rows from the top, and the first cells of the next; a "
                          "MaskTransformer keeps any region")
-    return count
+    return known.sum((1, 2))
 
 
-def covered(known: Tensor, cover: Tensor, places: int) -> Tensor:
+def cell_tables(grids, g):
+    """How the cells of grids[g] lie in the coarsest and the finest grid, grids[0] and grids[-1].
+
+    region    the coarsest cell that has it
+    corner    its first finest cell
+    cover     which cell covers each finest cell, (N,)
+    """
+    width = grids[g][1]
+    size = width // grids[0][1]                         # side of a region, in cells
+    scale = grids[-1][1] // width                       # side of a cell, in finest cells
+    y, x = rows_and_columns(grids[g])
+    fine_y, fine_x = rows_and_columns(grids[-1])
+    return {
+        "region": y // size * grids[0][1] + x // size,
+        "corner": y * scale * grids[-1][1] + x * scale,
+        "cover": fine_y // scale * width + fine_x // scale,
+    }
+
+
+def rows_and_columns(grid):
+    """(y, x) of the cells of a grid, (cells,) each."""
+    return torch.cartesian_prod(*map(torch.arange, grid)).unbind(1)
+
+
+def register_tables(module, tables, stacked):
+    """Registers each granularity's tables as buffers, concatenated or `stacked`."""
+    for name in tables[0]:
+        join = torch.stack if name in stacked else torch.cat
+        module.register_buffer(name, join([table[name] for table in tables]), persistent=False)
+
+
+def covered(known, cover, places):
     """Which places (B, places) have nothing but `known` cells (B, h, w), given the places that
     cover each cell (G, h * w)."""
     B = len(known)
@@ -645,12 +676,12 @@ def covered(known: Tensor, cover: Tensor, places: int) -> Tensor:
     return every.scatter_reduce(1, cover.flatten().expand(B, -1), cells, "amin").bool()
 
 
-def uniforms(n: int, count: int, generator: Generators, device: torch.device) -> Tensor:
-    """Random numbers (n, count) in [0, 1), row by row from the row's generator or the only one, so
+def uniforms(n, shape, generator, device):
+    """Random numbers (n, *shape) in [0, 1), row by row from the row's generator or the only one, so
     that they do not depend on n."""
     generators = generator if isinstance(generator, list) else [generator] * n
     if len(generators) != n:
         raise ValueError(f"there must be one generator for each of the {n} rows, or one alone; "
                          f"there are {len(generators)}")
-    rows = [torch.rand(count, generator=g, device=g.device if g else "cpu") for g in generators]
+    rows = [torch.rand(shape, generator=g, device=g.device if g else "cpu") for g in generators]
     return torch.stack([row.to(device) for row in rows])

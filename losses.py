@@ -12,8 +12,6 @@ Differences from the Taming Transformers release: LPIPS without dropout; an adap
 gradients averaged over processes. Needs torch, and lpips for the perceptual loss only.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Annotated, Literal
@@ -86,9 +84,8 @@ class Stage1Loss(nn.Module):
         """
         recon = out.images.float()
         error = recon - images
-        pixel = error.abs().mean() if self.reconstruction == "l1" else error.square().mean()
-        parts = {self.reconstruction: pixel}
-        reconstruction = pixel
+        reconstruction = (error.abs() if self.reconstruction == "l1" else error.square()).mean()
+        parts = {self.reconstruction: reconstruction}
         if self.lpips is not None:
             parts["lpips"] = self.lpips(recon, images).mean()
             reconstruction = reconstruction + self.perceptual_weight * parts["lpips"]
@@ -98,8 +95,8 @@ class Stage1Loss(nn.Module):
         value = loss
         if self.generator_hears(step):
             parts["gan"] = generator_loss(discriminator(recon), self.gan)
-            to_recon = gradient(reconstruction * scale, recon) / scale  # (B, 3, H, W)
-            to_gan = gradient(parts["gan"] * scale, recon) / scale      # (B, 3, H, W)
+            to_recon, to_gan = (torch.autograd.grad(each * scale, recon)[0] / scale
+                                for each in (reconstruction, parts["gan"]))     # (B, 3, H, W)
             weight = recon.new_full((), self.disc_weight)
             if self.adaptive_weight:
                 ends = [torch.autograd.grad(recon, last_layer, g * scale, retain_graph=True)[0]
@@ -126,11 +123,7 @@ class Stage1Loss(nn.Module):
         return self.disc_loss_weight * loss, detached(parts)
 
 
-def gradient(loss: Tensor, at: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, at)[0]
-
-
-def detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def detached(parts):
     return {name: value.detach() for name, value in parts.items()}
 
 
@@ -172,9 +165,9 @@ class LeCam(nn.Module):
         return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
 
-def mean_over_processes(x: Tensor) -> Tensor:
+def mean_over_processes(x):
+    """x, which becomes its mean over all processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
@@ -195,18 +188,15 @@ class PatchGAN(nn.Sequential):
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (c_in, c_out) in enumerate(zip(channels, channels[1:])):
             stride = 2 if i < num_layers - 1 else 1
-            layers.append(nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False))
-            if norm == "batch":
-                layers.append(nn.BatchNorm2d(c_out))
-            else:
-                layers.append(nn.GroupNorm(math.gcd(32, c_out), c_out))
-            layers.append(nn.LeakyReLU(0.2))
+            layers += [
+                nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False),
+                nn.BatchNorm2d(c_out) if norm == "batch"
+                else nn.GroupNorm(math.gcd(32, c_out), c_out),
+                nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 1, 1))
-        for layer in self:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif not isinstance(layer, nn.LeakyReLU):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):  # N(0, 0.02) for convs, N(1, 0.02) for norms
+                nn.init.normal_(parameter, float(parameter.ndim == 1), 0.02)
 
 
 def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:

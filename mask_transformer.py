@@ -23,10 +23,7 @@ Differences from the release: the layout; rotary position embeddings beside lear
 pre-norm blocks and an untied head; classifier-free guidance; no label smoothing. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import (
-    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Guidance, Probability,
-    check_grids, check_known, check_sampling, covered, divided, draw, filter_logits, sides,
-    uniforms)
+    HUGE, Blocks, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, cell_tables,
+    check_grids, check_known, check_sampling, covered, cross_entropy, divided, draw,
+    filter_logits, read_codes, register_tables, rows_and_columns, sides, uniforms)
 
 
 class MaskTransformer(CodeTransformer):
@@ -57,16 +54,14 @@ class MaskTransformer(CodeTransformer):
                  num_codes: int | None = None, num_classes: Count = 0, layout_layers: int = 6,
                  content_layers: int = 18, n_head: int = 8, n_embd: int = 1024,
                  dropout: Probability = 0.1, label_dropout: Probability = 0.1):
-        super().__init__(num_classes, label_dropout)
-        self.codebook_size = codebook_size
+        super().__init__(codebook_size, num_classes, label_dropout, dropout)
         self.num_codes = num_codes
         self.places = Places(grids, num_codes)
         self.kinds = self.places.kinds
         self.regions = self.places.regions
         self.has_layout = self.kinds > 1
-        self.mean_length: float | None = None  # of the contents, see survey
+        self.mean_length = None  # of the contents, see survey
         self.start_emb = nn.Embedding(self.num_starts, n_embd)
-        self.drop = nn.Dropout(dropout)
         if self.has_layout:
             self.kind_emb = nn.Embedding(self.kinds + 1, n_embd)  # the last is the mask
             self.region_emb = nn.Embedding(self.regions, n_embd)
@@ -82,18 +77,18 @@ class MaskTransformer(CodeTransformer):
         self.init_weights()
 
     @classmethod
-    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+    def settings_for(cls, stage1, size):
         grids = [divided(size, factor) for factor in stage1.factors]
         num_codes = stage1.num_codes if "positions" in stage1.code_names else None
         return super().settings_for(stage1, size) | {"grids": grids, "num_codes": num_codes}
 
-    def lengths(self, codes: Codes) -> Tensor:
+    def lengths(self, codes):
         """Number of input tokens (B,) of each image's contents."""
         layout, _ = self.places.read(codes)
         return self.places.present(layout).sum(1) + 1
 
     @torch.no_grad()
-    def survey(self, batches: Iterable[Codes]) -> Tensor:
+    def survey(self, batches):
         """As CodeTransformer.survey. Also keeps the mean number of codes, which normalises the
         training loss (see DQTransformer.survey)."""
         lengths = super().survey(batches)
@@ -102,83 +97,89 @@ class MaskTransformer(CodeTransformer):
 
     # Networks
 
-    def _layout_logits(self, layout: Tensor, starts: Tensor) -> Tensor:
+    def _layout_logits(self, layout, starts):
         """Kinds (B, R), masked ones being `kinds`, and start tokens (B,) to logits
         (B, R, kinds)."""
         x = self.kind_emb(layout) + self.region_emb.weight              # (B, R, C)
-        x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, 1 + R, C)
-        rope = self.rope[:self.regions + 1].unsqueeze(0)
-        x = self.layout_blocks(self.drop(x), rope=rope)
-        return self.layout_head(self.layout_norm(x[:, 1:]))
+        rope = self.rope[:self.regions + 1].unsqueeze(0)                # (1, 1 + R, D / 2)
+        x = self._after_start(starts, x, self.layout_blocks, rope)
+        return self.layout_head(self.layout_norm(x))
 
-    def _content_hidden(self, content: Tensor, packed: Packed, starts: Tensor) -> Tensor:
+    def _content_hidden(self, content, packed, starts):
         """Contents (B, L), masked ones being K, to the input of content_head (B, L, C)."""
         x = self.code_emb(content) + self.place_emb(packed.place)       # (B, L, C)
-        x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, 1 + L, C)
         mask = None
         if len(self.places.grids) > 1:  # rows differ in length
             mask = F.pad(packed.valid, (1, 0), value=True)[:, None, None]       # keys
         rope = self.rope[F.pad(packed.place + 1, (1, 0))]               # (B, 1 + L, D / 2)
-        x = self.content_blocks(self.drop(x), mask, rope)
-        return self.content_norm(x[:, 1:])
+        return self.content_norm(self._after_start(starts, x, self.content_blocks, rope, mask))
+
+    def _after_start(self, starts, x, blocks, rope, mask=None):
+        """Start tokens (B,) and embeddings (B, T, C) through the blocks, to those of the latter."""
+        x = torch.cat([self.start_emb(starts).unsqueeze(1), x], dim=1)  # (B, 1 + T, C)
+        return blocks(self.drop(x), mask, rope)[:, 1:]
+
+    def _read(self, codes, labels):
+        """Kinds (B, R), contents (B, L) at the `packed` places, and start tokens (B,)."""
+        layout, content = self.places.read(codes)
+        packed = self.places.pack(layout)
+        starts = self.start_tokens(len(layout), labels, layout.device)
+        return layout, content.gather(1, packed.place), packed, starts
 
     # Training
 
-    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, codes, labels=None):
         """Codes and labels (B,) to {"loss", "layout", "content"} in nats: mean cross-entropies of
         masked regions and codes, and their sum. A random share of both is masked, by the cosine
         schedule. After `survey`, the training loss divides by expected numbers, not the batch's. In
         eval mode an image's masks are always the same."""
-        layout, content = self.places.read(codes)
-        packed = self.places.pack(layout)
+        layout, content, packed, starts = self._read(codes, labels)
         B = len(layout)
-        device = layout.device
-        starts = self.start_tokens(B, labels, device)
         if self.training:
-            numbers = torch.rand(B, 2 + self.regions + self.places.count, device=device)
-            spread = torch.arange(B, device=device).unsqueeze(1) / B
-            shares = (numbers[:1, :2] + spread) % 1  # evenly spread over the batch
+            numbers = torch.rand(B, 2 + self.regions + self.places.count, device=layout.device)
+            spread = torch.arange(B, device=layout.device).unsqueeze(1) / B
+            numbers[:, :2] = (numbers[:1, :2] + spread) % 1  # evenly over the batch
         else:
-            numbers = self._fixed_numbers(codes, 1)[0]
-            shares = numbers[:, :2]                                     # (B, 2)
-        of_regions, of_contents = torch.cos(shares * math.pi / 2).unbind(1)
+            numbers = self._fixed_numbers(codes, 1)[0]                  # (B, 2 + R + P)
+        of_regions, of_contents = torch.cos(numbers[:, :2] * math.pi / 2).unbind(1)
         masked = self._masks(packed, numbers[:, 2:], (of_regions * self.regions).ceil(),
                              (of_contents * packed.counts).ceil())
-        nats = self._nats(layout, content.gather(1, packed.place), packed, masked, starts)
+        nats = self._nats(layout, content, packed, masked, starts)
         means = {name: x.sum() / masked[name].sum() for name, x in nats.items()}
         loss = sum(means.values())
         if self.training:
             mean_length = self.mean_length or packed.counts.float().mean()
             lengths = {"layout": self.regions, "content": mean_length}
             # How many are masked: the mean of ceil(cos(u pi / 2) * length) is about this.
-            expected = {name: B * (2 / math.pi * lengths[name] + 0.5) for name in nats}
-            loss = sum(x.sum() / expected[name] for name, x in nats.items())
+            loss = sum(x.sum() / (B * (2 / math.pi * lengths[name] + 0.5))
+                       for name, x in nats.items())
         return {"loss": loss} | {name: mean.detach() for name, mean in means.items()}
 
-    def _nats(self, layout: Tensor, content: Tensor, packed: Packed, masked: dict[str, Tensor],
-              starts: Tensor) -> dict[str, Tensor]:
+    def _nats(self, layout, content, packed, masked, starts):
         """Cross-entropies of masked regions (B, R), if there is a layout, and of masked contents
         (B, L); 0 elsewhere."""
-        nats = {}
-        hidden_content = content.masked_fill(masked["content"], self.codebook_size)
-        x = self._content_hidden(hidden_content, packed, starts)
-        target = content.masked_fill(~masked["content"], -100)
-        content_nats = self.content_head.nats(x, target)
-        if self.has_layout:
-            logits = self._layout_logits(layout.masked_fill(masked["layout"], self.kinds), starts)
-            target = layout.masked_fill(~masked["layout"], -100)
-            nats["layout"] = F.cross_entropy(logits.mT.float(), target, reduction="none")
-        return nats | {"content": content_nats}
+        tokens = {"layout": layout, "content": content}
+        logits = self._logits(layout, content, packed, masked, starts)
+        return {name: cross_entropy(x, tokens[name].masked_fill(~masked[name], -100))
+                for name, x in logits.items()}
 
-    def _masks(self, packed: Packed, numbers: Tensor, regions: Tensor,
-               contents: Tensor) -> dict[str, Tensor]:
+    def _logits(self, layout, content, packed, masked, starts):
+        """{"layout": (B, R, kinds), if there is one, "content": (B, L, K)}."""
+        content = content.masked_fill(masked["content"], self.codebook_size)
+        logits = {"content": self.content_head(self._content_hidden(content, packed, starts))}
+        if self.has_layout:
+            layout = layout.masked_fill(masked["layout"], self.kinds)
+            logits["layout"] = self._layout_logits(layout, starts)
+        return logits
+
+    def _masks(self, packed, numbers, regions, contents):
         """Masks of so many (B,) regions and contents, (B, R) and (B, L), chosen by random numbers
         (B, R + P)."""
         of_regions, of_places = numbers.split([self.regions, self.places.count], dim=1)
         of_contents = of_places.gather(1, packed.place).masked_fill(~packed.valid, 2.0)
         return {"layout": lowest(of_regions, regions), "content": lowest(of_contents, contents)}
 
-    def _fixed_numbers(self, codes: Codes, rows: int) -> Tensor:
+    def _fixed_numbers(self, codes, rows):
         """Random numbers (rows, B, 2 + R + P) that follow from an image's codes alone: fixed ones,
         shifted by a hash of these, modulo 1."""
         indices = codes["indices"].flatten(1)
@@ -193,21 +194,15 @@ class MaskTransformer(CodeTransformer):
         """Logits where cells `masked` (B, h, w) of the finest grid (default: all) are hidden:
         {"layout": (B, R, kinds), if there is one, "content": (B, L, K)}, contents in order of
         granularity and cell, padded."""
-        layout, content = self.places.read(codes)
+        layout, content, packed, starts = self._read(codes, labels)
         if masked is None:
             masked = layout.new_ones(len(layout), *self.places.grids[-1], dtype=torch.bool)
         places, regions = self.places.kept(layout, ~masked)
-        packed = self.places.pack(layout)
-        starts = self.start_tokens(len(layout), labels, layout.device)
-        content = content.masked_fill(~places, self.codebook_size).gather(1, packed.place)
-        logits = {"content": self.content_head(self._content_hidden(content, packed, starts))}
-        if self.has_layout:
-            layout = layout.masked_fill(~regions, self.kinds)
-            logits["layout"] = self._layout_logits(layout, starts)
-        return logits
+        masked = {"layout": ~regions, "content": ~places.gather(1, packed.place)}
+        return self._logits(layout, content, packed, masked, starts)
 
     @torch.no_grad()
-    def bits(self, codes: Codes, labels: Tensor | None = None, strata: int = 16) -> Tensor:
+    def bits(self, codes, labels=None, strata=16):
         """An upper bound on the negative log-likelihood of each image's layout and contents, in
         bits (B,).
 
@@ -217,10 +212,7 @@ class MaskTransformer(CodeTransformer):
         orders of generation, one token at a time. This is an unbiased estimate of it, at one k in
         each of `strata` equal parts, with masks that follow from the image's codes.
         """
-        layout, content = self.places.read(codes)
-        packed = self.places.pack(layout)
-        content = content.gather(1, packed.place)                       # (B, L)
-        starts = self.start_tokens(len(layout), labels, layout.device)
+        layout, content, packed, starts = self._read(codes, labels)
         n = {"layout": torch.full_like(packed.counts, self.regions), "content": packed.counts}
         total = 0.0
         for s, numbers in enumerate(self._fixed_numbers(codes, strata)):
@@ -228,12 +220,12 @@ class MaskTransformer(CodeTransformer):
                  for i, name in enumerate(n)}                           # (B,) each
             masked = self._masks(packed, numbers[:, 2:], k["layout"], k["content"])
             nats = self._nats(layout, content, packed, masked, starts)
-            total = total + sum(x.sum(1) * n[name] / k[name] for name, x in nats.items())
+            total += sum(x.sum(1) * n[name] / k[name] for name, x in nats.items())
         return total / (strata * math.log(2))
 
     # Sampling
 
-    def check_known(self, codes: Codes, known: Tensor) -> None:
+    def check_known(self, codes, known):
         check_known(len(known), self.places.grids[-1], codes, known)
 
     @torch.no_grad()
@@ -266,31 +258,29 @@ class MaskTransformer(CodeTransformer):
             raise ValueError("steps and layout_steps must be at least 1 and choice_temperature at "
                              f"least 0; they are {steps}, {layout_steps} and {choice_temperature}")
         check_known(n, self.places.grids[-1], codes, known)
-        starts, guide = self.start_sampling(n, labels, cfg_scale)
+        starts, guide = self.start_sampling(n, labels, cfg_scale, cfg_schedule)
         device = starts.device
+        P = self.places.count
+        layout = starts.new_zeros(n, self.regions)
+        content = starts.new_zeros(n, P)
         if codes is None:
-            layout = torch.zeros(n, self.regions, dtype=torch.int64, device=device)
-            content = torch.zeros(n, self.places.count, dtype=torch.int64, device=device)
-            kept = torch.zeros_like(content, dtype=torch.bool)
-            kept_regions = torch.zeros_like(layout, dtype=torch.bool)
+            known = torch.zeros(n, *self.places.grids[-1], dtype=torch.bool)
         else:
-            codes = {key: value.to(device) for key, value in codes.items()}
-            layout, content = self.places.read(codes)
-            kept, kept_regions = self.places.kept(layout, known.to(device))
+            layout, content = self.places.read({k: v.to(device) for k, v in codes.items()})
+        kept, kept_regions = self.places.kept(layout, known.to(device))
         if not self.has_layout:
             layout_steps = 0
-        P = self.places.count
         for_layout = 2 * layout_steps * self.regions
-        numbers = uniforms(n, for_layout + 2 * steps * P, generator, device)
+        numbers = uniforms(n, (for_layout + 2 * steps * P,), generator, device)
         layout_numbers = numbers[:, :for_layout].view(n, layout_steps, 2, self.regions)
         content_numbers = numbers[:, for_layout:].view(n, steps, 2, P)
-        schedule = choice_temperature, guide, cfg_scale, cfg_schedule
 
-        unmask = Unmask(layout_steps, *schedule, ~kept_regions)
+        unmask = Unmask(layout_steps, choice_temperature, ~kept_regions)
         for step in range(layout_steps):
             kind_number, choice_number = layout_numbers[:, step].unbind(1)      # (n, R) each
             masked = layout.masked_fill(unmask.open, self.kinds).repeat(guide.copies, 1)
-            logits = unmask.guide(self._layout_logits(masked, starts))  # (n, R, kinds)
+            guide.at((step + 1) / layout_steps)
+            logits = guide(self._layout_logits(masked, starts))         # (n, R, kinds)
             drawn = self._draw_layout(logits, layout, unmask.open, temperature_pos, kind_number)
             layout = torch.where(unmask.open, drawn, layout)
             unmask.step(logits[unmask.open], layout, choice_number)
@@ -298,28 +288,28 @@ class MaskTransformer(CodeTransformer):
         packed = self.places.pack(layout)
         content = content.gather(1, packed.place)                       # (n, L)
         decided_at = torch.zeros_like(content)
-        copies = Packed(packed.place.repeat(guide.copies, 1), packed.valid.repeat(guide.copies, 1),
-                        packed.counts.repeat(guide.copies))
-        unmask = Unmask(steps, *schedule, packed.valid & ~kept.gather(1, packed.place))
+        copies = Packed(*(value.repeat(guide.copies, 1) for value in packed))
+        open_ = packed.valid & ~kept.gather(1, packed.place)
+        unmask = Unmask(steps, choice_temperature, open_)
         for step in range(steps):
             code_number, choice_number = content_numbers[:, step].unbind(1)     # (n, P) each
             open_ = unmask.open                                         # (n, L)
             masked = content.masked_fill(open_, self.codebook_size).repeat(guide.copies, 1)
             hidden = self._content_hidden(masked, copies, starts)
             hidden = hidden[open_.repeat(guide.copies, 1)]              # (open ones, C)
-            logits = unmask.guide(self.content_head(hidden))            # (open ones, K)
+            guide.at((step + 1) / steps)
+            logits = guide(self.content_head(hidden))                   # (open ones, K)
             filtered = filter_logits(logits, temperature, top_k, top_p)
             drawn = draw(filtered, code_number.gather(1, packed.place)[open_])
             content = content.masked_scatter(open_, drawn)
-            decided_at = decided_at + open_
+            decided_at += open_
             unmask.step(logits, content, choice_number.gather(1, packed.place))
         guide.check()
         if trace is not None:
             trace.append(self.places.on_finest(layout, packed.place, decided_at))
         return self.places.codes(layout, packed.place, content)
 
-    def _draw_layout(self, logits: Tensor, layout: Tensor, open_: Tensor, temperature: float,
-                     numbers: Tensor) -> Tensor:
+    def _draw_layout(self, logits, layout, open_, temperature, numbers):
         """Kinds (n, R) by logits (n, R, kinds). Of an MQ-VAE, as many with a code as are still to
         be placed: the likeliest after Gumbel noise on both kinds, whose difference is logistic."""
         if not self.num_codes:
@@ -336,7 +326,11 @@ class Packed(NamedTuple):
 
     place: Tensor  # (B, L) int64; padding: places without a code
     valid: Tensor  # (B, L) bool
-    counts: Tensor  # (B,)
+
+    @property
+    def counts(self):
+        """Codes of each row (B,)."""
+        return self.valid.sum(1)
 
 
 class Places(nn.Module):
@@ -352,7 +346,7 @@ class Places(nn.Module):
         cover     [[0, 0, 0, 0], [1, 2, 3, 4]]    the place that covers each finest cell, (G, N)
     """
 
-    def __init__(self, grids: list[int | list[int]], num_codes: int | None):
+    def __init__(self, grids, num_codes):
         super().__init__()
         self.num_codes = num_codes
         self.grids = [sides(grid) for grid in grids]
@@ -365,82 +359,54 @@ class Places(nn.Module):
         self.kinds = len(grids) if num_codes is None else 2
         self.count = 0
         tables = []
-        for g in range(len(grids)):
-            tables.append(self._tables_of(g))
-            self.count += math.prod(self.grids[g])
-        for name in tables[0]:
-            join = torch.stack if name == "cover" else torch.cat
-            values = join([table[name] for table in tables])
-            self.register_buffer(name, values, persistent=False)
+        for g, grid in enumerate(self.grids):
+            table = cell_tables(self.grids, g)
+            table["kind"] = torch.full_like(table["region"], g if num_codes is None else 1)
+            table["cover"] += self.count
+            tables.append(table)
+            self.count += math.prod(grid)
+        register_tables(self, tables, stacked=("cover",))
 
-    def _tables_of(self, g: int) -> dict[str, Tensor]:
-        height, width = self.grids[g]
-        cell = torch.arange(height * width)
-        y, x = cell // width, cell % width
-        in_region = width // self.grids[0][1]           # side of a region, in cells
-        scale = self.grids[-1][1] // width              # side of a cell, in finest cells
-        fine = torch.arange(self.cells)
-        fine_y, fine_x = fine // self.grids[-1][1], fine % self.grids[-1][1]
-        kind = g if self.num_codes is None else 1
-        return {
-            "region": y // in_region * self.grids[0][1] + x // in_region,
-            "kind": torch.full_like(cell, kind),
-            "corner": y * scale * self.grids[-1][1] + x * scale,
-            "cover": self.count + fine_y // scale * width + fine_x // scale,
-        }
-
-    def angles(self, head_dim: int) -> Tensor:
+    def angles(self, head_dim):
         """Of two-dimensional rotary embeddings (1 + P, head_dim / 2): of the class token, 0, and of
         all places, by their centres."""
         if head_dim % 4:
             raise ValueError(f"n_embd / n_head must be a multiple of 4; it is {head_dim}")
         centres = []
-        for height, width in self.grids:
-            cell = torch.arange(height * width)
-            centre = torch.stack([cell // width, cell % width], 1) + 0.5        # (cells, 2)
-            centres.append(centre * (self.grids[-1][0] / height))       # in finest cells
+        for grid in self.grids:
+            centre = torch.stack(rows_and_columns(grid), 1) + 0.5       # (cells, 2)
+            centres.append(centre * (self.grids[-1][0] / grid[0]))      # in finest cells
         frequencies = 100 ** -torch.linspace(0, 1, head_dim // 4 + 1)[:-1]
         angles = torch.cat(centres).unsqueeze(2) * frequencies          # (P, 2, head_dim / 4)
         return F.pad(angles.flatten(1), (0, 0, 1, 0))
 
-    def read(self, codes: Codes) -> tuple[Tensor, Tensor]:
+    def read(self, codes):
         """Codes to the kinds of regions (B, R), and the codes at all places (B, P), arbitrary where
         there are none."""
         if self.num_codes:
-            shapes = {"indices": (self.num_codes,), "positions": (self.num_codes,)}
-        else:
-            shapes = {"indices": self.grids[-1]}
-            if self.kinds > 1:
-                shapes["grain"] = self.grids[0]
-        for key, shape in shapes.items():
-            if key not in codes or codes[key].shape[1:] != shape:
-                have = {k: tuple(v.shape) for k, v in codes.items()}
-                raise ValueError(f"{key} must be (B, {', '.join(map(str, shape))}); the codes are "
-                                 f"{have}")
-        indices = codes["indices"].flatten(1)
-        if self.num_codes:
+            shape = (self.num_codes,)
+            indices, positions = read_codes(codes, indices=shape, positions=shape)
             empty = indices.new_zeros(len(indices), self.cells)
-            layout = empty.scatter(1, codes["positions"], 1)
-            return layout, empty.scatter(1, codes["positions"], indices)
-        layout = codes["grain"].flatten(1) if self.kinds > 1 else torch.zeros_like(indices)
-        return layout, indices[:, self.corner]
+            return empty.scatter(1, positions, 1), empty.scatter(1, positions, indices)
+        if self.kinds > 1:
+            indices, grain = read_codes(codes, indices=self.grids[-1], grain=self.grids[0])
+            return grain, indices[:, self.corner]
+        (indices,) = read_codes(codes, indices=self.grids[-1])
+        return torch.zeros_like(indices), indices[:, self.corner]
 
-    def present(self, layout: Tensor) -> Tensor:
+    def present(self, layout):
         """Which places have a code (B, P)."""
         return layout[:, self.region] == self.kind
 
-    def pack(self, layout: Tensor) -> Packed:
+    def pack(self, layout):
         present = self.present(layout)                                  # (B, P)
-        counts = present.sum(1)
+        longest = self.num_codes or self.cells
         if len(self.grids) > 1:
-            longest = int(counts.max())  # the only wait for the GPU
-        else:
-            longest = self.num_codes or self.cells
+            longest = int(present.sum(1).max())  # the only wait for the GPU
         place = (~present).byte().argsort(dim=1, stable=True)[:, :longest]
-        valid = torch.arange(longest, device=layout.device) < counts.unsqueeze(1)
-        return Packed(place, valid, counts)
+        return Packed(place, present.gather(1, place))
 
-    def codes(self, layout: Tensor, place: Tensor, content: Tensor) -> Codes:
+    def codes(self, layout, place, content):
         """Kinds of regions (B, R), and contents (B, L) at their places, to codes."""
         if self.num_codes:
             return {"indices": content, "positions": place}
@@ -449,49 +415,37 @@ class Places(nn.Module):
             return {"indices": indices}
         return {"indices": indices, "grain": layout.unflatten(1, self.grids[0])}
 
-    def on_finest(self, layout: Tensor, place: Tensor, values: Tensor) -> Tensor:
+    def on_finest(self, layout, place, values):
         """Values (B, L) of the codes at their places, on the finest grid (B, h, w); -1: no code."""
         everywhere = values.new_full((len(values), self.count), -1).scatter(1, place, values)
         kind = layout[:, self.region[-self.cells:]]                     # (B, N)
-        granularity = kind if len(self.grids) > 1 else torch.zeros_like(kind)
-        fine = torch.arange(self.cells, device=layout.device)
-        on_cells = everywhere.gather(1, self.cover[granularity, fine])  # (B, N)
-        return on_cells.unflatten(1, self.grids[-1])
+        cover = self.cover.gather(0, kind.clamp(max=len(self.grids) - 1))
+        return everywhere.gather(1, cover).unflatten(1, self.grids[-1])
 
-    def kept(self, layout: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def kept(self, layout, known):
         """Which places keep their code (B, P): those with nothing but `known` cells, bool
         (B, h, w). And which regions keep their kind (B, R): those that are known, or have such a
         place."""
         whole = covered(known, self.cover, self.count)                  # (B, P)
         places = whole & self.present(layout)
         stays = places if self.num_codes is None else whole
-        regions = torch.zeros_like(layout)
-        region = self.region.expand_as(stays)
-        return places, regions.scatter_reduce(1, region, stays.long(), "amax").bool()
+        regions = torch.zeros_like(layout).scatter_reduce(
+            1, self.region.expand_as(stays), stays.long(), "amax")
+        return places, regions.bool()
 
 
 class Unmask:
     """Which tokens are still masked while they are sampled: `open` (n, T). Each step keeps those
     that the model is most confident of."""
 
-    def __init__(self, steps: int, temperature: float, guidance: Guidance, scale: float,
-                 cfg_schedule: str, open_: Tensor):
+    def __init__(self, steps, temperature, open_):
         self.steps = steps
         self.temperature = temperature
-        self.guidance = guidance
-        self.scale = scale
-        self.cfg_schedule = cfg_schedule
         self.open = open_
         self.done = 0
         self.total = open_.sum(1)                                       # (n,)
 
-    def guide(self, logits: Tensor) -> Tensor:
-        """Guided logits (m, ...) of this step, from those of all copies, (m or 2m, ...)."""
-        share = (self.done + 1) / self.steps if self.cfg_schedule == "linear" else 1.0
-        self.guidance.scale = 1 + share * (self.scale - 1)
-        return self.guidance(logits)
-
-    def step(self, logits: Tensor, tokens: Tensor, numbers: Tensor) -> None:
+    def step(self, logits, tokens, numbers):
         """Given logits (m, V) of the m open tokens, all tokens with what was drawn (n, T), and
         random numbers (n, T)."""
         self.done += 1
@@ -502,11 +456,10 @@ class Unmask:
         noise = min(self.temperature, HUGE) * (1 - share) * gumbel
         confidence = noise.masked_scatter(self.open, sure + noise[self.open])
         left = (self.total * math.cos(math.pi / 2 * share)).long()
-        left = left.clamp(min=self.steps - self.done)  # each later step decides one or more
-        left = left.minimum(self.open.sum(1) - 1)
+        left = left.clamp(min=self.steps - self.done).minimum(self.open.sum(1) - 1)  # one a step
         self.open = lowest(confidence.masked_fill(~self.open, math.inf), left)
 
 
-def lowest(values: Tensor, count: Tensor) -> Tensor:
+def lowest(values, count):
     """The `count` (B,) lowest of each row of values (B, T), as bool."""
     return values.argsort(dim=1).argsort(dim=1) < count.unsqueeze(1)

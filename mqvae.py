@@ -17,8 +17,6 @@ Difference from the release: how scores learn (`explore`); release_training=True
 Copy with vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Annotated
@@ -30,7 +28,7 @@ from torch import Tensor
 
 from vqgan import (
     Attention, Codes, DownPath, Encoder, Output, ResBlock, Tokenizer, UpPath, VectorQuantizer,
-    check_size, sides)
+    check_size, conv3x3, pair, sides)
 
 
 class MQVAE(Tokenizer):
@@ -58,7 +56,9 @@ class MQVAE(Tokenizer):
                  demask_layers: Annotated[int, (0, 2**31)] = 8,
                  quantizer: VectorQuantizer | None = None, release_training: bool = False):
         quantizer = quantizer or VectorQuantizer(ema_decay=0.98)
-        super().__init__([2 ** (len(ch_mult) - 1)], quantizer)
+        ends = pair(topk_ratio)
+        low, high = ends[0], ends[-1]
+        super().__init__([2 ** (len(ch_mult) - 1)], quantizer, [(low, high)])
         up = UpPath(image_size, ch, ch_mult, num_res_blocks + 1, attn_resolutions)
         down = DownPath(image_size, ch, ch_mult, num_res_blocks, attn_resolutions)
         self.encoder = Encoder(down, z_channels)
@@ -66,15 +66,9 @@ class MQVAE(Tokenizer):
         self.pre_quant = nn.Linear(z_channels, quantizer.dim, bias=False)
         self.demask = DeMask(quantizer.dim, up.channels[0], demask_layers)
         self.decoder = up
-        self.to_image = nn.Conv2d(up.channels[-1], 3, 3, padding=1)
+        self.to_image = conv3x3(up.channels[-1], 3)
         self.set_image_size(image_size)
-        ends = topk_ratio if isinstance(topk_ratio, (list, tuple)) else [topk_ratio] * 2
-        low, high = ends[0], ends[-1]
-        self.ratios = low, high
-        self.rate_range = (low, high) if low < high else None
-        self.topk_ratio = (low + high) / 2  # what is kept, if nothing else is asked for
-        self.training_ratio = self.topk_ratio
-        self.progress = 1.0
+        self.topk_ratio = self.ratios[0]
         self.release_training = release_training
         cells = math.prod(self.grid)
         if len(ends) != 2 or not low <= high < 1 or int(low * cells) < 1:
@@ -83,27 +77,23 @@ class MQVAE(Tokenizer):
         if quantizer.l2_norm and release_training:
             raise ValueError("release_training cannot learn scores with an l2-normalised quantizer:"
                              " a feature's score is its length")
-        if quantizer.depth:
-            raise ValueError("MQ-VAE cannot read several codes per cell; give a ResidualVQ to a "
-                             "VQGAN")
 
     def forward(self, images: Tensor, ratio: float | None = None) -> Output:
         """Images (B, 3, H, W) to an `Output` with the quantizer's losses. ratio: as in `encode`."""
         vectors, scores = self.features(images)                         # (B, hw, D), (B, h, w)
         grid = tuple(scores.shape[1:])
         if self.training and ratio is None:
-            ratio = self.training_ratio
+            ratio = self.training_ratios[0]
+        n = self._number(ratio, grid)
         if self.training and not self.release_training:
-            positions, slope = self.explore(vectors, scores, self._number(ratio, grid))
+            positions, slope = self.explore(vectors, scores, n)
         else:
-            positions, slope = highest(scores, self._number(ratio, grid)), None
+            positions, slope = highest(scores, n), None
         z_q, indices, losses, info = self.quantizer(at(vectors, positions))
         recon = self._decode(z_q, positions, grid, slope)               # (B, 3, H, W)
         codes = {"indices": indices, "positions": positions}
-        n = positions.shape[1]
-        info["kept_ratio"] = scores.new_full((), n / math.prod(grid))
-        info["codes"] = scores.new_full((), n)
-        info["bits"] = self.bits(codes, grid).mean()
+        for name, numbers in self.counts(codes, grid).items():
+            info[name] = numbers.float().mean()
         info["score_mean"] = scores.mean()
         info["score_std"] = scores.std()
         info["score_kept"] = scores.flatten(1).gather(1, positions).mean()
@@ -126,7 +116,7 @@ class MQVAE(Tokenizer):
         z_q = self.quantizer.lookup(codes["indices"])                   # (B, N, D)
         return self._decode(z_q, codes["positions"], grid or self.grid)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, images):
         """Images to the vectors (B, hw, D) and scores (B, h, w) of all cells. The score multiplies
         the vector, which is how the score net gets a gradient."""
         check_size(images, self.factor)
@@ -136,7 +126,7 @@ class MQVAE(Tokenizer):
         z = F.layer_norm(z, z.shape[-1:]) * scores.flatten(1).unsqueeze(-1)
         return self.pre_quant(z), scores                                # (B, hw, D), (B, h, w)
 
-    def explore(self, vectors: Tensor, scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def explore(self, vectors, scores, n):
         """Training, ours: positions (B, N') to keep, and `slope` (B, hw, D), which is added to
         DeMask's input.
 
@@ -155,19 +145,11 @@ class MQVAE(Tokenizer):
         effect = (vectors - self.demask.token).detach()                 # (B, hw, D)
         return highest(ranks, n), (relative - relative.detach()).unsqueeze(-1) * effect
 
-    def schedule(self, step: int, max_steps: int, seed: int = 0) -> None:
-        """Sets the noise and the number of cells of a training step, and draws its share of cells
-        from (seed, step), the same on all processes."""
-        self.progress = step / max_steps
-        low, high = self.ratios
-        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        self.training_ratio = low + (high - low) * torch.rand((), generator=generator).item()
-
-    def set_image_size(self, size: int | list[int]) -> None:
+    def set_image_size(self, size: int | list[int]):
         super().set_image_size(size)
         self.grid = tuple(side // self.factor for side in sides(size))
 
-    def set_rate(self, rate: float | list[float]) -> None:
+    def set_rate(self, rate: float | list[float]):
         """Chooses the share of cells to keep."""
         if isinstance(rate, list):
             raise ValueError("several ratios are for a DQ-VAE; an MQ-VAE has one")
@@ -179,7 +161,7 @@ class MQVAE(Tokenizer):
         """N on the announced size's grid."""
         return int(self.topk_ratio * math.prod(self.grid))
 
-    def maps(self, codes: Codes, images: Tensor) -> dict[str, Tensor]:
+    def maps(self, codes, images):
         """{"kept_map": (B, 3, H, W)}: the images, dark at masked cells."""
         h, w = (side // self.factor for side in images.shape[-2:])
         mask = images.new_zeros(len(images), h * w).scatter(1, codes["positions"], 1.0)
@@ -188,22 +170,21 @@ class MQVAE(Tokenizer):
 
     def bits(self, codes: Codes, grid: tuple[int, int] | None = None) -> Tensor:
         """Bits per image (B,): log2 K per code, log2 C(h * w, N) for the positions."""
-        indices = codes["indices"]
         cells = math.prod(grid or self.grid)
-        n = indices.shape[1]
+        n = codes["indices"].shape[1]
         choose = math.lgamma(cells + 1) - math.lgamma(n + 1) - math.lgamma(cells - n + 1)
-        bits = n * math.log2(self.quantizer.codebook_size) + choose / math.log(2)
-        return torch.full((len(indices),), bits, device=indices.device)
+        return super().bits(codes) + choose / math.log(2)
 
-    def counts(self, codes: Codes) -> dict[str, Tensor]:
-        counts = super().counts(codes)
-        return counts | {"kept_ratio": counts["codes"] / math.prod(self.grid)}
+    def counts(self, codes, grid=None):
+        n = self.spent(codes).sum(1)
+        kept_ratio = n / math.prod(grid or self.grid)
+        return {"codes": n, "bits": self.bits(codes, grid), "kept_ratio": kept_ratio}
 
-    def _number(self, ratio: float | None, grid: tuple[int, int]) -> int:
+    def _number(self, ratio, grid):
         """How many cells of a grid to keep."""
         ratio = self.topk_ratio if ratio is None else ratio
         cells = math.prod(grid)
-        low, high = self.ratios
+        low, high = self.ranges[0]
         if not low - 1e-9 <= ratio <= high + 1e-9:
             warnings.warn(f"ratio {ratio} is outside of what this model was trained for, {low} to "
                           f"{high}", stacklevel=3)
@@ -212,18 +193,17 @@ class MQVAE(Tokenizer):
                              f"; it is {ratio}")
         return int(ratio * cells)
 
-    def _decode(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int],
-                slope: Tensor | None = None) -> Tensor:
+    def _decode(self, z_q, positions, grid, slope=None):
         features = self.demask(z_q, positions, grid, slope)             # (B, C, h, w)
         return self.to_image(self.decoder(features))                    # (B, 3, H, W)
 
 
-def highest(scores: Tensor, n: int) -> Tensor:
+def highest(scores, n):
     """Positions (B, n) of the highest scores (B, ...), in ascending order of position."""
     return scores.detach().flatten(1).topk(n, dim=1).indices.sort(dim=1).values
 
 
-def at(vectors: Tensor, positions: Tensor) -> Tensor:
+def at(vectors, positions):
     """Of vectors (B, hw, D), those at positions (B, N)."""
     return vectors.gather(1, positions.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
 
@@ -231,13 +211,13 @@ def at(vectors: Tensor, positions: Tensor) -> Tensor:
 class ScoreNet(nn.Module):
     """Features (B, C, h, w) to scores (B, h, w) in [0, 1], float32."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = conv3x3(channels, channels)
         self.conv2 = nn.Conv2d(channels, 1, 1)
         self.norm = nn.BatchNorm2d(1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         h = F.relu(self.conv1(F.layer_norm(z, z.shape[1:])))
         with torch.autocast(z.device.type, enabled=False):  # half precision would make many equal
             return self.norm(self.conv2(h.float())).squeeze(1).sigmoid()
@@ -253,17 +233,16 @@ class DeMask(nn.Module):
 
     MASK = 0.02
 
-    def __init__(self, dim: int, channels: int, layers: int):
+    def __init__(self, dim, channels, layers):
         super().__init__()
         self.token = nn.Parameter(torch.empty(dim).uniform_(-1 / dim, 1 / dim))
         self.post_quant = nn.Conv2d(dim, channels, 1)
-        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_in = conv3x3(channels, channels)
         self.blocks = nn.ModuleList(ResBlock(channels, channels) for _ in range(layers))
         self.attns = nn.ModuleList(Attention(channels) for _ in range(layers))
         self.last_block = ResBlock(channels, channels)
 
-    def forward(self, z_q: Tensor, positions: Tensor, grid: tuple[int, int],
-                slope: Tensor | None = None) -> Tensor:
+    def forward(self, z_q, positions, grid, slope=None):
         B, _, D = z_q.shape
         cells = math.prod(grid)
         x = self.token.to(z_q).expand(B, cells, D)                      # (B, hw, D)

@@ -13,8 +13,6 @@ losses, info), `nearest(z)` indices, `lookup(indices)` codes. FSQ, LFQ and BSQ h
 learn: the code follows from the index. Needs torch and vqgan.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 
@@ -23,9 +21,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import Quantizer, VectorQuantizer, entropies, entropy_of_mean
+from vqgan import Decay, Quantizer, Temperature, VectorQuantizer, entropies, entropy_of_mean
 
-Temperature = Annotated[float, (1e-9, 1e9)]
+Bits = Annotated[int, (1, 24)]
+GroupBits = Annotated[int, (1, 12)]
 
 
 class FSQ(Quantizer):
@@ -41,40 +40,29 @@ class FSQ(Quantizer):
             raise ValueError("levels must be at least 2 and make at most 2^24 codes; they are "
                              f"{list(levels)}")
         levels = torch.tensor(levels)
-        basis = torch.cat([levels.new_ones(1), levels.cumprod(0)[:-1]])
+        basis = levels.cumprod(0) // levels
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
-                ema_weight: Tensor | None = None):
-        """As VectorQuantizer.forward."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = self._bound(z.float())
-            indices = self._index(z.detach().round())
-            if self.training:
-                self.record(indices)
-            z = z / (self.levels // 2)
-            return self.lookup(indices) + (z - z.detach()), indices, {}, self.info(indices)
+    def normalize(self, x: Tensor) -> Tensor:
+        """Bounds each channel, to between its lowest and its highest level."""
+        half = (self.levels - 1) * (1 - 1e-3) / 2
+        offset = (self.levels % 2 == 0) * 0.5  # an even number of levels has none at 0
+        return (x + torch.tan(offset / half)).tanh() * half - offset
 
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to indices (...)."""
-        with torch.autocast(z.device.type, enabled=False):
-            return self._index(self._bound(z.float()).round())
+    def quantize(self, z, weight):
+        indices = self.choose(z)
+        z = z / (self.levels // 2)
+        return self.lookup(indices) + (z - z.detach()), indices, {}
+
+    def choose(self, z):
+        digits = z.round().nan_to_num(0).long() + self.levels // 2  # the loss of a NaN stays NaN
+        return (digits * self.basis).sum(-1)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (...) to codes (..., D)."""
         half = self.levels // 2
         return (indices.unsqueeze(-1) // self.basis % self.levels - half).float() / half
-
-    def _bound(self, z: Tensor) -> Tensor:
-        half = (self.levels - 1) * (1 - 1e-3) / 2
-        offset = (self.levels % 2 == 0) * 0.5  # an even number of levels has none at 0
-        return (z + torch.tan(offset / half)).tanh() * half - offset
-
-    def _index(self, rounded: Tensor) -> Tensor:
-        digits = rounded.nan_to_num(0).long() + self.levels // 2  # the loss of a NaN stays NaN
-        return (digits * self.basis).sum(-1)
 
 
 class LFQ(Quantizer):
@@ -89,64 +77,49 @@ class LFQ(Quantizer):
     beta               commitment loss
     """
 
-    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1,
+    def __init__(self, bits: Bits = 10, entropy_weight: float = 0.1,
                  entropy_temperature: Temperature = 0.01, beta: float = 0.25,
-                 group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
+                 group_bits: GroupBits = 9, queue_size: int = 65536):
         if not 1 <= bits <= 24:
             raise ValueError(f"bits must be between 1 and 24; they are {bits}")
         super().__init__(2**bits, bits, queue_size)
-        self.bits = bits
         self.beta = beta
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.group_bits = group_bits
-        self.scale = 1.0
+        self.scale = bits**-0.5 if self.l2_norm else 1.0
         self.register_buffer("basis", 2 ** torch.arange(bits - 1, -1, -1), persistent=False)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
-                ema_weight: Tensor | None = None):
-        """As VectorQuantizer.forward."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = self.prepare(z.float())
-            indices = self._index(z)
-            if self.training:
-                self.record(indices)
-            z_q = self.lookup(indices)
-            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
-            losses = {"commitment": self.beta * ((z_q - z).square() * weight).mean()}
-            if self.entropy_weight > 0 and self.training:
-                losses["entropy"] = self.entropy_weight * self._entropy(z.flatten(0, -2))
-            return z_q + (z - z.detach()), indices, losses, self.info(indices)
+    def quantize(self, z, weight):
+        indices = self.choose(z)
+        z_q = self.lookup(indices)
+        losses = {"commitment": self.beta * ((z_q - z).square() * weight).mean()}
+        if self.entropy_weight > 0 and self.training:
+            losses["entropy"] = self.entropy_weight * self._entropy(z.flatten(0, -2))
+        return z_q + (z - z.detach()), indices, losses
 
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to indices (...)."""
-        return self._index(z)
+    def choose(self, z):
+        return ((z > 0) * self.basis).sum(-1)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (...) to codes (..., D)."""
-        return self._signs(indices, self.basis).float() * self.scale
+        return signs_of(indices, self.basis).float() * self.scale
 
-    def prepare(self, z: Tensor) -> Tensor:
-        return z
-
-    def _index(self, z: Tensor) -> Tensor:
-        return ((z > 0) * self.basis).sum(-1)
-
-    @staticmethod
-    def _signs(indices: Tensor, basis: Tensor) -> Tensor:
-        return indices.unsqueeze(-1) // basis % 2 * 2 - 1
-
-    def _entropy(self, z: Tensor) -> Tensor:
+    def _entropy(self, z):
         logits = z * (4 * self.scale / self.entropy_temperature)        # of + against -, (N, D)
         each = F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
         of_mean = 0.0
         for group in logits.split(self.group_bits, dim=1):
             b = group.shape[1]
             codes = torch.arange(2**b, device=z.device)
-            signs = self._signs(codes, self.basis[-b:]).to(group)       # (2^b, b)
+            signs = signs_of(codes, self.basis[-b:]).to(group)     # (2^b, b)
             of_mean = of_mean + entropy_of_mean((group @ signs.t() / 2).softmax(1))
         return each.sum(1).mean() - of_mean
+
+
+def signs_of(indices, basis):
+    """The signs (..., b) of the channels with these places (b,) in the indices (...)."""
+    return indices.unsqueeze(-1) // basis % 2 * 2 - 1
 
 
 class BSQ(LFQ):
@@ -155,14 +128,10 @@ class BSQ(LFQ):
 
     l2_norm = True
 
-    def __init__(self, bits: Annotated[int, (1, 24)] = 10, entropy_weight: float = 0.1,
+    def __init__(self, bits: Bits = 10, entropy_weight: float = 0.1,
                  entropy_temperature: Temperature = 0.01, beta: float = 0.0,
-                 group_bits: Annotated[int, (1, 12)] = 9, queue_size: int = 65536):
+                 group_bits: GroupBits = 9, queue_size: int = 65536):
         super().__init__(bits, entropy_weight, entropy_temperature, beta, group_bits, queue_size)
-        self.scale = bits**-0.5
-
-    def prepare(self, z: Tensor) -> Tensor:
-        return F.normalize(z, dim=-1)
 
 
 class SimVQ(VectorQuantizer):
@@ -174,7 +143,7 @@ class SimVQ(VectorQuantizer):
                  queue_size: int = 65536, rotation: bool = False):
         super().__init__(codebook_size, dim, beta, queue_size=queue_size, rotation=rotation)
 
-    def make_codebook(self) -> None:
+    def make_codebook(self):
         frozen = torch.randn(self.codebook_size, self.dim) * self.dim**-0.5
         self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.projection = nn.Linear(self.dim, self.dim, bias=False)
@@ -187,9 +156,9 @@ class SimVQ(VectorQuantizer):
         """Indices (...) to codes (..., D)."""
         return self._projected(F.embedding(indices, self.frozen))
 
-    def _projected(self, x: Tensor) -> Tensor:
+    def _projected(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return self.projection(x.float())
+            return self.projection(x)
 
 
 class IBQ(VectorQuantizer):
@@ -206,34 +175,29 @@ class IBQ(VectorQuantizer):
     codes stayed in use at dim=32 in a short training. Codes start as N(0, 1), as in the release.
     """
 
+    SQUARES = 0
+
     def __init__(self, codebook_size: int = 1024, dim: int = 32, beta: float = 0.25,
                  entropy_weight: float = 0.05, entropy_temperature: Temperature = 0.01,
                  queue_size: int = 65536):
         super().__init__(codebook_size, dim, beta, entropy_weight=entropy_weight,
                          entropy_temperature=entropy_temperature, queue_size=queue_size)
 
-    def make_codebook(self) -> None:
+    def make_codebook(self):
         self.codebook = nn.Parameter(torch.randn(self.codebook_size, self.dim))
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
-                ema_weight: Tensor | None = None):
-        """As VectorQuantizer.forward."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
-            logits, indices, hard, z_q = self.soft(z, self.codebook.float())
-            both = (z_q - z).square() + (hard - z.detach()).square()
-            commitment = (hard.detach() - z).square()
-            losses = {"codebook": (both * weight).mean(),
-                      "commitment": self.beta * (commitment * weight).mean()}
-            if self.training:
-                self.record(indices)
-                if self.entropy_weight > 0:
-                    entropy = entropies(logits.flatten(0, -2) / self.entropy_temperature)
-                    losses["entropy"] = self.entropy_weight * entropy
-        return z_q, indices, losses, self.info(indices)
+    def quantize(self, z, weight):
+        logits, indices, hard, z_q = self.soft(z, self.codebook.float())
+        both = (z_q - z).square() + (hard - z.detach()).square()
+        commitment = (hard.detach() - z).square()
+        losses = {"codebook": (both * weight).mean(),
+                  "commitment": self.beta * (commitment * weight).mean()}
+        if self.entropy_weight > 0 and self.training:
+            entropy = entropies(logits.flatten(0, -2) / self.entropy_temperature)
+            losses["entropy"] = self.entropy_weight * entropy
+        return z_q, indices, losses
 
-    def soft(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def soft(self, z, codes):
         """Vectors (..., D) and codes (K, D) to logits (..., K), indices, chosen codes, and these
         with the softmax's gradient."""
         logits = z @ codes.t()
@@ -242,16 +206,6 @@ class IBQ(VectorQuantizer):
         p = logits.softmax(-1)
         z_q = hard + (p - p.detach()) @ codes.detach()  # one-hot + p - sg(p), times the codes
         return logits, indices, hard, z_q
-
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to indices (...)."""
-        with torch.autocast(z.device.type, enabled=False):
-            rows = max(1, self.CHUNK // self.codebook_size)
-            codes = self.codebook.float().t()
-            parts = z.float().flatten(0, -2).split(rows)
-            indices = torch.cat([(part @ codes).argmax(1) for part in parts])
-        return indices.view(z.shape[:-1])
 
 
 class ResidualVQ(nn.Module):
@@ -264,11 +218,11 @@ class ResidualVQ(nn.Module):
     """
 
     has_codebook = False
-    l2_norm = False
+    accumulation_steps = 1
 
     def __init__(self, codebook_size: int = 1024, dim: int = 256,
                  depth: Annotated[int, (1, 64)] = 4, shared: bool = False, beta: float = 0.25,
-                 ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
+                 ema_decay: Decay | None = None, ema_eps: float = 1e-5,
                  restart: bool = True, queue_size: int = 65536):
         super().__init__()
         if depth < 1:
@@ -281,33 +235,21 @@ class ResidualVQ(nn.Module):
             VectorQuantizer(codebook_size, dim, beta, ema_decay=ema_decay, ema_eps=ema_eps,
                             restart=restart, queue_size=queue_size)
             for _ in range(self.codebooks))
-        self.accumulation_steps = 1
 
-    @property
-    def accumulation_steps(self) -> int:
-        return self._accumulation_steps
-
-    @accumulation_steps.setter
-    def accumulation_steps(self, number: int) -> None:
-        self._accumulation_steps = number
-        for layer in self.layers:  # a shared codebook learns from all depths at once
-            layer.accumulation_steps = number * self.depth // self.codebooks
-
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
-                ema_weight: Tensor | None = None):
+    def forward(self, z: Tensor, loss_weight=None, ema_weight=None):
         """As VectorQuantizer.forward, with indices (..., depth)."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            rest = z
-            outs = []
-            for layer in self._all():
-                outs.append(layer(rest, loss_weight, ema_weight))
-                rest = rest - outs[-1][0].detach()
-            codes, indices, losses, infos = zip(*outs)
-            z_q = sum(code.detach() for code in codes)
-            losses = {key: sum(each[key] for each in losses) for key in losses[0]}
-            info = {key: torch.stack([each[key] for each in infos]).mean() for key in infos[0]}
-            return z_q + (z - z.detach()), torch.stack(indices, -1), losses, info
+        z = z.float()
+        rest = z
+        outs = []
+        for layer in self._all():  # a shared codebook learns from all depths at once
+            layer.accumulation_steps = self.accumulation_steps * self.depth // self.codebooks
+            outs.append(layer(rest, loss_weight, ema_weight))
+            rest = rest - outs[-1][0].detach()
+        codes, indices, losses, infos = zip(*outs)
+        z_q = sum(code.detach() for code in codes)
+        losses = {key: sum(each[key] for each in losses) for key in losses[0]}
+        info = {key: torch.stack([each[key] for each in infos]).mean() for key in infos[0]}
+        return z_q + (z - z.detach()), torch.stack(indices, -1), losses, info
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -323,7 +265,7 @@ class ResidualVQ(nn.Module):
         """Indices (..., depth) to codes (..., D)."""
         return sum(layer.lookup(part) for layer, part in zip(self._all(), indices.unbind(-1)))
 
-    def _all(self) -> list[VectorQuantizer]:
+    def _all(self):
         return [self.layers[i % self.codebooks] for i in range(self.depth)]
 
 

@@ -25,9 +25,6 @@ falls on the edge between two codes, which rounding then decides: about one of 1
 codes of 1,024.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import math
 from contextlib import contextmanager
@@ -35,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.code_cache import make_file
-from harness.config import UserError, build, check_config
+from harness.config import UserError, build
 from harness.hub import run_folder
 from harness.launch import run_main
 from harness.models import own_folder
@@ -43,69 +40,60 @@ from harness.run import PATIENCE
 from harness.sampling import (
     GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
 )
-from harness.settings2 import SampleSettings
+from harness.settings_stage2 import SampleSettings
+from harness.use import overridden
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from PIL import Image
-from torch import Tensor
-from torch.nn import Module
-from tqdm import tqdm
+from torch.utils.data import BatchSampler
 
 from data.images import image_extensions, read_image
-from dataset import Files, ImageDataset, to_uint8
+from data.sources import Files
+from dataset import ImageDataset, to_uint8
 from gpt import Blocks, Cache, sides
 
-SETTINGS = {  # options of that name
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "temperature_pos": float,
-    "top_k_pos": int,
-    "top_p_pos": float,
-    "steps": int,
-    "layout_steps": int,
-    "choice_temperature": float,
-}
+SETTINGS = [name for name in vars(SampleSettings()) if name not in ("columns", "rows")]  # options
 
 
 class Edit(NamedTuple):
     """A photo, and which parts of it are drawn anew."""
 
-    codes: dict[str, Tensor]  # (1, ...)
-    known: Tensor  # (1, h, w) bool: the cells of the finest grid whose codes stay
-    shown: Tensor  # (2, 3, H, W): the photo, and what stays of it
+    codes: dict  # (1, ...)
+    known: torch.Tensor  # (1, h, w) bool: the cells of the finest grid whose codes stay
+    shown: torch.Tensor  # (2, 3, H, W): the photo, and what stays of it
 
-    def repeated(self, n: int) -> dict:
+    def repeated(self, n):
         """The arguments of model.sample for n images."""
         codes = {name: value.expand(n, *value.shape[1:]) for name, value in self.codes.items()}
         return {"codes": codes, "known": self.known.expand(n, -1, -1)}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     args = parse_arguments(argv)
     Cache.graphs = not args.no_graphs
     state = Accelerator(kwargs_handlers=[PATIENCE])
     model, stage1, config, classes = load_models(args.run, args.which, state.device,
                                                  args.mixed_precision)
+    size = sides(config["data"]["image_size"])
     edited = edit(args, stage1, config)
     labels = wanted_labels(args, model, classes, edited)
     settings = wanted_settings(args, model, config, labels, edited)
     if edited:
         build(model.check_known, {}, codes=edited.codes, known=edited.known)
-    if args.compile:
-        compile_steps(model)
+    for module in model.modules() if args.compile else ():
+        if isinstance(module, Blocks):
+            module.step = torch.compile(module.step)
+            module.compile()  # what a mask_transformer calls
     out = make_output(args, state)
-    shape = args.n, *sides(config["data"]["image_size"]), 3
-    with shared_pixels(out, shape, state) as pixels:
-        mine = list(range(args.n))[state.process_index::state.num_processes]
-        for i in tqdm(range(0, len(mine), args.batch_size), disable=not state.is_main_process):
-            numbers = mine[i:i + args.batch_size]
-            if edited:
-                settings |= edited.repeated(len(numbers))
-            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings)
+    with shared_pixels(out, (args.n, *size, 3), state) as pixels:
+        mine = range(state.process_index, args.n, state.num_processes)
+        for numbers in tqdm(BatchSampler(mine, args.batch_size, drop_last=False)):
+            kept = edited.repeated(len(numbers)) if edited else {}
+            pixels[numbers] = draw(model, stage1, numbers, labels, args.seed, settings | kept)
             for number in numbers if out.is_dir() else ():
                 Image.fromarray(pixels[number]).save(out / f"{number:06d}.png")
         pixels.flush()
@@ -125,12 +113,9 @@ def parse_arguments(argv):
     option("-n", type=int, default=64, help="how many images in all (default 64)")
     option("--classes", help="class names or numbers, with commas; the images go through them in "
                              "turn (default: all)")
-    option("--cfg", type=float, dest="cfg_scale", metavar="CFG",
-           help="scale of the guidance towards the classes; 1: none")
-    for name, number in SETTINGS.items():
-        option(f"--{name}", type=number)
-    option("--cfg_schedule", choices=("constant", "linear"),
-           help="of the guidance over a mask_transformer's steps")
+    option("--cfg", dest="cfg_scale", help="scale of the guidance towards the classes; 1: none")
+    for name in SETTINGS:
+        option(f"--{name}")
     option("--image", help="draw parts of this image anew")
     option("--keep", help='the parts that stay: "0,0,1,0.5 0,0.5,0.2,1", or coarse')
     option("--mask", help="or a picture that is white where the image is drawn anew")
@@ -141,8 +126,8 @@ def parse_arguments(argv):
     option("--no_graphs", action="store_true",
            help="do not replay decoding steps from CUDA graphs")
     args = parser.parse_args(argv)
-    if min(args.n, args.batch_size) < 1 or not 0 <= args.seed < 2**32:
-        raise UserError("-n and --batch_size must be at least 1, and --seed between 0 and 2^32 - 1")
+    if min(args.n, args.batch_size) < 1:
+        raise UserError("-n and --batch_size must be at least 1")
     return args
 
 
@@ -152,10 +137,8 @@ def parse_arguments(argv):
 def wanted_labels(args, model, classes, edited):
     """Labels (n,). None for an unconditional model, and for a photo without --classes, whose class
     is not known."""
-    if args.classes and not model.num_classes:
-        raise UserError(f"--classes was given, but the model of {args.run} is unconditional")
-    if not edited or args.classes:
-        return chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    if args.classes or not edited:
+        return chosen_labels(args.classes, classes, args.n)
     if model.num_classes and (args.cfg_scale is not None or not model.has_null):
         option = "a model without a null class" if args.cfg_scale is None else "--cfg"
         raise UserError(f"with --image, {option} needs --classes")
@@ -164,21 +147,19 @@ def wanted_labels(args, model, classes, edited):
 
 def wanted_settings(args, model, config, labels, edited):
     """The arguments of model.sample, by the run's config and the command line."""
-    settings = config["sample"]
     if edited and labels is None:
-        settings = settings | {"cfg_scale": 1.0}
-    asked = {name: value for name, value in vars(args).items()
-             if hasattr(SampleSettings, name) and value is not None}
-    sections = {"sample": SampleSettings}
-    config = check_config({"sample": settings | asked}, sections, "the command line")
-    return sampling_arguments(model, config["sample"], labels)
+        config["sample"]["cfg_scale"] = 1.0
+    asked = [f"sample.{name}={value}" for name, value in vars(args).items()
+             if name in SETTINGS and value is not None]
+    settings = overridden(config, asked, sample=SampleSettings)["sample"]
+    return sampling_arguments(model, settings, labels)
 
 
 # Parts of a photo
 
 
 @torch.no_grad()
-def edit(args: argparse.Namespace, stage1: Module, config: dict) -> Edit | None:
+def edit(args, stage1, config):
     """What --image, --keep and --mask ask for, or None."""
     if args.image is None:
         if args.keep is not None or args.mask is not None:
@@ -204,7 +185,7 @@ def edit(args: argparse.Namespace, stage1: Module, config: dict) -> Edit | None:
     return Edit(codes, known, torch.cat([image, stays]).cpu())
 
 
-def load_image(path: str, size: tuple[int, int]) -> Tensor:
+def load_image(path, size):
     """(1, 3, H, W) in [-1, 1], cropped as for validation."""
     path = Path(path).expanduser()
     if not path.is_file():
@@ -274,19 +255,6 @@ def whole_codes(stage1, codes, keep):
         lost = resized(F.max_pool2d((~keep).float(), side), grid)
         known |= (lost == 0) & (grain == g)
     return known
-
-
-# Models
-
-
-def compile_steps(model):
-    for module in model.modules():
-        if isinstance(module, Blocks):
-            module.step = torch.compile(module.step)
-            module.compile()  # what a mask_transformer calls
-
-
-# Images
 
 
 # Files

@@ -15,8 +15,6 @@ Differences from the release: start tokens have their own table and no logits; l
 guidance. Copy with gpt.py.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -25,7 +23,8 @@ from torch import Tensor
 
 from gpt import (
     Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability,
-    check_sampling, code_ends, divided, draw, filter_logits, kept_first, sides, uniforms)
+    check_sampling, code_ends, divided, draw, filter_logits, kept_first, read_codes, sides,
+    uniforms)
 
 
 class Stackformer(CodeTransformer):
@@ -44,8 +43,7 @@ class Stackformer(CodeTransformer):
                  num_classes: Count = 0, code_layers: int = 12, position_layers: int = 12,
                  n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
                  label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None):
-        super().__init__(num_classes, label_dropout)
-        self.codebook_size = codebook_size
+        super().__init__(codebook_size, num_classes, label_dropout, dropout)
         self.grid = sides(grid)
         self.cells = math.prod(self.grid)
         self.length = num_codes
@@ -53,7 +51,6 @@ class Stackformer(CodeTransformer):
         self.code_emb, code_head = code_ends(codebook_size, n_embd, codebook_factors)
         self.position_emb = nn.Embedding(self.cells + 1, n_embd)  # the last: the start token's
         self.index_emb = nn.Parameter(torch.zeros(num_codes, n_embd))
-        self.drop = nn.Dropout(dropout)
         self.code_blocks = Blocks(code_layers, n_head, n_embd, dropout)
         self.code_norm = nn.LayerNorm(n_embd)
         self.code_head = code_head
@@ -63,17 +60,9 @@ class Stackformer(CodeTransformer):
         self.init_weights()
 
     @classmethod
-    def settings_for(cls, stage1: nn.Module, size: int | list[int]) -> dict:
+    def settings_for(cls, stage1, size):
         grid = divided(size, stage1.factor)
         return super().settings_for(stage1, size) | {"grid": grid, "num_codes": stage1.num_codes}
-
-    def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Codes and labels (B,) to {"loss", "code", "position"}: mean cross-entropies in nats, the
-        loss being their sum."""
-        code, position = self._nats(codes, labels)
-        code = code.mean()
-        position = position.mean()
-        return {"loss": code + position, "code": code.detach(), "position": position.detach()}
 
     def logits(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Next-token logits under teacher forcing, {"indices": (B, N, K), "positions":
@@ -81,28 +70,21 @@ class Stackformer(CodeTransformer):
         h, p = self._hidden(codes, labels)
         return {"indices": self.code_head(h), "positions": self.position_head(p)}
 
-    @torch.no_grad()
-    def bits(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each image's codes and positions, in bits (B,)."""
-        return sum(self._nats(codes, labels)).sum(1) / math.log(2)
-
-    def _nats(self, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of codes and positions, (B, N) each."""
+    def _nats(self, codes, labels):
+        """Cross-entropies in nats, (B, N) each."""
         h, p = self._hidden(codes, labels)
-        code = self.code_head.nats(h, codes["indices"])
-        return code, self.position_head.nats(p, codes["positions"])
+        return {"code": self.code_head.nats(h, codes["indices"]),
+                "position": self.position_head.nats(p, codes["positions"])}
 
-    def _hidden(self, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _hidden(self, codes, labels):
         """The inputs of both heads, (B, N, C) each."""
-        indices = codes["indices"]
-        positions = codes["positions"]
-        if indices.shape[1:] != (self.length,) or positions.shape != indices.shape:
-            raise ValueError(f"indices and positions must be (B, {self.length}); they are "
-                             f"{tuple(indices.shape)} and {tuple(positions.shape)}")
+        shape = (self.length,)
+        indices, positions = read_codes(codes, indices=shape, positions=shape)
         starts = self.start_tokens(len(indices), labels, indices.device)
         code = self.code_emb(indices)                                   # (B, N, C)
         pairs = code + self.position_emb(positions)                     # (B, N, C)
-        x = torch.cat([self._first(starts).unsqueeze(1), pairs[:, :-1]], dim=1)
+        first = self.start_emb(starts) + self.position_emb.weight[-1]   # (B, C)
+        x = torch.cat([first.unsqueeze(1), pairs[:, :-1]], dim=1)
         h = self.code_blocks(self.drop(x + self.index_emb))             # (B, N, C)
         p = self.position_blocks(h + code)                              # (B, N, C)
         return self.code_norm(h), self.position_norm(p)
@@ -120,30 +102,27 @@ class Stackformer(CodeTransformer):
         stay without one where they are known.
         """
         temperature_pos = temperature if temperature_pos is None else temperature_pos
-        check_sampling(temperature, top_k, top_p)
-        check_sampling(temperature_pos, top_k_pos, top_p_pos)
+        filters = check_sampling(temperature, top_k, top_p)
+        position_filters = check_sampling(temperature_pos, top_k_pos, top_p_pos)
         starts, guide = self.start_sampling(n, labels, cfg_scale)
         device = starts.device
         code_cache = Cache(self.code_blocks, len(starts), self.length)
         position_cache = Cache(self.position_blocks, len(starts), self.length)
-        numbers = uniforms(n, (self.code_head.digits + 1) * self.length, generator, device)
-        numbers = numbers.view(n, self.length, -1)                      # (n, N, digits + 1)
+        numbers = uniforms(n, (self.length, self.code_head.digits + 1), generator, device)
 
-        indices = torch.zeros(n, self.length, dtype=torch.int64, device=device)
+        indices = starts.new_zeros(n, self.length)
         positions = torch.zeros_like(indices)
-        known_cells = kept_first(n, self.grid, codes, known).to(device)         # (n,)
-        kept = torch.zeros_like(known_cells)                            # codes that stay, (n,)
+        known_cells = kept_first(n, self.grid, codes, known).to(device).unsqueeze(1)    # (n, 1)
         if codes is not None:
             indices = codes["indices"].to(device).clone()
             positions = codes["positions"].to(device).clone()
-            kept = (positions < known_cells.unsqueeze(1)).sum(1)
+        kept = (positions < known_cells).sum(1)                         # codes that stay, (n,)
 
         cells = torch.arange(self.cells, device=device)
-        last = known_cells.unsqueeze(1) - 1  # (n, 1): cells up to here are decided
-        x = self._first(starts)                                         # (n or 2n, C)
+        last = known_cells - 1  # (n, 1): cells up to here are decided
+        x = self.start_emb(starts) + self.position_emb.weight[-1]       # (n or 2n, C)
         for t in range(self.length):
             h = code_cache.step(x + self.index_emb[t], t)
-            filters = temperature, top_k, top_p
             code = self.code_head.draw(self.code_norm(h), guide, filters, numbers[:, t])
             indices[:, t] = torch.where(t < kept, indices[:, t], code)
             code = self.code_emb(indices[:, t].repeat(guide.copies))
@@ -152,17 +131,9 @@ class Stackformer(CodeTransformer):
             logits = guide(self.position_head(self.position_norm(p)))   # (n, h * w)
             no_room = cells > self.cells - self.length + t
             logits = logits.masked_fill((cells <= last) | no_room, -math.inf)
-            logits = filter_logits(logits, temperature_pos, top_k_pos, top_p_pos)
-            position = draw(logits, numbers[:, t, -1])
+            position = draw(filter_logits(logits, *position_filters), numbers[:, t, -1])
             positions[:, t] = torch.where(t < kept, positions[:, t], position)
             last = last.maximum(positions[:, t:t + 1])
             x = code + self.position_emb(positions[:, t].repeat(guide.copies))
         guide.check()
         return {"indices": indices, "positions": positions}
-
-    def lengths(self, codes: Codes) -> Tensor:
-        """Number of input tokens (B,) of each image."""
-        return torch.full_like(codes["indices"][:, 0], self.length)
-
-    def _first(self, starts: Tensor) -> Tensor:
-        return self.start_emb(starts) + self.position_emb.weight[-1]

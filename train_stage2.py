@@ -17,18 +17,16 @@ from pathlib import Path
 
 from harness import fsdp
 from harness.checkpoint import wanted_checkpoint, write_file
-from harness.code_cache import code_loader, encode_dataset, image
+from harness.code_cache import code_loader, encode_dataset
 from harness.config import UserError, build, load_config, mapping, parse_arguments, read_yaml
 from harness.finetune import freeze, init_from
 from harness.hub import run_folder
 from harness.launch import run_main
-from harness.models import (
-    asked_rate, class_names, in_precision, load_run, make_model, model_class, precision_of,
-    save_run, set_image_size, set_rate,
-)
+from harness.models import class_names, load_run, make_model, model_class, save_run, set_image_size
 from harness.run import Run, compile_parts, perplexities, update_ema
 from harness.sampling import sampling_arguments
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
+from harness.use import asked_rate, in_precision, precision_of, set_rate
 
 import torch
 from accelerate.utils import gather_object
@@ -219,7 +217,7 @@ def report(run, model, stage1, val_codes, step):
         shown = [first_of_class(data, label) for label in labels]
     samples = draw_columns(run, model, stage1, columns, labels, step)
     model.train()
-    originals = torch.stack([image(data, i) for i in shown]).to(run.accelerator.device)
+    originals = torch.stack([data[i][0] for i in shown]).to(run.accelerator.device)
     codes = stage1.encode(originals)
     rows = [originals, *stage1.maps(codes, originals).values(), stage1.decode(codes)]
     picture = []

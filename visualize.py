@@ -45,8 +45,12 @@ from harness.hub import run_folder
 from harness.launch import run_main
 from harness.log import printable
 from harness.metrics import compare
-from harness.models import own_folder, set_rate
-from harness.sampling import GRAINS, chosen_labels, load_models, sample_codes, sampling_arguments
+from harness.models import own_folder
+from harness.sampling import (
+    GRAINS, chosen_labels, load_models, parse_with_overrides, sample_codes, sampling_arguments,
+    to_path,
+)
+from harness.use import set_rate
 
 import numpy as np
 import torch
@@ -80,67 +84,52 @@ GREY = 0.0  # for cells without a code, in images in [-1, 1]
 @torch.no_grad()
 def main(argv=None):
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:  # overrides may stand before and after the options
-        if args.draw is sequence or word.startswith("-") or "=" not in word:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides += rest
-    if min(args.n, args.images, args.dpi) < 1 or not 0 <= args.seed < 2**32:
-        raise UserError("-n, --images and --dpi must be at least 1, and --seed between 0 and "
-                        "2^32 - 1")
-    name = f"figures/{args.command}{args.suffix}"
-    out = args.out or own_folder(Path(args.run[0]), "figures", "figures/*") / name
-    args.out = Path(out).expanduser()
-    if args.out.suffix != args.suffix:
-        raise UserError(f"--out must end in {args.suffix}; it is {args.out}")
+    args = parse_with_overrides(parser, argv)
+    if args.overrides and args.draw is sequence:
+        parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
+    if min(args.n, args.images, args.dpi) < 1:
+        raise UserError("-n, --images and --dpi must be at least 1")
+    suffix = ".html" if args.draw is interactive else ".png"
+    name = f"figures/{args.command}{suffix}"
+    args.out = args.out or own_folder(Path(args.run[0]), "figures", "figures/*") / name
+    if args.out.suffix != suffix:
+        raise UserError(f"--out must end in {suffix}; it is {args.out}")
     args.draw(args)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(n=1, images=1, dpi=1, seed=0, overrides=[])  # where a command has none
+    parser.set_defaults(n=1, images=1, dpi=1)  # where a command has none
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(draw, several=False, images=False, n=None, suffix=".png"):
+    numbers = {recon: 6, codes: 8, sequence: 4, ladder: 4, interactive: 16}
+    for draw in (recon, codes, codebook, sequence, rate, ladder, interactive):
         sub = commands.add_parser(draw.__name__, help=draw.__doc__)
-        sub.set_defaults(draw=draw, suffix=suffix)
-
-        def number(option, default, meaning):
-            sub.add_argument(option, type=int, default=default,
-                             help=f"{meaning} (default {default})")
-
-        sub.add_argument("--run", required=True, type=run_folder, nargs=1,
-                         action="extend" if several else "store",
-                         help="a run folder" + "; several times for a comparison" * several)
-        sub.add_argument("--which", choices=("latest", "best"), default="latest",
-                         help="which of the run's weights")
-        sub.add_argument("--out", help=f"a file (default: RUN/figures/{draw.__name__}{suffix})")
-        if suffix == ".png":
-            number("--dpi", 150, "pixels per inch")
-        if n:
-            number("-n", n, "how many images")
-        if images:
-            number("--images", 1000, "at most this many images for the statistics")
+        sub.set_defaults(draw=draw)
+        option = sub.add_argument
+        option("--run", required=True, type=run_folder, nargs=1,
+               action="extend" if draw in (recon, rate) else "store",
+               help="a run folder; of recon and rate several times, for a comparison")
+        option("--which", choices=("latest", "best"), default="latest",
+               help="which of the run's weights")
+        option("--out", type=to_path, help="a file (default: in RUN/figures)")
+        if draw is not interactive:
+            option("--dpi", type=int, default=150, help="pixels per inch (default 150)")
+        if draw in numbers:
+            option("-n", type=int, default=numbers[draw],
+                   help="how many images (default %(default)s)")
+        if draw in (codes, codebook, rate):
+            option("--images", type=int, default=1000,
+                   help="at most this many images for the statistics (default 1000)")
         if draw is not sequence:
-            sub.add_argument("--split", choices=("train", "val"), default="val")
-            sub.add_argument("overrides", nargs="*", metavar="data.key=value",
-                             help="draw other images than the run's")
-        return sub
-
-    command(recon, several=True, n=6)
-    command(codes, images=True, n=8)
-    sub = command(codebook, images=True)
-    sub.add_argument("--history", action="store_true",
-                     help="fail if there is no record over training")
-    sub = command(sequence, n=4)
-    sub.add_argument("--seed", type=int, default=0,
-                     help="image i is image i of sample.py with this seed")
-    sub.add_argument("--classes", "--class", dest="classes",
-                     help="class numbers or names, separated by commas (default: all, in turn)")
-    command(rate, several=True, images=True)
-    command(ladder, n=4)
-    command(interactive, n=16, suffix=".html")
+            option("--split", choices=("train", "val"), default="val")
+        if draw is codebook:
+            option("--history", action="store_true",
+                   help="fail if there is no record over training")
+    option = commands.choices["sequence"].add_argument
+    option("--seed", type=int, default=0, help="image i is image i of sample.py with this seed")
+    option("--classes", "--class",
+           help="class numbers or names, separated by commas (default: all, in turn)")
     return parser
 
 
@@ -179,11 +168,12 @@ def error_map(images, reconstructions):
 def rate(args):
     """PSNR, SSIM and LPIPS against bits per pixel, a point or a curve for each stage-1 run"""
     runs, dataset = load(args)
-    path = Path(torch.hub.get_dir()) / "checkpoints/vgg16-397923af.pth"
-    lpips = load_lpips().to(DEVICE) if path.is_file() else None
-    if lpips is None:
-        print("without LPIPS, which needs VGG-16's weights: "
-              f"{path} (download.pytorch.org/models)")
+    path = Path(torch.hub.get_dir(), "checkpoints/vgg16-397923af.pth")
+    lpips = None
+    if path.is_file():
+        lpips = load_lpips().to(DEVICE)
+    else:
+        print(f"without LPIPS, which needs VGG-16's weights: {path} (download.pytorch.org/models)")
     number = 3 if lpips else 2  # of metrics
     figure = new_figure(2.8 * number, 2.9)
     axes = figure.subplots(1, number)
@@ -191,13 +181,13 @@ def rate(args):
         points = []
         for share in each_rate(model):
             bits, *metrics = mean_quality(model, batches(dataset, args.images, name), lpips)
-            points.append((bits, *metrics))
+            points.append([bits, *metrics])
             where = "" if share is None else f" at {share:.2g}"
             listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, metrics)]
             print(f"{name} ({kind}){where}: {bits:.3g} bits per pixel, {', '.join(listed)}")
         bits, *columns = zip(*points)
+        size = 5 if len(points) > 1 else 7
         for ax, values in zip(axes, columns):
-            size = 5 if len(points) > 1 else 7
             ax.plot(bits, values, f"{marker}-", linewidth=1, label=name, markersize=size)
     for ax, label in zip(axes, METRICS.values()):
         ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=label)
@@ -223,10 +213,10 @@ def each_rate(model):
     """Sets a model to five rates of its range, one after the other; None: its only rate."""
     if model.rate_range is None:
         yield None
-        return
-    for share in np.linspace(*model.rate_range, 5).tolist():
-        set_rate(model, round(share, 6))
-        yield share
+    else:
+        for share in np.linspace(*model.rate_range, 5).round(6).tolist():
+            set_rate(model, share)
+            yield share
 
 
 def ladder(args):
@@ -238,14 +228,13 @@ def ladder(args):
     images = pick_images(dataset, args.n)
     figure, axes = tiles(2 * len(images), 6, images, height=1.32)
     for upper, lower, image in zip(axes[::2], axes[1::2], images.split(1)):
-        outs = [model(image) for _ in each_rate(model)]  # one by one: bits are means over a batch
         upper[0].axis("off")
-        maps = [map_of(model, out.codes, image) for out in outs]
-        row(upper[1:], pixels(torch.cat(maps)), "")
-        pictures = torch.cat([image, *[out.images for out in outs]])
-        titles = [f"{out.info['bits']:.0f} bits, {psnr(image, out.images).item():.1f} dB"
-                  for out in outs]
-        row(lower, pixels(pictures), "original", ["", *titles])
+        row(lower[:1], pixels(image), "original")
+        for above, below, _ in zip(upper[1:], lower[1:], each_rate(model)):
+            out = model(image)
+            row([above], pixels(map_of(model, out.codes, image)), "")
+            title = f"{out.info['bits']:.0f} bits, {psnr(image, out.images).item():.1f} dB"
+            row([below], pixels(out.images), "", [title])
     for ax, share in zip(axes[0, 1:], each_rate(model)):
         ax.set_title(f"{share:.0%}", pad=3)
     what = "regions refined" if "grain" in model.code_names else "cells kept"
@@ -265,15 +254,16 @@ def codes(args):
     images = pick_images(dataset, args.n)
     out = model(images)
     number = out.codes["indices"][0].numel()
-    label = "codes\nsimilar colours:\nsimilar vectors"
-    title = f"The codes of {name} ({kind}), {number} per image"
     is_masked = "positions" in model.code_names
-    figure, axes = tiles(4 if is_masked else 3, len(images), images)
+    figure, axes = tiles(3 + is_masked, len(images), images)
     if is_masked:
         label = f"kept cells\n{number} of {math.prod(model.grid)}"
         title = f"What {name} ({kind}) keeps"
         scores = out.info["score_map"].squeeze(1).cpu() / 2 + 0.5
         row(axes[1], scores, "score", bar="0: image's lowest,\n1: its highest")
+    else:
+        label = "codes\nsimilar colours:\nsimilar vectors"
+        title = f"The codes of {name} ({kind}), {number} per image"
     row(axes[0], pixels(images), "original")
     row(axes[-2], pixels(map_of(model, out.codes, images)), label)
     row(axes[-1], pixels(out.images), "reconstruction")
@@ -282,12 +272,11 @@ def codes(args):
 
 def draw_grains(args, model, dataset, name):
     """The granularities that a DQ-VAE chooses, and a histogram of its code lengths."""
-    lengths = [model.counts(model.encode(images))["codes"]
-               for images in batches(dataset, args.images, "codes")]
-    lengths = torch.cat(lengths).cpu()
+    lengths = torch.cat([model.counts(model.encode(images))["codes"].cpu()
+                         for images in batches(dataset, args.images, "codes")])
     picked = examples(lengths, args.n)
-    places = [i * len(dataset) // len(lengths) for i in picked]  # as `batches` spread them
-    images = torch.stack([dataset[place][0] for place in places]).to(DEVICE)
+    # As `batches` spread them
+    images = torch.stack([dataset[i * len(dataset) // len(lengths)][0] for i in picked]).to(DEVICE)
     out = model(images)
     entropy = model.entropy(images).cpu()
     figure = new_figure(1.2 * len(images) + 2.2, 7.4)
@@ -356,7 +345,7 @@ def codebook(args):
         raise UserError(f"the {type(quantizer).__name__} of {args.run[0]} has no single codebook "
                         "of learned vectors to draw; `visualize.py codes` and evaluate.py show "
                         "which codes it uses")
-    history = read_history(Path(args.run[0]))
+    history = read_history(args.run[0])
     if not history:
         missing = (f"{args.run[0]} has no record of its codebook over training; train with "
                    "train.codebook_stats_every=100 to have one")
@@ -372,11 +361,10 @@ def codebook(args):
     rows = 2 if history else 1
     figure = new_figure(9.5, 2.7 * rows + 0.2)
     axes = figure.subplots(rows, 3, squeeze=False)
-    usage_ax, norm_ax, gradient_ax = axes[0]
-    draw_usage(usage_ax, uses)
-    usage_ax.set_ylabel(f"times used in {min(args.images, len(dataset))} images")
-    draw_norms(norm_ax, quantizer.codebook.float().norm(dim=1).cpu().numpy())
-    draw_gradients(gradient_ax, code_gradients(model, dataset).numpy())
+    draw_usage(axes[0, 0], uses)
+    axes[0, 0].set_ylabel(f"times used in {min(args.images, len(dataset))} images")
+    draw_norms(axes[0, 1], quantizer.codebook.float().norm(dim=1).cpu().numpy())
+    draw_gradients(axes[0, 2], code_gradients(model, dataset).numpy())
     if history:
         draw_history(axes[1], history)
     save(figure, args, f"The codebook of {name} ({kind}): {len(uses)} codes of dimension "
@@ -386,8 +374,8 @@ def codebook(args):
 def draw_usage(ax, uses):
     """How often each code was used (K,), falling."""
     K = len(uses)
-    used = uses.count_nonzero().item()
-    ranked = uses.sort(descending=True).values[:used].tolist()
+    ranked = uses[uses > 0].sort(descending=True).values.tolist()
+    used = len(ranked)
     ax.fill_between(range(used + 1), [*ranked, ranked[-1]], step="post", color="C0", alpha=0.6)
     ax.set(yscale="log", xlim=(0, K), ylim=(0.7, None), xlabel="codes, by usage",
            title=f"Usage: {K - used} of {K} codes are never used")
@@ -450,10 +438,9 @@ def code_gradients(model, dataset):
     def record(_, inputs, outputs):  # vectors, indices and, if there are any, weights
         calls.append((inputs[0], outputs[1], *inputs[1:2]))
 
-    hook = model.quantizer.register_forward_hook(record)
-    for images in batches(dataset, 64, "gradients"):
-        model(images)
-    hook.remove()
+    with model.quantizer.register_forward_hook(record):
+        for images in batches(dataset, 64, "gradients"):
+            model(images)
     return gradient_norms(model.quantizer, *map(torch.cat, zip(*calls))).cpu()
 
 
@@ -540,9 +527,7 @@ def sequence(args):
     import matplotlib
 
     model, stage1, config, classes = load_models(args.run[0], args.which, torch.device(DEVICE))
-    if args.classes and not model.num_classes:
-        raise UserError(f"--class was given, but the model of {args.run[0]} is unconditional")
-    labels = chosen_labels(args.classes, classes, args.n) if model.num_classes else None
+    labels = chosen_labels(args.classes, classes, args.n)
     settings = sampling_arguments(model, config["sample"], labels)
     trace = []
     in_steps = isinstance(model, MaskTransformer)
@@ -563,42 +548,39 @@ def sequence(args):
     grains = GRAINS[counts.shape[1]]
     done = [codes_done(counts, i / stages / between)
             for i in range(1, between * stages * len(grains) + 1)]
-    frames = [draw_frame(stage1, drawn, ranks, counts, numbers)
-              for numbers in tqdm(done, "frames")]
+    frames = np.stack([draw_frame(stage1, drawn, ranks, counts, numbers)
+                       for numbers in tqdm(done, "frames")])            # (F, 2, n, H, W, 3)
 
     shares = [f"{i / stages:.0%}" for i in range(1, stages + 1)]
-    titles = [f"{share} of the {what}" for share in shares]
-    if len(grains) > 1:
-        titles = [f"{grain}: {share}" for grain in grains for share in shares]
-    names = [f"image {i}" for i in range(args.n)]
-    if labels is not None:
-        names = [printable(classes[label]) for label in labels]
+    titles = [f"{grain}: {share}" if grain else f"{share} of the {what}"
+              for grain in grains for share in shares]
     figure, axes = tiles(2 * args.n, len(titles), height=1.32)
-    strip = np.stack(frames[between - 1::between])                      # (columns, 2, n, H, W, 3)
-    for i, (name, upper, lower) in enumerate(zip(names, axes[::2], axes[1::2])):
-        row(upper, strip[:, 0, i], name, titles if i == 0 else ())
-        row(lower, strip[:, 1, i], "")
-        for ax, number in zip(lower, done[between - 1::between]):
+    shown = slice(between - 1, None, between)  # of the frames
+    for i, (upper, lower) in enumerate(zip(axes[::2], axes[1::2])):
+        name = f"image {i}" if labels is None else printable(classes[labels[i]])
+        row(upper, frames[shown, 0, i], name, titles if i == 0 else ())
+        row(lower, frames[shown, 1, i], "")
+        for ax, number in zip(lower, done[shown]):
             ax.set_xlabel(f"step {number[i]}" if in_steps else f"{number[i]} codes")
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, shrink=0.6, aspect=30,
                           label="order of generation")
     bar.set_ticks([0, 1], labels=["first", "last"])
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
-    is_masked = "positions" in drawn
-    grey = "cells without a code are filled by the de-mask" if is_masked else "grey: no code yet"
+    grey = "grey: no code yet"
+    if "positions" in drawn:
+        grey = "cells without a code are filled by the de-mask"
     save(figure, args, f"How {name} generates, and which cells have their codes; {grey}")
     save_gif(args.out.with_suffix(".gif"), frames)
 
 
 def save_gif(path, frames):
-    """Frames (2, n, H, W, 3), images above their maps, of which the last one stays."""
-    pages = []
-    for frame in frames:
-        padded = np.pad(frame, [(0, 0), (0, 0), (4, 4), (4, 4), (0, 0)], constant_values=255)
-        below_each_other = np.hstack(padded)                            # (n, 2 H, W, 3)
-        pages.append(Image.fromarray(np.hstack(below_each_other)))      # (2 H, n W, 3)
-    durations = [120] * (len(pages) - 1) + [2500]
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0)
+    """Frames (F, 2, n, H, W, 3), images above their maps, of which the last one stays."""
+    frames = np.pad(frames, [*[(0, 0)] * 3, (4, 4), (4, 4), (0, 0)], constant_values=255)
+    F, _, n, H, W, _ = frames.shape
+    pages = frames.swapaxes(2, 3).reshape(F, 2 * H, n * W, 3)
+    first, *others = map(Image.fromarray, pages)
+    durations = [120] * len(others) + [2500]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
     print(path)
 
 

@@ -24,6 +24,7 @@ Needs torch only; the GAN loss is in losses.py.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Annotated, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Codes = dict[str, Tensor]  # int64 tensors: all that is needed to decode images
+Decay = Annotated[float, (0, 1 - 1e-9)]  # the range that a config file may use
+Temperature = Annotated[float, (1e-9, 1e9)]
 
 
 class Output(NamedTuple):
@@ -49,38 +52,58 @@ class Tokenizer(nn.Module):
 
     factors        image side / grid side of each granularity, coarsest first; `factor`: the first
     quantizer      turns vectors (..., D) into codes
+    ranges         (low, high) of each share of cells or regions, which differ in a model that is
+                   trained for any rate; `rate_range` is their sum then, else None
     """
 
     code_names = ("indices",)
-    rate_range: tuple[float, float] | None = None  # of a model that was trained for any rate
+    progress = 1.0  # of training, 0 to 1
 
-    def __init__(self, factors: list[int], quantizer: Quantizer):
+    def __init__(self, factors: list[int], quantizer: Quantizer, ranges=((1.0, 1.0),)):
         super().__init__()
         self.factors = factors
         self.factor = factors[0]
         self.quantizer = quantizer
+        if quantizer.depth and len(self.code_names) > 1:
+            raise ValueError("DQ-VAE and MQ-VAE cannot read several codes per cell; give a "
+                             "ResidualVQ to a VQGAN")
+        self.ranges = ranges
+        self.ratios = [(low + high) / 2 for low, high in ranges]  # if nothing else is asked for
+        self.training_ratios = self.ratios
+        low, high = map(sum, zip(*ranges))
+        self.rate_range = (low, high) if low < high else None
 
-    def schedule(self, step: int, max_steps: int, seed: int = 0) -> None:
-        """Sets what changes over training; to be called before each step, numbered from 0."""
+    def schedule(self, step: int, max_steps: int, seed: int = 0):
+        """Sets what changes over training; to be called before each step, numbered from 0. The
+        step's shares are drawn from (seed, step), the same on all processes."""
+        self.progress = step / max_steps
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        drawn = torch.rand(len(self.ranges), generator=generator).tolist()
+        self.training_ratios = [low + (high - low) * x
+                                for (low, high), x in zip(self.ranges, drawn)]
 
     def calibrate(self, batches) -> dict:
         """Computes what encoding must know of training images, and returns it for a file."""
         return {}
 
-    def set_thresholds(self, thresholds: list[float], patch_size: int) -> None:
+    def set_thresholds(self, thresholds: list[float], patch_size: int):
         """Sets what `calibrate` would compute; ValueError if it computes nothing."""
         raise ValueError("thresholds are for a DQ-VAE with an entropy router")
 
-    def set_image_size(self, size: int | list[int]) -> None:
+    def set_image_size(self, size: int | list[int]):
         """Announces the images' size, a side or [height, width]; ValueError if it does not fit."""
         if any(side % self.factor for side in sides(size)):
             raise ValueError(f"image_size must be divisible by {self.factor}, the model's "
                              f"downsampling factor; it is {size}")
 
-    def set_rate(self, rate: float | list[float]) -> None:
+    def set_rate(self, rate: float | list[float]):
         """Chooses the rate of a model that was trained for any; ValueError if it has one only."""
         raise ValueError(f"a {type(self).__name__} has one rate only; MQ-VAE and DQ-VAE can be "
                          "trained for a range")
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Codes to images (B, 3, H, W)."""
+        return self._decode(self.quantizer.lookup(codes["indices"]))
 
     def maps(self, codes: Codes, images: Tensor) -> dict[str, Tensor]:
         """Pictures (B, 1 or 3, h, w) in [-1, 1] of where the codes go: none for a plain grid."""
@@ -89,6 +112,10 @@ class Tokenizer(nn.Module):
     def spent(self, codes: Codes) -> Tensor:
         """Which of codes["indices"] are paid for, bool of their shape."""
         return torch.ones_like(codes["indices"], dtype=torch.bool)
+
+    def bits(self, codes: Codes) -> Tensor:
+        """Bits per image (B,): log2 K per code."""
+        return self.spent(codes).flatten(1).sum(1) * math.log2(self.quantizer.codebook_size)
 
     def counts(self, codes: Codes) -> dict[str, Tensor]:
         """What an evaluation counts, per image (B,): codes, bits, shares of what is chosen."""
@@ -106,15 +133,13 @@ class VQModel(Tokenizer):
     `to_image` is apart from the decoder because the adaptive GAN weight needs its gradients.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, to_image: nn.Module,
-                 squash: nn.Module, z_channels: int, factor: int, quantizer: Quantizer):
+    def __init__(self, encoder, decoder, to_image, z_channels, factor, quantizer):
         super().__init__([factor], quantizer)
         self.encoder = encoder
         self.pre_quant = nn.Conv2d(z_channels, quantizer.dim, 1)
         self.post_quant = nn.Conv2d(quantizer.dim, z_channels, 1)
         self.decoder = decoder
         self.to_image = to_image
-        self.squash = squash
 
     def forward(self, images: Tensor) -> Output:
         """Images (B, 3, H, W) to an `Output` with the quantizer's losses."""
@@ -125,25 +150,15 @@ class VQModel(Tokenizer):
         """Images (B, 3, H, W) to {"indices": int64 (B, H / factor, W / factor)}."""
         return {"indices": self.quantizer.nearest(self.latents(images))}
 
-    def decode(self, codes: Codes) -> Tensor:
-        """{"indices": int64 (B, h, w)} to images (B, 3, h * factor, w * factor)."""
-        return self._decode(self.quantizer.lookup(codes["indices"]))
-
     def latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to vectors (B, h, w, D). ValueError unless factor divides H and W."""
         check_size(images, self.factor)
         z = self.encoder(images)                                        # (B, z_channels, h, w)
         return self.pre_quant(z).permute(0, 2, 3, 1)                    # (B, h, w, D)
 
-    def _decode(self, z_q: Tensor) -> Tensor:
+    def _decode(self, z_q):
         z = self.post_quant(z_q.permute(0, 3, 1, 2).contiguous())       # (B, z_channels, h, w)
-        return self.squash(self.to_image(self.decoder(z)))              # (B, 3, H, W)
-
-    def bits(self, codes: Codes) -> Tensor:
-        """Bits per image (B,): log2 K per code."""
-        indices = codes["indices"].flatten(1)
-        bits = indices.shape[1] * math.log2(self.quantizer.codebook_size)
-        return torch.full((len(indices),), bits, device=indices.device)
+        return self.to_image(self.decoder(z))                           # (B, 3, H, W)
 
 
 class VQGAN(VQModel):
@@ -164,9 +179,8 @@ class VQGAN(VQModel):
         encoder = Encoder(down, z_channels)
         up = UpPath(image_size, ch, ch_mult, num_res_blocks + 1, attn_resolutions)
         super().__init__(
-            encoder, Decoder(up, z_channels), to_image=nn.Conv2d(up.channels[-1], 3, 3, padding=1),
-            squash=nn.Identity(), z_channels=z_channels, factor=2 ** (len(ch_mult) - 1),
-            quantizer=quantizer or VectorQuantizer())
+            encoder, Decoder(up, z_channels), conv3x3(up.channels[-1], 3), z_channels,
+            factor=2 ** (len(ch_mult) - 1), quantizer=quantizer or VectorQuantizer())
 
 
 class VQVAE(VQModel):
@@ -179,38 +193,79 @@ class VQVAE(VQModel):
     def __init__(self, ch: Annotated[int, (2, 2**31)] = 256,
                  num_res_blocks: Annotated[int, (0, 2**31)] = 2,
                  quantizer: VectorQuantizer | None = None):
-        leaky = nn.LeakyReLU(0.01)
+        leaky = nn.LeakyReLU()
         encoder = nn.Sequential(
             nn.Conv2d(3, ch // 2, 4, 2, 1), leaky,
             nn.Conv2d(ch // 2, ch, 4, 2, 1), leaky,
-            nn.Conv2d(ch, ch, 3, 1, 1),
+            conv3x3(ch, ch),
             *[SimpleResBlock(ch) for _ in range(num_res_blocks)])
         decoder = nn.Sequential(
             *[SimpleResBlock(ch) for _ in range(num_res_blocks)], leaky,
-            nn.Conv2d(ch, ch, 3, 1, 1), leaky,
+            conv3x3(ch, ch), leaky,
             nn.ConvTranspose2d(ch, ch // 2, 4, 2, 1), leaky)
         super().__init__(
-            encoder, decoder, to_image=nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), squash=nn.Tanh(),
-            z_channels=ch, factor=4, quantizer=quantizer or VectorQuantizer())
+            encoder, decoder, nn.ConvTranspose2d(ch // 2, 3, 4, 2, 1), z_channels=ch, factor=4,
+            quantizer=quantizer or VectorQuantizer())
+
+    def _decode(self, z_q):
+        return super()._decode(z_q).tanh()
 
 
 class Quantizer(nn.Module):
-    """Base of the quantizers: K = `codebook_size`, D = `dim`; counts the codes chosen last."""
+    """Base of the quantizers: K = `codebook_size`, D = `dim`; counts the codes chosen last.
+
+    A quantizer defines, all in float32:
+
+    quantize(z, weight)    vectors (..., D), normalized, and their weights in the losses, (..., 1)
+                           or 1, to (z_q, indices, losses)
+    choose(z)              the same vectors to indices (...)
+    lookup(indices)        indices (...) to codes (..., D)
+    """
 
     depth = 0  # codes per vector, if `indices` have a last axis for them
     codebooks = 1
     has_codebook = False  # `codebook` (K, D) is learned
     l2_norm = False  # compares unit vectors
+    accumulation_steps = 1  # see VectorQuantizer
 
     def __init__(self, codebook_size: int, dim: int, queue_size: int):
         super().__init__()
         self.codebook_size = codebook_size
         self.dim = dim
-        self.accumulation_steps = 1
         self.register_buffer("queue", torch.full((queue_size,), -1, dtype=torch.int32))  # -1: none
 
+    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
+                ema_weight: Tensor | None = None):
+        """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
+
+        loss_weight    (...): of each vector in codebook and commitment loss (still plain means)
+        ema_weight     (...): of each vector in the moving averages; 0: never a restarted code
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = self.normalize(z.float())
+            weight = 1.0 if loss_weight is None else loss_weight.unsqueeze(-1)
+            z_q, indices, losses = self.quantize(z, weight)
+            if self.training:
+                self.record(indices)
+                self.learn(z.detach(), indices, ema_weight)
+        info = {"usage": self.usage(), "perplexity": self.perplexity(indices)}
+        return z_q, indices, losses, info
+
     @torch.no_grad()
-    def record(self, indices: Tensor) -> None:
+    def nearest(self, z: Tensor) -> Tensor:
+        """Vectors (..., D) to the indices of the nearest codes, int64 (...)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.choose(self.normalize(z.float()))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Vectors (..., D) as they are compared."""
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    def learn(self, z, indices, ema_weight):
+        """What training changes other than by gradients."""
+
+    @torch.no_grad()
+    def record(self, indices: Tensor):
         """Puts the indices of a training step into the queue."""
         recent = indices.flatten()[-len(self.queue):].to(self.queue.dtype)
         self.queue.copy_(torch.cat([self.queue[len(recent):], recent]))
@@ -228,13 +283,11 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def perplexity(self, indices: Tensor) -> Tensor:
         """exp(entropy) of the indices' distribution: 1 (a single code) to K (uniform)."""
-        ones = torch.ones(indices.numel(), device=indices.device)
+        indices = indices.flatten()
         counts = torch.zeros(self.codebook_size, device=indices.device)
-        p = counts.index_add_(0, indices.flatten(), ones) / indices.numel()
+        ones = torch.ones_like(indices, dtype=counts.dtype)
+        p = counts.index_add_(0, indices, ones) / len(indices)
         return torch.exp(-(p * (p + 1e-10).log()).sum())
-
-    def info(self, indices: Tensor) -> dict[str, Tensor]:
-        return {"usage": self.usage(), "perplexity": self.perplexity(indices)}
 
 
 class VectorQuantizer(Quantizer):
@@ -263,13 +316,13 @@ class VectorQuantizer(Quantizer):
     """
 
     CHUNK = 2**25  # distances in memory at a time (128 MB)
+    SQUARES = 1  # 0: chooses by the largest dot product, not by the smallest distance
     has_codebook = True
 
     def __init__(self, codebook_size: int = 1024, dim: int = 256, beta: float = 0.25,
                  legacy: bool = False, l2_norm: bool = False,
-                 ema_decay: Annotated[float, (0, 1 - 1e-9)] | None = None, ema_eps: float = 1e-5,
-                 restart: bool = True, entropy_weight: float = 0.0,
-                 entropy_temperature: Annotated[float, (1e-9, 1e9)] = 0.01,
+                 ema_decay: Decay | None = None, ema_eps: float = 1e-5, restart: bool = True,
+                 entropy_weight: float = 0.0, entropy_temperature: Temperature = 0.01,
                  queue_size: int = 65536, rotation: bool = False):
         super().__init__(codebook_size, dim, queue_size)
         self.beta = beta
@@ -282,7 +335,7 @@ class VectorQuantizer(Quantizer):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.make_codebook()
-        self._gathered: list[tuple[Tensor, Tensor, Tensor]] = []  # see _gather
+        self._gathered = []  # see learn
         if ema_decay is not None:
             # From 0, most codes restart as vectors of the first batches. Without restarts, unused
             # codes would be divided by almost 0.
@@ -290,60 +343,18 @@ class VectorQuantizer(Quantizer):
             self.register_buffer("ema_count", count)
             self.register_buffer("ema_sum", self.codebook.detach().clone())
 
-    def make_codebook(self) -> None:
+    def make_codebook(self):
         codebook = torch.empty(self.codebook_size, self.dim)
         codebook.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
         self.codebook = nn.Parameter(self.normalize(codebook), self.ema_decay is None)
 
-    def forward(self, z: Tensor, loss_weight: Tensor | None = None,
-                ema_weight: Tensor | None = None):
-        """Vectors (..., D) to (z_q (..., D) float32, indices int64 (...), losses, info).
-
-        loss_weight    (...): of each vector in codebook and commitment loss (still plain means)
-        ema_weight     (...): of each vector in the moving averages; 0: never a restarted code
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            z = self.normalize(z.float())
-            indices = self.nearest(z)
-            z_q = self.lookup(indices)
-            losses = self._losses(z, z_q, loss_weight)
-            if self.training:
-                self.record(indices)
-                if self.ema_decay is not None:
-                    weight = torch.ones_like(z[..., 0]) if ema_weight is None else ema_weight
-                    self._gather(z.detach(), indices, weight)
-            moved = rotate(z, z_q.detach()) if self.rotation else z
-            z_q = z_q.detach() + (moved - moved.detach())  # the value of z_q, the gradient of z
-        return z_q, indices, losses, self.info(indices)
-
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Vectors (..., D) to the indices of the nearest codes, int64 (...)."""
-        with torch.autocast(z.device.type, enabled=False):
-            codes = self.normalize(self.codebook.float())
-            vectors = self.normalize(z.float()).flatten(0, -2)
-            # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e, and ||z||^2 is the same for all codes.
-            squares = codes.square().sum(1)
-            rows = max(1, self.CHUNK // self.codebook_size)
-            nearest = [torch.addmm(squares, part, codes.t(), alpha=-2).argmin(1)
-                       for part in vectors.split(rows)]
-        return torch.cat(nearest).view(z.shape[:-1])
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (...) to codes (..., D), float32."""
-        return self.normalize(F.embedding(indices, self.codebook.float()))
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.l2_norm else x
-
-    def _losses(self, z: Tensor, z_q: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-        weight = 1.0 if weight is None else weight.unsqueeze(-1)
-        codebook = ((z_q - z.detach()).square() * weight).mean()
-        commitment = ((z_q.detach() - z).square() * weight).mean()
-        if self.legacy:
-            losses = {"codebook": self.beta * codebook, "commitment": commitment}
-        else:
-            losses = {"codebook": codebook, "commitment": self.beta * commitment}
+    def quantize(self, z, weight):
+        indices = self.choose(z)
+        z_q = self.lookup(indices)
+        losses = {
+            "codebook": ((z_q - z.detach()).square() * weight).mean(),
+            "commitment": ((z_q.detach() - z).square() * weight).mean()}
+        losses["codebook" if self.legacy else "commitment"] *= self.beta
         if self.entropy_weight > 0 and self.training:
             vectors = z.flatten(0, -2)                                  # (N, D)
             codes = self.normalize(self.codebook.clone())  # EMA changes it before backward
@@ -351,24 +362,40 @@ class VectorQuantizer(Quantizer):
                         - 2 * vectors @ codes.t())                      # (N, K)
             entropy = entropies(-distance / self.entropy_temperature)
             losses["entropy"] = self.entropy_weight * entropy
-        return losses
+        moved = rotate(z, z_q.detach()) if self.rotation else z
+        z_q = z_q.detach() + (moved - moved.detach())  # the value of z_q, the gradient of z
+        return z_q, indices, losses
 
-    def _gather(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
-        """Collects vectors; updates the codebook every `accumulation_steps` calls."""
-        vectors = z.flatten(0, -2)                                      # (N, D)
-        weight = weight.to(z).reshape(-1, 1)                            # (N, 1)
-        self._gathered.append((vectors, indices.flatten(), weight))
+    @torch.no_grad()
+    def choose(self, z):
+        codes = self.normalize(self.codebook.float())
+        # ||z - e||^2 = ||z||^2 + ||e||^2 - 2 z.e, and ||z||^2 is the same for all codes.
+        squares = codes.square().sum(1)
+        rows = max(1, self.CHUNK // self.codebook_size)
+        nearest = [torch.addmm(squares, part, codes.t(), beta=self.SQUARES, alpha=-2).argmin(1)
+                   for part in z.flatten(0, -2).split(rows)]
+        return torch.cat(nearest).view(z.shape[:-1])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (...) to codes (..., D), float32."""
+        return self.normalize(F.embedding(indices, self.codebook.float()))
+
+    def learn(self, z, indices, ema_weight):
+        """EMA: collects vectors; updates the codebook every `accumulation_steps` calls."""
+        if self.ema_decay is None:
+            return
+        weight = torch.ones_like(indices) if ema_weight is None else ema_weight
+        self._gathered.append((z.flatten(0, -2), indices.flatten(), weight.to(z).reshape(-1, 1)))
         if len(self._gathered) >= self.accumulation_steps:
             self._ema_update(*map(torch.cat, zip(*self._gathered)))
             self._gathered = []
 
     @torch.no_grad()
-    def _ema_update(self, z: Tensor, indices: Tensor, weight: Tensor) -> None:
+    def _ema_update(self, z, indices, weight):
         """One EMA step from vectors (N, D), indices (N,) and weights (N, 1)."""
         totals = z.new_zeros(self.codebook_size, self.dim + 1)  # sums of vectors, and their weight
         totals.index_add_(0, indices, torch.cat([z * weight, weight], dim=1))
-        if world_size() > 1:
-            dist.all_reduce(totals)
+        sum_over_processes(totals)
         ema_sum = self.ema_decay * self.ema_sum + (1 - self.ema_decay) * totals[:, :-1]
         ema_count = self.ema_decay * self.ema_count + (1 - self.ema_decay) * totals[:, -1]
         if self.restart:
@@ -379,34 +406,27 @@ class VectorQuantizer(Quantizer):
         share = (ema_count + self.ema_eps) / (total + self.codebook_size * self.ema_eps)
         codebook = ema_sum / (total * share).unsqueeze(1)
         finite = totals.isfinite().all()  # fp16 overflows must not reach the codebook
-        self.ema_sum.copy_(torch.where(finite, ema_sum, self.ema_sum))
-        self.ema_count.copy_(torch.where(finite, ema_count, self.ema_count))
-        self.codebook.copy_(torch.where(finite, codebook, self.codebook))
+        olds = self.ema_sum, self.ema_count, self.codebook
+        for old, new in zip(olds, (ema_sum, ema_count, codebook)):
+            old.copy_(torch.where(finite, new, old))
 
-    def _random_vectors(self, z: Tensor, weight: Tensor) -> Tensor:
+    def _random_vectors(self, z, weight):
         """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows
         of zero weight (N, 1) come last."""
         rank = dist.get_rank() if world_size() > 1 else 0
-        total = len(z) * world_size()
-        draw = torch.rand(total, device=z.device)
-        counts = torch.zeros_like(draw)
-        counts[rank * len(z):(rank + 1) * len(z)] = (weight > 0).squeeze(1).to(draw)
-        if world_size() > 1:
-            dist.broadcast(draw, 0)
-            dist.all_reduce(counts)
-        tiles = math.ceil(self.codebook_size / total)  # with few vectors: repeat, with noise
-        order = (draw + counts).argsort(descending=True)
+        draws = z.new_zeros(world_size(), len(z))
+        draws[rank] = torch.rand(len(z), device=z.device) + (weight[:, 0] > 0)
+        order = sum_over_processes(draws).flatten().argsort(descending=True)
+        tiles = math.ceil(self.codebook_size / len(order))  # with few vectors: repeat, with noise
         chosen = order.repeat(tiles)[:self.codebook_size]
         mine = (chosen // len(z) == rank).unsqueeze(1)
         vectors = torch.where(mine, z[chosen % len(z)], 0.0)
         if tiles > 1 and rank == 0:
             vectors += torch.rand_like(vectors) * 0.01 / math.sqrt(self.dim)
-        if world_size() > 1:
-            dist.all_reduce(vectors)
-        return vectors
+        return sum_over_processes(vectors)
 
 
-def rotate(z: Tensor, e: Tensor) -> Tensor:
+def rotate(z, e):
     """z (..., D), turned and scaled to e by a map that its gradient sees as a constant
     (Fifty et al., 2025, sec. 4.2)."""
     a = F.normalize(z.detach(), dim=-1)
@@ -418,62 +438,65 @@ def rotate(z: Tensor, e: Tensor) -> Tensor:
     return turned * scale
 
 
-def entropies(logits: Tensor) -> Tensor:
+def entropies(logits):
     """Mean entropy of p = softmax(logits), (N, K), minus the entropy of the mean p."""
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     return -(p * log_p).sum(1).mean() - entropy_of_mean(p)
 
 
-def entropy_of_mean(p: Tensor) -> Tensor:
+def entropy_of_mean(p):
     """Entropy of the mean of all processes' p (N, K). Its gradient is this process's, such that
     the average over processes is exact."""
     mean = p.mean(0)
-    if world_size() > 1:
-        everywhere = mean.detach().clone()
-        dist.all_reduce(everywhere)
-        mean = everywhere / world_size() + (mean - mean.detach())
+    everywhere = sum_over_processes(mean.detach().clone()) / world_size()
+    mean = everywhere + (mean - mean.detach())
     return -(mean * mean.clamp(min=1e-5).log()).sum()
 
 
-def world_size() -> int:
+def world_size():
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_processes(x):
+    """x, which becomes its sum over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 class Encoder(nn.Module):
     """Images (B, 3, H, W) to (B, z_channels, h, w)."""
 
-    def __init__(self, down: DownPath, z_channels: int):
+    def __init__(self, down, z_channels):
         super().__init__()
         self.down = down
         self.neck = Neck(down.channels[-1], z_channels)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         return self.neck(self.down(images)[-1])
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """(B, z_channels, h, w) to the input (B, C, H, W) of the last layer."""
 
-    def __init__(self, up: UpPath, z_channels: int):
-        super().__init__()
-        self.conv_in = nn.Conv2d(z_channels, up.channels[0], 3, padding=1)
-        self.mid = Mid(up.channels[0])
-        self.up = up
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.up(self.mid(self.conv_in(z)))
+    def __init__(self, up, z_channels):
+        channels = up.channels[0]
+        super().__init__(OrderedDict(
+            conv_in=conv3x3(z_channels, channels),
+            mid=Mid(channels),
+            up=up))
 
 
 class DownPath(nn.Module):
-    """The downsampling half of the encoder: features of every level, finest first."""
+    """The downsampling half of the encoder: features of every level, finest first. Its settings are
+    VQGAN's."""
 
-    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int],
-                 num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size, ch, ch_mult, num_res_blocks, attn_resolutions):
         super().__init__()
         self.channels = [ch * m for m in ch_mult]
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = conv3x3(3, ch)
         self.levels = nn.ModuleList()
         self.downs = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([ch, *self.channels], self.channels)):
@@ -483,7 +506,7 @@ class DownPath(nn.Module):
             attention = min(sides(image_size)) // 2**i in attn_resolutions
             self.levels.append(Level(c_in, c_out, num_res_blocks, attention))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images):
         """(B, 3, H, W) to a list of (B, channels[i], H / 2**i, W / 2**i)."""
         x = self.levels[0](self.conv_in(images))
         features = [x]
@@ -497,21 +520,19 @@ class UpPath(nn.Module):
     """The upsampling half of the decoder: (B, channels[0], h, w) to normalised features
     (B, channels[-1], H, W)."""
 
-    def __init__(self, image_size: int | list[int], ch: int, ch_mult: list[int],
-                 num_res_blocks: int, attn_resolutions: list[int]):
+    def __init__(self, image_size, ch, ch_mult, num_res_blocks, attn_resolutions):
         super().__init__()
         self.channels = [ch * m for m in ch_mult[::-1]]  # coarsest first
         self.levels = nn.ModuleList()
         self.ups = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([self.channels[0], *self.channels], self.channels)):
             if i > 0:
-                conv = nn.Conv2d(c_in, c_in, 3, padding=1)
-                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), conv))
+                self.ups.append(nn.Sequential(nn.Upsample(scale_factor=2.0), conv3x3(c_in, c_in)))
             size = min(sides(image_size)) // 2 ** (len(ch_mult) - 1 - i)
             self.levels.append(Level(c_in, c_out, num_res_blocks, size in attn_resolutions))
         self.norm_out = group_norm(self.channels[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.levels[0](x)
         for up, level in zip(self.ups, self.levels[1:]):
             x = level(up(x))
@@ -521,59 +542,52 @@ class UpPath(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, optionally each with attention."""
 
-    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, attention: bool):
+    def __init__(self, c_in, c_out, num_res_blocks, attention):
         super().__init__()
-        self.blocks = nn.ModuleList()
-        self.attns = nn.ModuleList()
-        for i in range(num_res_blocks):
-            self.blocks.append(ResBlock(c_in if i == 0 else c_out, c_out))
-        for _ in range(num_res_blocks):
-            self.attns.append(Attention(c_out) if attention else nn.Identity())
+        channels = [c_in, *[c_out] * (num_res_blocks - 1)]
+        self.blocks = nn.ModuleList(ResBlock(c, c_out) for c in channels)
+        self.attns = nn.ModuleList(
+            Attention(c_out) if attention else nn.Identity() for _ in channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for block, attn in zip(self.blocks, self.attns):
             x = attn(block(x))
         return x
 
 
-class Mid(nn.Module):
+class Mid(nn.Sequential):
     """The lowest resolution: residual block, attention, residual block."""
 
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block1 = ResBlock(channels, channels)
-        self.attn = Attention(channels)
-        self.block2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block2(self.attn(self.block1(x)))
+    def __init__(self, channels):
+        super().__init__(OrderedDict(
+            block1=ResBlock(channels, channels),
+            attn=Attention(channels),
+            block2=ResBlock(channels, channels)))
 
 
-class Neck(nn.Module):
+class Neck(nn.Sequential):
     """The end of the encoder, (B, channels, h, w) to (B, z_channels, h, w)."""
 
-    def __init__(self, channels: int, z_channels: int):
-        super().__init__()
-        self.mid = Mid(channels)
-        self.norm_out = group_norm(channels)
-        self.conv_out = nn.Conv2d(channels, z_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+    def __init__(self, channels, z_channels):
+        super().__init__(OrderedDict(
+            mid=Mid(channels),
+            norm_out=group_norm(channels),
+            silu=nn.SiLU(),
+            conv_out=conv3x3(channels, z_channels)))
 
 
 class ResBlock(nn.Module):
     """Norm, SiLU, 3x3 conv, twice; a 1x1 conv on the skip if the channels change."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3x3(c_in, c_out)
         self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3x3(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
@@ -582,13 +596,13 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the cells of a feature map, with a residual connection."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
+    def forward(self, x, key_weight=None):
         """(B, C, h, w) to (B, C, h, w). key_weight (B, h * w) multiplies the attention weights of
         each key after the softmax."""
         B, C, h, w = x.shape
@@ -604,29 +618,36 @@ class Attention(nn.Module):
 class SimpleResBlock(nn.Module):
     """ReLU, 3x3 conv, ReLU, 1x1 conv, no biases. The skip carries relu(x), as in the release."""
 
-    def __init__(self, ch: int):
+    def __init__(self, ch):
         super().__init__()
         self.conv1 = nn.Conv2d(ch, ch, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(ch, ch, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = F.relu(x)
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def conv3x3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def group_norm(channels):
     if channels % 32:
         raise ValueError("channels must be a multiple of 32, because GroupNorm has 32 groups; "
                          f"there are {channels}")
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def sides(size: int | list[int]) -> tuple[int, int]:
-    """(height, width) of a size: a side or [height, width]."""
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+def pair(value):
+    """A pair as a tuple; a number twice."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
 
 
-def check_size(images: Tensor, factor: int) -> None:
+sides = pair  # (height, width) of a size: a side or [height, width]
+
+
+def check_size(images, factor):
     if images.ndim != 4 or images.shape[1] != 3 or any(n % factor for n in images.shape[2:]):
         raise ValueError(f"images must be (B, 3, H, W) with H and W divisible by {factor}; they "
                          f"are {tuple(images.shape)}")

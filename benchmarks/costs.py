@@ -40,7 +40,7 @@ from harness.config import UserError, build, load_config, read_yaml
 from harness.launch import run_main
 from harness.models import make_model, set_image_size
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from losses import PatchGAN
 from vqgan import sides
 

@@ -25,7 +25,8 @@ from dataset import eval_loader
 from evaluate import run_images
 from harness.config import UserError
 from harness.launch import run_main
-from harness.models import in_precision, load_run
+from harness.models import load_run
+from harness.use import in_precision
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -48,7 +48,7 @@ import train_stage2
 from harness import checkpoint, code_cache, launch
 from harness.config import setting_names, signature
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from vqgan import VQGAN
 
 LOSSES: list[str] = []

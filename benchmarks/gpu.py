@@ -55,7 +55,7 @@ from harness.config import load_config
 from harness.guard import Guard
 from harness.models import make_model, model_class
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 Checks = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # what is shown, and the function that finds it
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2}  # of the largest absolute value

@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_stage2
 from dataset import make_dataset, train_loader
 from gpt import parameter_groups, sides
-from harness.code_cache import CodeBatches, CodeCache, code_loader, image
+from harness.code_cache import CodeBatches, CodeCache, code_loader
 from harness.config import build, load_config, read_yaml
 from harness.launch import run_main
 from harness.models import make_model
 from harness.run import compile_parts, peak_memory
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from losses import PatchGAN, Stage1Loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,7 +117,7 @@ def stage2(args) -> None:
     model, step = stage2_step(config, device)
 
     with tempfile.TemporaryDirectory() as folder:
-        example = autoencoder.encode(image(dataset, 0).unsqueeze(0).to(device))
+        example = autoencoder.encode(dataset[0][0].unsqueeze(0).to(device))
         cache = CodeCache(Path(folder), "codes", dataset, list(range(count)), 1, example, autoencoder.quantizer.codebook_size)
         cache.create()
         start = time.perf_counter()

@@ -1,46 +1,49 @@
 """Image files: which there are, and their pixels.
 
     files_below          the files in folders, at any depth
-    SPLIT, by_folder     what the names of files and folders say: split, class
+    DataError            what is wrong with a user's images, in one sentence
     image_extensions     which of them are images
     read_image, decode   one of them as 8-bit RGB, whatever it is
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os
-import re
 from contextlib import suppress
-from collections.abc import Sequence
 from heapq import heappop, heappush
-from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 BACKGROUND = "white"  # behind transparent images
 NOT_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}
 PASSED_OVER = (".", "__MACOSX", "lost+found")  # files and folders whose names begin so
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
+ORIENTATION = 0x0112  # in EXIF: how to turn the image upright, by TURNS, from 2
+TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+         "TRANSVERSE", "ROTATE_90"]
 # A PNG with more text, or a larger colour profile, is unreadable. Pillow's own limit is 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-# The first of these words in a path tells the split.
-SPLIT = re.compile(r"(?<![a-z])(train|val)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+
+
+class DataError(Exception):
+    """Something about the user's data, in one sentence."""
+
+    def __init__(self, message):
+        # A loader's worker process hands its exceptions over as a traceback in text, which ends
+        # with the sentence.
+        super().__init__(message.strip().rpartition("data.images.DataError: ")[2])
 
 
 @functools.cache
-def image_extensions() -> set[str]:
+def image_extensions():
     """The extensions (".jpg") of what this Pillow reads, without documents, films and data."""
     formats = Image.registered_extensions()
     readable = {"MPO", *Image.OPEN} - NOT_IMAGES  # "JPEG" opens MPO
     return {extension for extension, name in formats.items() if name in readable}
 
 
-def files_below(extensions: set[str], *folders: Path) -> tuple[list[list[str]], list[str]]:
+def files_below(extensions, *folders):
     """The files with such an extension in each folder, at any depth: their relative names, in
     order. And the names of all other files.
 
@@ -81,20 +84,12 @@ def _entries(links, folder, path):
             yield links + is_link, os.path.join(folder, entry.name), target, entry.is_dir()
 
 
-def by_folder(keys: Sequence[str]) -> list[str]:
-    """The first-level folder of each image, if all are in one; otherwise "image"."""
-    if all("/" in key for key in keys):
-        return [key.partition("/")[0] for key in keys]
-    return ["image"] * len(keys)
-
-
-def read_image(path: str | Path, background: str = BACKGROUND) -> Image.Image:
+def read_image(path, background=BACKGROUND):
     """The image as 8-bit RGB, upright (EXIF), over this colour where it is transparent."""
     return decode(path, background=background)[0]
 
 
-def decode(file: str | Path | bytes, least: int = 0,
-           background: str = BACKGROUND) -> tuple[Image.Image, tuple[float, ...]]:
+def decode(file, least=0, background=BACKGROUND):
     """read_image, and where in it the picture is (left, top, width, height). A JPEG may be decoded
     at 1/2, 1/4 or 1/8, but to at least `least` pixels a side (0: whole); its last pixels then go
     beyond the picture."""
@@ -103,16 +98,16 @@ def decode(file: str | Path | bytes, least: int = 0,
         image.load()
         turn = None
         with suppress(Exception):  # a broken EXIF block
-            turn = image.getexif().get(ExifTags.Base.Orientation)
+            turn = image.getexif().get(ORIENTATION)
         if image.mode[0] in "IF":
-            image = to_8_bits(image)
+            image = _to_8_bits(image)
         elif image.has_transparency_data:
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         image = image.convert("RGB")
     width, height = reduced[1][2:] if reduced else image.size
-    if turn in TURNS:
-        image = image.transpose(Image.Transpose[TURNS[turn]])
+    if turn in range(2, 9):
+        image = image.transpose(Image.Transpose[TURNS[turn - 2]])
     if turn in (5, 6, 7, 8):
         width, height = height, width
     left = (image.width - width) * (turn in (2, 3, 6, 7))
@@ -120,7 +115,7 @@ def decode(file: str | Path | bytes, least: int = 0,
     return image, (left, top, width, height)
 
 
-def to_8_bits(image):
+def _to_8_bits(image):
     """A grey image of 16 bits (the high ones) or of floats from 0 to 1. ValueError for other
     numbers: nobody knows their white. What a PNG says is transparent becomes white."""
     values = np.asarray(image)

@@ -6,8 +6,6 @@
 Distances are in sides of the image, shapes of arrays in pixels.
 """
 
-from __future__ import annotations
-
 import colorsys
 import itertools
 import math
@@ -33,7 +31,7 @@ class Shapes:
     image_size: int
     seed: int
     size: int  # how many images
-    max_objects: int = 3
+    max_objects: int
     classes = CLASSES
 
     def __post_init__(self):
@@ -118,12 +116,9 @@ def _place(rng, max_objects):
             x = rng.uniform(margin, 1 - margin)
             y = rng.uniform(margin, 1 - margin)
             placed.append((x, y, radius))
-        if not any(_touch(*pair) for pair in itertools.combinations(placed, 2)):
+        if all(math.dist(a[:2], b[:2]) > 1.25 * (a[2] + b[2])
+               for a, b in itertools.combinations(placed, 2)):
             return placed
-
-
-def _touch(a, b):
-    return math.dist(a[:2], b[:2]) <= 1.25 * (a[2] + b[2])
 
 
 def _turn(x, y, angle):

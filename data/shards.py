@@ -16,8 +16,6 @@ that is wrong a ValueError, of one sentence. Neither class keeps a file's positi
 share them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -26,7 +24,6 @@ import re
 import tarfile
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -36,21 +33,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.images import SPLIT, by_folder, files_below, image_extensions
+from data.images import files_below, image_extensions
+from data.splits import by_folder, by_split
 
 # WebDataset's key, up to the first dot of the file's name, and the rest. What is hidden has none,
 # nor is a leading / or ./ in it.
 MEMBER = re.compile(r"(?!(?:.*/)?\.[^./])(?:\.?/)*((?:.*/)?[^./]+)\.([^/]*)")
-
-
-def by_split(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The names for training and for validation. Where none says "train", all that do not say
-    "val" are for training."""
-    parts = {"train": [], "val": [], None: []}
-    for name in names:
-        match = SPLIT.search(name)
-        parts[match and match[1].lower()].append(name)
-    return parts["train"] or parts[None], parts["val"]
 
 
 @dataclass
@@ -61,7 +49,7 @@ class Shards:
     files: list[str]  # relative to base
     keys: list[str]  # the names of the images in them
     places: np.ndarray  # (N, 3): file, offset, size
-    labels: Sequence[int] | Sequence[str]  # the numbers in .cls, or else folders
+    labels: list[int] | list[str]  # the numbers in .cls, or else folders
     order = None
 
     def read(self, row):
@@ -74,7 +62,7 @@ class Shards:
         return f"{self.files[self.places[row, 0]]}/{self.keys[row]}"
 
 
-def tar_shards(root: Path) -> list[Shards]:
+def tar_shards(root):
     """The shards in a folder, at any depth, or those that a pattern names ({000..123},
     {train,val}): those for training, those for validation."""
     if root.is_dir():
@@ -87,7 +75,7 @@ def tar_shards(root: Path) -> list[Shards]:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"there is no shard {path}")
             by_place.setdefault(os.path.realpath(path), os.path.relpath(path, base))
-        files = list(by_place.values())
+        files = by_place.values()
     if not files:
         raise FileNotFoundError(f"there is no .tar in {root}")
     training, validation = by_split(files)
@@ -107,7 +95,7 @@ def tar_shards(root: Path) -> list[Shards]:
             for rows in (slice(end), slice(end, None))]
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern):
     """What a shell makes of {000..123} and {a,b}."""
     match = re.fullmatch(r"(.*?)\{(?:(\d+)\.\.(\d+)|([^{}]*))\}(.*)", pattern)
     if match is None:
@@ -120,14 +108,14 @@ def expand(pattern: str) -> list[str]:
     return [path for word in words for path in expand(before + word + after)]
 
 
-def index_all(shards: list[Path]) -> list[list]:
+def index_all(shards):
     """The index of each shard, from $XDG_CACHE_HOME/minvq (~/.cache/minvq), since shards often lie
     where nothing can be written. It is made and kept there if it is missing or damaged, or if the
     shard's size or time has changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minvq"
     # Processes that start together begin at different shards, and share the work.
     shuffled = random.Random().sample(shards, len(shards))
-    bar = tqdm(shuffled, "index of the shards", unit="shard", delay=2, dynamic_ncols=True,
+    bar = tqdm(shuffled, "index of the shards", delay=2, dynamic_ncols=True,
                disable=os.environ.get("RANK", "0") != "0")
     indices = {shard: _index(shard, cache) for shard in bar}
     return [indices[shard] for shard in shards]
@@ -153,7 +141,7 @@ def _index(shard, cache):
     return index
 
 
-def index_of(shard: Path) -> list[list]:
+def index_of(shard):
     """The names of a shard's images, their offsets and sizes, and the numbers in their .cls (or
     None), from the headers in the shard."""
     images = {}  # (name, offset, size) by key
@@ -199,6 +187,7 @@ def index_of(shard: Path) -> list[list]:
                 sentence += ("; -1 means no label, as in test splits: leave them out, or remove "
                              "all .cls")
             raise ValueError(sentence)
+        classes[key] = int(text)
     if passed_over:
         sentence = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed "
                     "over: a key ends at a name's first dot, its first image is read, and of links "
@@ -206,8 +195,8 @@ def index_of(shard: Path) -> list[list]:
         if not images:
             raise ValueError(f"{sentence}; make the shard with names of one dot")
         warnings.warn(sentence, stacklevel=2)
-    columns = [[image[column] for image in images.values()] for column in range(3)]
-    return [*columns, [int(classes[key]) if key in classes else None for key in images]]
+    rows = [[*image, classes.get(key)] for key, image in images.items()]
+    return [[row[column] for row in rows] for column in range(4)]
 
 
 @dataclass
@@ -216,7 +205,7 @@ class Table:
 
     images: Any  # a datasets.Dataset of the column of images alone, not decoded
     split: str
-    labels: Sequence[int] | Sequence[str]  # the column of labels
+    labels: list[int] | list[str]  # the column of labels
     order: list[str] | None = None  # of a ClassLabel
 
     @property
@@ -233,7 +222,7 @@ class Table:
         return f"row {row} of the {self.split} split"
 
 
-def tables(root: Path, image_column: str | None, label_column: str | None) -> list[Table]:
+def tables(root, image_column, label_column):
     """The rows of a dataset saved on disk, or of the parquet files in a folder, at any depth, which
     `datasets` copies to its cache once: those for training, those for validation."""
     try:

@@ -366,7 +366,7 @@ def draw_mqvae(mqvae, image: Tensor) -> None:
     size = mqvae.quantizer.codebook_size
     corner = drawing.step(1, 0, "The nearest codes", f"indices {shape_of(codes['indices'])}",
                           [f"of {size}; together with the", "positions, all that is stored"],
-                          ["mqvae.py::at", "vqgan.py::VectorQuantizer.nearest"])
+                          ["mqvae.py::at", "vqgan.py::Quantizer.nearest"])
     drawing.codes_at_positions(corner, codes, grid)
     z_q = mqvae.quantizer.lookup(codes["indices"])                      # (1, N, D)
     assert torch.equal(mqvae.quantizer.nearest(at(vectors, codes["positions"])), codes["indices"])
@@ -458,7 +458,7 @@ def draw_dqvae(dqvae, image: Tensor) -> None:
         drawing.outlined(x + region / 2, y + region / 2, str(g), 14)
 
     drawing.row(1, "dqvae.py::DQVAE.encode", "goes on", 0, 1)
-    drawing.row(1, "dqvae.py::DQVAE.decode", "the codes back to an image", 2)
+    drawing.row(1, "dqvae.py::DQVAE._decode", "the codes back to an image", 2)
     corner = drawing.step(1, 0, "One grid of vectors", f"z {shape_of(vectors)}",
                           ["of each region's granularity;", "a coarse one fills 2 x 2 cells"],
                           ["dqvae.py::DQVAE.vectors", "dqvae.py::DQVAE.to_finest"])
@@ -470,7 +470,7 @@ def draw_dqvae(dqvae, image: Tensor) -> None:
     corner = drawing.step(1, 1, "The nearest codes", f"indices {shape_of(codes['indices'])}",
                           [f"{counts[0]} coarse + {4 * counts[1]} fine = {total} codes, of",
                            f"one codebook of {dqvae.quantizer.codebook_size}"],
-                          ["vqgan.py::VectorQuantizer.nearest", "dqvae.py::DQVAE.same_within_code"])
+                          ["vqgan.py::Quantizer.nearest", "dqvae.py::DQVAE.same_within_code"])
     drawing.codes_with_grain(corner, codes)
 
     z = dqvae.post_quant(dqvae.quantizer.lookup(codes["indices"]).permute(0, 3, 1, 2).contiguous())
@@ -484,7 +484,7 @@ def draw_dqvae(dqvae, image: Tensor) -> None:
     recon = dqvae.decode(codes)
     corner = drawing.step(1, 3, "The reconstruction", f"image {shape_of(recon)}",
                           [f"{psnr(recon, image)} from", f"{total} codes of {grid * grid}"],
-                          ["vqgan.py::Decoder.forward"])
+                          ["vqgan.py::Decoder"])
     drawing.picture(*corner, SIDE, pixels_of(recon))
     drawing.save()
 
@@ -676,7 +676,7 @@ def draw_dq_transformer(model, dqvae, image: Tensor, label: int) -> None:
     images = dqvae.decode(new)
     corner = drawing.step(1, 3, "New images", f"images {shape_of(images)}",
                           [f"of the class {CLASSES[label]};",
-                           "the first is that of step 5"], ["dqvae.py::DQVAE.decode"])
+                           "the first is that of step 5"], ["dqvae.py::DQVAE._decode"])
     drawing.four(corner, [pixels_of(x.unsqueeze(0)) for x in images])
     drawing.save()
 
@@ -811,7 +811,7 @@ def draw_mask_transformer(model, dqvae, image: Tensor, label: int) -> None:
 
     corner = drawing.step(1, 3, "The edited image", f"image {shape_of(image)}",
                           ["the codes of the left half are", "as before; they are decoded anew"],
-                          ["mask_transformer.py::Places.codes", "dqvae.py::DQVAE.decode"])
+                          ["mask_transformer.py::Places.codes", "dqvae.py::DQVAE._decode"])
     drawing.picture(*corner, SIDE, final)
     drawing.save()
 

@@ -14,24 +14,19 @@ the size and SHA-256 of each file. best.safetensors beside them holds the weight
 validation.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor
 
 from harness.config import UserError
 
@@ -53,7 +48,7 @@ class Checkpoints:
         self.best_step = 0  # of the best score, known to the first process
         self.agreed = 0  # the last step at which all processes held the same weights
 
-    def save(self, step: int, bad_row: int):
+    def save(self, step, bad_row):
         """Writes step_XXXXXXXX under a temporary name, renames it when it is whole, then removes
         the oldest. With it, the number of bad steps in a row."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -129,8 +124,7 @@ class Checkpoints:
                                 "--resume auto")
         self.agreed = step
 
-    def open(self, modules: dict[str, nn.Module], optimizers: dict, stateful: Iterable[nn.Module],
-             wanted: str | None) -> dict:
+    def open(self, modules, optimizers, stateful, wanted):
         """Loads `wanted` (a path, "auto" for the newest whole one, None for none) and returns what
         is in its checkpoint.json, or that of a new run. Later checkpoints are renamed to
         abandoned_*.
@@ -215,7 +209,7 @@ class Checkpoints:
             except (SafetensorError, KeyError, TypeError, ValueError):
                 self.accelerator.print(f"{path} is damaged; the next validation replaces it")
 
-    def save_best(self, step: int, score: float, module: nn.Module):
+    def save_best(self, step, score, module):
         """Keeps the weights if their score is the highest so far."""
         if self.is_main and score > self.best:
             data = save(whole_state(module), {"step": str(step), "score": repr(score)})
@@ -224,7 +218,7 @@ class Checkpoints:
             self.best_step = step
 
 
-def wanted_checkpoint(resume: str | None, run: Path) -> str | None:
+def wanted_checkpoint(resume, run):
     """What --resume means for this run folder: None, "auto", or the path of a checkpoint. `latest`
     and the run's own folders are "auto"; a checkpoint's name alone is one of this run."""
     if resume is None:
@@ -240,12 +234,12 @@ def wanted_checkpoint(resume: str | None, run: Path) -> str | None:
                     f"in {resume}, checkpoint.json is missing")
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder):
     """Newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
 
 
-def newest_whole(folder: Path, say) -> Path | None:
+def newest_whole(folder, say):
     for path in list_checkpoints(folder):
         what = damage(path)
         if what is None:
@@ -254,7 +248,7 @@ def newest_whole(folder: Path, say) -> Path | None:
     return None
 
 
-def damage(path: Path) -> str | None:
+def damage(path):
     """What is wrong with a checkpoint, if anything."""
     try:
         manifest = json.loads((path / "checkpoint.json").read_text())
@@ -277,7 +271,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def write_weights(checkpoint: Path, files: dict):
+def write_weights(checkpoint, files):
     """Makes a checkpoint of step 0 that holds weights alone: name to tensors."""
     checkpoint.mkdir(parents=True)
     for name, tensors in files.items():
@@ -285,7 +279,7 @@ def write_weights(checkpoint: Path, files: dict):
     write_manifest(checkpoint, 0)
 
 
-def write_manifest(checkpoint: Path, step: int, bad_row: int = 0):
+def write_manifest(checkpoint, step, bad_row=0):
     files = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(checkpoint.iterdir())}
     manifest = {"step": step, "bad_row": bad_row, "files": files}
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
@@ -293,7 +287,7 @@ def write_manifest(checkpoint: Path, step: int, bad_row: int = 0):
         _sync(path)
 
 
-def write_file(path: Path, data: str | bytes):
+def write_file(path, data):
     """Writes a file whole or not at all: what was there before stays until the new one is
     complete."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -326,7 +320,7 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def whole_state(module: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+def whole_state(module, everywhere=False):
     """The weights on the CPU, for the first process alone; everywhere: on their device, for all.
     If the module is sharded, all processes must call this."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict

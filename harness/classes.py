@@ -3,14 +3,13 @@
     match_classes   start tokens by the names of their classes
 """
 
-from pathlib import Path
 
 from gpt import CodeTransformer
 from harness.log import new_ones
 from harness.models import class_names, run_config
 
 
-def match_classes(run, folder: Path, model, state: dict) -> str:
+def match_classes(run, folder, model, state):
     """Makes the tables with start tokens in `state`, of the run in `folder`, fit the model: a start
     token is that of the class of the same name, or the model's own if there is none. Returns words
     about it."""

@@ -5,15 +5,12 @@
 """
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from harness.checkpoint import write_file
 from harness.config import UserError
-from harness.run import Run
 
 RECORDS = {  # and what each is called in a figure
     "uses": "times used, of the last codes",
@@ -22,7 +19,7 @@ RECORDS = {  # and what each is called in a figure
 }
 
 
-def recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int], None]:
+def recorder(run, quantizer, start):
     """A function that writes codebook/step_XXXXXXXX.npz after a step whose turn it is: `uses` int64
     (K,) of the last codes (see VectorQuantizer.uses), `norms` and `gradient_norms` float32 (K,), of
     the first process's last batch."""
@@ -41,20 +38,20 @@ def recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int]
         if path.stem > f"step_{start:08d}":  # of steps that are done again
             path.unlink()
 
-    def before(_, inputs: tuple) -> None:
+    def before(_, inputs):
         last["codebook"] = quantizer.codebook.detach().clone()  # which the step will change
 
-    def after(_, inputs: tuple, outputs: tuple) -> None:
+    def after(_, inputs, outputs):
         vectors, *loss_weight = inputs[:2]
         last["args"] = vectors.detach(), outputs[1], *loss_weight
 
-    def record(step: int) -> None:
+    def record(step):
         if step % every == 0:
             norms = quantizer.codebook.detach().float().norm(dim=1)
             gradients = gradient_norms(quantizer, *last["args"], codebook=last["codebook"])
-            arrays = {"uses": quantizer.uses(), "norms": norms, "gradient_norms": gradients}
             file = io.BytesIO()
-            np.savez(file, **{name: values.cpu().numpy() for name, values in arrays.items()})
+            np.savez(file, uses=quantizer.uses().cpu(), norms=norms.cpu(),
+                     gradient_norms=gradients.cpu())
             with run.log.spare(f"the codebook's record of step {step}"):
                 write_file(folder / f"step_{step:08d}.npz", file.getvalue())
 
@@ -63,10 +60,10 @@ def recorder(run: Run, quantizer: torch.nn.Module, start: int) -> Callable[[int]
     return record
 
 
-def read_history(run: Path) -> dict[str, np.ndarray] | None:
+def read_history(run):
     """The record of a codebook over training: `steps` (T,), and `uses`, `norms`, `gradient_norms`
     (T, K), in order of step; None if there is none."""
-    paths = sorted((run / "codebook").glob("step_*.npz"))
+    paths = sorted(Path(run, "codebook").glob("step_*.npz"))
     if not paths:
         return None
     records = []

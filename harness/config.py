@@ -45,7 +45,7 @@ def parse_arguments(description, argv=None):
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after the options
 
 
-def load_config(path: str, overrides: list[str], sections: dict, inherit=None) -> dict[str, dict]:
+def load_config(path, overrides, sections, inherit=None):
     """The config of a YAML file with overrides, complete with defaults and checked.
 
     sections    "model": the function or class that takes the section's keys as arguments (an
@@ -66,7 +66,7 @@ def load_config(path: str, overrides: list[str], sections: dict, inherit=None) -
     return check_config(config, sections, path)
 
 
-def override(config: dict, overrides: list[str], sections: dict):
+def override(config, overrides, sections):
     """Sets key.sub=value in a config, in place. A text setting of a section in `sections` (as in
     load_config) takes its value literally."""
     for text in overrides:
@@ -97,7 +97,7 @@ def literal(text):
     return text
 
 
-def check_config(config: dict, sections: dict, path: str) -> dict[str, dict]:
+def check_config(config, sections, path):
     """What load_config returns, for a config that was read from `path`."""
     names = [name for name in sections if "." not in name]
     for name in config:
@@ -137,7 +137,7 @@ def load_class(path):
     return getattr(importlib.import_module(file), name)
 
 
-def build(target, settings: dict, **more):
+def build(target, settings, **more):
     """target(**settings, **more); a setting that is itself a section is built first."""
     arguments = dict(settings)
     for key, (annotation, _) in signature(target).items():
@@ -154,7 +154,7 @@ def build(target, settings: dict, **more):
             f"{target.__name__} cannot be made with these settings ({error})") from error
 
 
-def signature(target) -> dict[str, tuple]:
+def signature(target):
     """{argument: (type, default)} of the arguments that a config may set."""
     parameters = inspect.signature(target, eval_str=True).parameters
     return {key: (parameter.annotation, parameter.default)
@@ -162,7 +162,7 @@ def signature(target) -> dict[str, tuple]:
             if key not in ("split", "uint8")}  # which the scripts set
 
 
-def setting_names(target, section: str) -> list[str]:
+def setting_names(target, section):
     """The full names of all settings of a section: "model.quantizer.dim", ..."""
     names = []
     for key, (annotation, _) in signature(target).items():
@@ -294,7 +294,7 @@ class TextLoader(Loader):
         return None if text in ("", "~", "null", "Null", "NULL") else Plain(text)
 
 
-def read_yaml(path: str | Path, loader=Loader) -> dict:
+def read_yaml(path, loader=Loader):
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_YAML + 1)
@@ -305,7 +305,7 @@ def read_yaml(path: str | Path, loader=Loader) -> dict:
     return mapping(parse_yaml(text, loader, path), path)
 
 
-def parse_yaml(text: str, loader=Loader, where="the text"):
+def parse_yaml(text, loader=Loader, where="the text"):
     if len(text) > MAX_YAML:
         raise UserError(f"{where} is not a config: it has more than {MAX_YAML} characters")
     try:
@@ -316,14 +316,14 @@ def parse_yaml(text: str, loader=Loader, where="the text"):
         raise UserError(f"{where} is not valid YAML{place}") from None
 
 
-def mapping(value, where) -> dict:
+def mapping(value, where):
     """The value, a section of a config; an empty one is {}."""
     if not isinstance(value or {}, dict):
         raise UserError(f"{where} must be a section of key: value lines; it is {value!r}")
     return value or {}
 
 
-def flatten(config: dict, prefix="") -> dict:
+def flatten(config, prefix=""):
     """{"section.key": value}."""
     flat = {}
     for key, value in config.items():

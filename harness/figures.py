@@ -6,7 +6,6 @@
     tiles, row, pixels, save        a grid of pictures with labels, as PNG
 """
 
-import math
 from itertools import count, zip_longest
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from harness.config import UserError
 from dataset import eval_loader, to_uint8
 from harness.metrics import compare
-from harness.models import STAGE1, load_run, run_dataset
+from harness.models import STAGE1, load_run
+from harness.use import run_dataset
 from vqgan import sides
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def load(args):
     """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
     runs = []
-    configs = []
+    data = []
     for folder, name in zip(args.run, distinct(args.run)):
         model, config = load_run(folder, args.which)
         kind = config["model"]["name"]
@@ -47,38 +47,37 @@ def load(args):
             raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
                             f", or a stage-1 run such as {folder}/stage1")
         runs.append((model.to(DEVICE), name, NAMES[kind]))
-        configs.append(config)
-    sizes = [config["data"]["image_size"] for config in configs]
+        data.append(config["data"])
     is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
-    if len(set(map(sides, sizes))) > 1 and not is_chosen:
-        listed = [f"{folder} has {size}" for folder, size in zip(args.run, sizes)]
+    if len({sides(each["image_size"]) for each in data}) > 1 and not is_chosen:
+        listed = [f"{folder} has {each['image_size']}" for folder, each in zip(args.run, data)]
         raise UserError("runs of different image sizes cannot be compared without "
                         f"data.image_size=...: {', '.join(listed)}")
     for model, _, _ in runs:
-        dataset = run_dataset(configs[0], args.overrides, args.split, model)
+        dataset = run_dataset({"data": data[0]}, args.overrides, args.split, model)
     return runs, dataset
 
 
 def distinct(folders):
     """A name for each run: as few of the last parts of its path as tell the runs apart."""
-    paths = [Path(folder).resolve().parts for folder in folders]
-
-    def last(length):
-        return ["/".join(parts[-length:]) for parts in paths]
-
-    enough = next(n for n in count(1) if len(set(last(n))) == len(set(paths)))
-    return last(enough)
+    paths = [Path(folder).resolve() for folder in folders]
+    for length in count(1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
 
 
 def batches(dataset, limit, what):
     """At most `limit` images, spread over the dataset, in batches (16, 3, H, W)."""
     loader = eval_loader(dataset, 16, limit, num_workers=0, device=DEVICE)
-    for images, _ in tqdm(loader, what, math.ceil(min(limit, len(dataset)) / 16)):
+    for images, _ in tqdm(loader, what):
         yield images
+
 
 def pick_images(dataset, number):
     """At most so many images (n, 3, H, W), spread over the dataset."""
-    return torch.cat(list(batches(dataset, number, "images")))
+    return torch.cat([*batches(dataset, number, "images")])
+
 
 def psnr(images, reconstructions):
     """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1], as 8-bit images."""
@@ -129,9 +128,11 @@ def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vma
         place = axes[-1].inset_axes([1.06, 0, 0.07, 1])
         axes[-1].figure.colorbar(shown, cax=place, label=bar, extend=extend)
 
+
 def pixels(images):
     """Images (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3)."""
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
+
 
 def save(figure, args, title=""):
     if title:

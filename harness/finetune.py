@@ -8,8 +8,6 @@
         train.freeze=[encoder,pre_quant,quantizer]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch.nn as nn

@@ -8,14 +8,10 @@ towards the unchanged weights. Flags stay on the device until a log line, so no 
 GPU (except under fp16, whose scaler does).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from harness.config import UserError
 
@@ -46,7 +42,7 @@ class Guard:
         self.count, self.row, self.too_many = torch.zeros(
             3, dtype=torch.long, device=accelerator.device)
 
-    def watch(self, modules: dict[str, nn.Module], stateful: Iterable[nn.Module]):
+    def watch(self, modules, stateful):
         """Guards these modules from now on.
 
         modules     name to module; each may have an optimizer of its own; a bad step of one does
@@ -62,7 +58,7 @@ class Guard:
                 self.moving["discriminator"] += moving_tensors(module)
 
     @property
-    def scale(self) -> float:
+    def scale(self):
         """fp16's loss scale."""
         return self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
 
@@ -72,7 +68,7 @@ class Guard:
         self.kept = {name: [tensor.detach().clone() for tensor in moving]
                      for name, moving in self.moving.items()}
 
-    def backward(self, loss: Tensor):
+    def backward(self, loss):
         """A loss that is not finite becomes NaN, so that all processes see NaN gradients."""
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
@@ -84,7 +80,7 @@ class Guard:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.scale / self.scale_before)
 
-    def clip(self, name, optimizer) -> Tensor:
+    def clip(self, name, optimizer):
         """Clips the gradients of the module of this name, and returns the norm before clipping. If
         the norm is not finite, which all processes see alike, the optimizer's step does nothing.
         (accelerate's own clipping would undo the fp16 loss scale of all optimizers' gradients,
@@ -103,7 +99,7 @@ class Guard:
         return norm
 
     @torch.no_grad()
-    def end(self, step: int):
+    def end(self, step):
         """Undoes what a skipped step did to codebook and statistics, and counts it. An overflow
         under fp16's scale is undone but not counted: its scaler expects some."""
         for name, bad in self.bad.items():
@@ -119,7 +115,7 @@ class Guard:
             # Or bad losses would shrink it, and gradients with it, to nothing.
             self.accelerator.scaler.update(1.0)
 
-    def pop_count(self) -> Tensor:
+    def pop_count(self):
         """Bad steps since the last call, float ()."""
         count = self.count.float()
         self.count = torch.zeros_like(self.count)

@@ -5,8 +5,6 @@
 Any error of the network or the Hub is one sentence (UserError).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from harness.config import UserError
@@ -15,7 +13,7 @@ from harness.config import UserError
 LEFT_OUT = ["codes/*", "tensorboard/*", "config.yaml"]
 
 
-def run_folder(name: str | Path) -> str | Path:
+def run_folder(name):
     """The folder of a run. "hf:user/name" is downloaded to runs/user/name, unless it is there."""
     if not str(name).startswith("hf:"):
         return name

@@ -146,15 +146,16 @@ def load_reference(path):
     for name, ending in ENDINGS.items():
         keys = f"mu{ending}", f"sigma{ending}"
         if arrays.keys() >= {*keys}:
-            gaussian = [arrays[key] for key in keys]
+            mu, sigma = map(arrays.get, keys)
             size = FEATURES if name == "fid" else SPATIAL
-            fits = [x.shape for x in gaussian] == [(size,), (size, size)]
-            if not fits or any(x.dtype.kind != "f" or not np.isfinite(x).all() for x in gaussian):
-                shapes = ", ".join(f"{x.dtype} {x.shape}" for x in gaussian)
-                raise UserError(f"`{keys[0]}` and `{keys[1]}` of {path} are {shapes} instead of "
-                                f"finite floats ({size},) and ({size}, {size}), so they are not of "
-                                "these features of Inception")
-            reference[name] = dict(zip(("mu", "sigma"), map(np.float64, gaussian)))
+            fits = mu.shape == (size,) and sigma.shape == (size, size)
+            is_float = mu.dtype.kind == sigma.dtype.kind == "f"
+            if not (fits and is_float and np.isfinite(mu.sum() + sigma.sum())):
+                raise UserError(f"`{keys[0]}` and `{keys[1]}` of {path} are {mu.dtype} {mu.shape}, "
+                                f"{sigma.dtype} {sigma.shape} instead of finite floats ({size},) "
+                                f"and ({size}, {size}), so they are not of these features of "
+                                "Inception")
+            reference[name] = {"mu": np.float64(mu), "sigma": np.float64(sigma)}
     if "arr_0" in arrays:
         reference["images"] = arrays["arr_0"]
     elif "fid" not in reference:
@@ -164,9 +165,7 @@ def load_reference(path):
 
 def save_statistics(path, real):
     """Writes Gaussians as load_reference reads them."""
-    arrays = {}
-    for name, ending in ENDINGS.items():
-        arrays |= {key + ending: array for key, array in real[name].items()}
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **{key + ENDINGS[name]: array for name, gaussian in real.items()
+                      for key, array in gaussian.items()})
     write_file(path, file.getvalue())

@@ -3,8 +3,6 @@
     run_main    expected errors end it with one sentence, others with a traceback
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -6,8 +6,6 @@ a line or a picture, not the run.
     new_ones    the first of these names, for a sentence
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -15,11 +13,9 @@ import math
 import os
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from harness.checkpoint import write_file
 
@@ -34,7 +30,7 @@ class Log:
         self.sums = {}
         self.counts = {}
 
-    def open(self, step: int, settings: dict):
+    def open(self, step, settings):
         """Goes on after `step`: later lines of metrics.jsonl are removed."""
         if self.accelerator.is_main_process:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -50,7 +46,7 @@ class Log:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def add(self, values: dict[str, Tensor]):
+    def add(self, values):
         """Adds scalars to the means. They stay on the device; values that are not finite do not
         count."""
         for key, value in values.items():
@@ -59,7 +55,7 @@ class Log:
             self.sums[key] = self.sums.get(key, 0) + torch.where(finite, value, 0.0)
             self.counts[key] = self.counts.get(key, 0) + finite
 
-    def means(self, **more: Tensor) -> dict[str, float]:
+    def means(self, **more):
         """The means over steps and processes since the last call; of `more`, over processes."""
         means = {k: self.sums[k] / self.counts[k] for k in self.sums} | more
         self.sums = {}
@@ -67,7 +63,7 @@ class Log:
         values = self.accelerator.reduce(torch.stack(list(means.values())), "mean")
         return dict(zip(means, values.tolist()))
 
-    def write(self, step: int, values: dict[str, float]):
+    def write(self, step, values):
         """Writes scalars to the tracker and to metrics.jsonl."""
         # Gradient norms are not finite where fp16 overflowed.
         values = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -82,7 +78,7 @@ class Log:
                     file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def picture(self, step: int, name: str, columns: list[tuple[Tensor, ...]]) -> Path:
+    def picture(self, step, name, columns):
         """Writes samples/NAME_step.png: for each column images (3, H, W) or maps (1, h, w) in
         [-1, 1], the first at the top. Small images are enlarged by a whole factor, to about 128
         pixels."""
@@ -107,7 +103,7 @@ class Log:
         return path
 
     @contextmanager
-    def spare(self, what: str):
+    def spare(self, what):
         """Failing to write a log or a picture is a warning; failing to write a checkpoint is an
         error."""
         try:
@@ -117,7 +113,7 @@ class Log:
                           f"on: make room in {self.folder}", stacklevel=3)
 
 
-def printable(text: str) -> str:
+def printable(text):
     """The text with escapes for the bytes of a file's name that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 

@@ -15,12 +15,9 @@ def compare(a, b, lpips=None):
     "lpips", each (B,). Equal images have a PSNR of 100 dB."""
     import torchmetrics.functional.image as functional  # takes seconds
 
-    x = a.float()
-    y = b.float()
-    psnr = functional.peak_signal_noise_ratio(y, x, data_range=255.0, dim=(1, 2, 3),
-                                              reduction="none")
-    _, ssim = functional.structural_similarity_index_measure(
-        y, x, data_range=255.0, reduction="none", return_full_image=True)
+    settings = {"preds": b.float(), "target": a.float(), "data_range": 255.0, "reduction": "none"}
+    psnr = functional.peak_signal_noise_ratio(**settings, dim=(1, 2, 3))
+    _, ssim = functional.structural_similarity_index_measure(**settings, return_full_image=True)
     # Where the window of 11 pixels lies inside the image, as Wang et al. (2004) have it
     ssim = ssim[..., 5:-5, 5:-5].mean((1, 2, 3))
     values = {"psnr": psnr.clamp(max=100), "ssim": ssim}  # of no error at all: infinite
@@ -34,9 +31,8 @@ def usage(uses, draws=math.inf):
     were used uses (K,) times: what is expected of it."""
     from scipy.stats import hypergeom
 
-    total = int(uses.sum())
-    unseen = hypergeom.pmf(0, total, uses.numpy(), min(draws, total))   # (K,)
-    return 1 - unseen.mean()
+    total = uses.sum().item()
+    return 1 - hypergeom.pmf(0, total, uses.numpy(), min(draws, total)).mean()
 
 
 def perplexity(uses):

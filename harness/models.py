@@ -3,14 +3,12 @@
     STAGE1, STAGE2, QUANTIZERS    by name; their files are loaded when they are asked for
     make_model              the model of a config, untrained
     load_run, save_run      a model from a run folder, and the other way round
-    run_config, class_names, run_dataset    what else a run folder knows
-    in_precision            a model for use, not for training
+    run_config, class_names    what else a run folder knows
+    own_folder              a run folder that is safe to write to
 
 A run folder holds config.yaml (complete: it is enough to repeat the run), metrics.jsonl,
 tensorboard/, samples/*.png and checkpoints/.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -18,17 +16,13 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.nn as nn
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dataset import ImageDataset, make_dataset
 from harness.checkpoint import newest_whole, whole_state, write_file, write_weights
-from harness.config import (
-    UserError, build, check_config, choose, load_class, mapping, override, read_yaml,
-)
+from harness.config import UserError, build, choose, load_class, mapping, read_yaml
 from harness.hub import run_folder
 
 STAGE1 = {
@@ -112,41 +106,12 @@ def class_names(folder: str | Path) -> list[str] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def run_dataset(config: dict, overrides: list[str], split: str, model) -> ImageDataset:
-    """The images of a split of the data that a run was trained on, or of other data by overrides
-    (data.root=...)."""
-    sections = {"data": make_dataset}
-    settings = {"data": dict(config["data"])}
-    override(settings, overrides, sections)
-    settings = check_config(settings, sections, "the command line")
-    dataset = build(make_dataset, settings["data"], split=split)
-    set_image_size(model, dataset.image_size)
-    return dataset
-
-
 def set_image_size(model, size):
     """Tells a stage-1 model the size of its images; UserError if it cannot take them."""
     try:
         model.set_image_size(size)
     except ValueError as error:
         raise UserError(f"data.{error}") from error
-
-
-def set_rate(model, rate):
-    """Chooses the rate of a stage-1 model wherever none is given; UserError if it cannot be."""
-    try:
-        model.set_rate(rate)
-    except ValueError as error:
-        raise UserError(f"this rate cannot be chosen: {error}") from error
-
-
-def asked_rate(codes):
-    """The rate that the section `codes` of a stage-2 run chooses, if any."""
-    ratio = codes.get("ratio")
-    ratios = codes.get("ratios")
-    if ratio is not None and ratios is not None:
-        raise UserError("give codes.ratio or codes.ratios, not both")
-    return ratio if ratios is None else ratios
 
 
 def make_model(config: dict) -> nn.Module:
@@ -167,24 +132,6 @@ def save_run(folder: Path, config: dict, modules: dict[str, nn.Module], more=Non
     write_weights(folder / "checkpoints/step_00000000", weights | (more or {}))
     # Last: with it, the folder is a run.
     write_file(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-
-
-def in_precision(model: nn.Module, config: dict, device: torch.device,
-                 asked: str | None = None) -> nn.Module:
-    """The model on the device, for use, not for training: it encodes, decodes and samples in the
-    precision that was asked for, or else in the one that its run was trained in."""
-    precision = asked or precision_of(config)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
-    for name in ("encode", "decode", "bits", "sample"):
-        if hasattr(model, name):
-            setattr(model, name, autocast(getattr(model, name)))
-    return model.to(device)
-
-
-def precision_of(config: dict) -> str:
-    """The precision that a run was trained in; a converted one has none, which is float32, "no"."""
-    return mapping(config.get("train"), "train").get("mixed_precision") or "no"
 
 
 def own_folder(run: Path, *parts: str) -> Path:

@@ -1,35 +1,25 @@
-"""Maps the tensor names and settings of the reference releases to ours. Needs only the models.
+"""Maps the tensor names and settings of the reference releases to ours.
 
     from_reference(kind, state_dict, config)    the model of a release, in eval mode
     KINDS                                       kind to a function of the release's config: the
                                                 section `model` of ours, and the rules
+    pick                                        settings of a release, by a table
     Rule                                        what one of the release's tensors becomes
 
-The rules are tables of THEIR_NAME OUR_NAME, in which # is a number and * any text. A tensor that no
-rule renames is an error that names it, unless DROP has its name.
+Tables have lines THEIR_NAME OUR_NAME, of tensors or of settings. In names of tensors # is a number
+and * any text. A tensor that no rule renames is an error that names it, unless DROP has its name.
 """
-
-from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from dq_transformer import DQTransformer
-from dqvae import DQVAE
-from gpt import GPT
-from mqvae import MQVAE
-from stackformer import Stackformer
-from vqgan import VQGAN, VQVAE, VectorQuantizer
-
-MODELS = {"vqgan": VQGAN, "vqvae": VQVAE, "mqvae": MQVAE, "dqvae": DQVAE, "gpt": GPT,
-          "stackformer": Stackformer, "dq_transformer": DQTransformer}
+from harness.models import make_model
 
 # Tensors that reconstruction does not need.
 DROP = (
@@ -55,7 +45,7 @@ class Rule:
     parts: int = 1
     change: Callable[[Tensor], Tensor] = torch.atleast_1d
 
-    def applied(self, name: str) -> Rule | None:
+    def applied(self, name):
         """The rule for the tensor of this name alone; None if it is not about it."""
         pattern = re.escape(self.theirs).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)")
         match = re.fullmatch(pattern, name)
@@ -65,10 +55,7 @@ class Rule:
         return replace(self, theirs=name, ours=re.sub("[#*]", lambda _: next(groups), self.ours))
 
 
-Conversion = tuple[dict, list[Rule]]  # the section `model` of our config, and the rules
-
-
-def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
+def from_reference(kind, state_dict, config):
     """The model of a release, in eval mode. ValueError names every key that is unknown, missing or
     misshapen.
 
@@ -77,12 +64,8 @@ def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn
     config        the release's settings of this model, as convert.read_config takes them from its
                   YAML file
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; it is {kind!r}")
     settings, rules = KINDS[kind](config)
-    if "quantizer" in settings:
-        settings["quantizer"] = VectorQuantizer(**settings["quantizer"])
-    model = MODELS[settings.pop("name")](**settings)
+    model = make_model({"model": settings})
     _load(model, state_dict, rules)
     router = config.get("router", {})
     if "threshold" in router:
@@ -90,44 +73,66 @@ def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn
     return model.eval()
 
 
-def pick(config: dict, *names: str, **renamed: str) -> dict:
-    """Some settings of a release: those with our names, and OURS="THEIRS"."""
-    return {key: config[theirs] for key, theirs in (dict(zip(names, names)) | renamed).items()}
+def pick(config, *tables):
+    """The settings in tables of THEIRS OURS; a dot leads into a section."""
+    settings = {}
+    for theirs, ours in _lines(tables):
+        value = config
+        for key in theirs.split("."):
+            value = value[key]
+        section = settings
+        *parents, name = ours.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return settings
 
 
-def _rules(*tables: str) -> list[Rule]:
+def _rules(*tables):
     """The rules of lines THEIRS OURS, or THEIRS OURS PART PARTS."""
-    rules = []
-    for line in "\n".join(tables).splitlines():
-        if line.strip():
-            theirs, ours, *part = line.split()
-            rules.append(Rule(theirs, ours, *map(int, part)))
-    return rules
+    return [Rule(theirs, ours, *map(int, part)) for theirs, ours, *part in _lines(tables)]
+
+
+def _lines(tables):
+    return [line.split() for line in "\n".join(tables).splitlines() if line.strip()]
 
 
 # Stage 1
 
-ENCODER = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
+def _encoder(net):
+    return f"""
+        {net}.ch                ch
+        {net}.ch_mult           ch_mult
+        {net}.num_res_blocks    num_res_blocks
+        {net}.attn_resolutions  attn_resolutions
+        {net}.z_channels        z_channels
+        {net}.resolution        image_size
+        """
 
 
-def _vqgan_taming(config) -> Conversion:
-    net = config["ddconfig"]
-    settings = {
-        "name": "vqgan", **pick(net, *ENCODER, image_size="resolution"),
-        "quantizer": {"legacy": True, **pick(config, codebook_size="n_embed", dim="embed_dim")},
-    }
+def _vqgan_taming(config):
+    settings = {"name": "vqgan"} | pick(config, _encoder("ddconfig"), """
+        n_embed    quantizer.codebook_size
+        embed_dim  quantizer.dim
+        """)
+    settings["quantizer"]["legacy"] = True
     return settings, _rules(
-        _down("encoder.down"), _neck("", "encoder.neck"), _decoder(len(net["ch_mult"])),
-        QUANT_CONVS, CODEBOOK)
+        _down("encoder.down"), _neck("", "encoder.neck"),
+        _decoder(len(config["ddconfig"]["ch_mult"])), QUANT_CONVS, CODEBOOK)
 
 
-def _vqgan_llamagen(config) -> Conversion:
+def _vqgan_llamagen(config):
     last = 256 // 2 ** (len(config["ch_mult"]) - 1)  # only the last level has attention
-    settings = {
-        "name": "vqgan", "image_size": 256,
-        **pick(config | {"attn_resolutions": [last]}, *ENCODER),
-        "quantizer": pick(config, "codebook_size", "beta", "l2_norm", dim="codebook_embed_dim"),
-    }
+    settings = {"name": "vqgan", "image_size": 256, "attn_resolutions": [last]} | pick(config, """
+        ch                  ch
+        ch_mult             ch_mult
+        num_res_blocks      num_res_blocks
+        z_channels          z_channels
+        codebook_size       quantizer.codebook_size
+        codebook_embed_dim  quantizer.dim
+        beta                quantizer.beta
+        l2_norm             quantizer.l2_norm
+        """)
     return settings, _rules("""
         encoder.conv_in.*                        encoder.down.conv_in.*
         encoder.conv_blocks.#.res.*              encoder.down.levels.#.blocks.*
@@ -150,11 +155,14 @@ def _vqgan_llamagen(config) -> Conversion:
         """, QUANT_CONVS, CODEBOOK)
 
 
-def _vqvae_simplecnn(config) -> Conversion:
-    settings = {
-        "name": "vqvae", **pick(config, ch="hidden_dim", num_res_blocks="n_resblocks"),
-        "quantizer": pick(config, "l2_norm", codebook_size="codebook_num", dim="codebook_dim"),
-    }
+def _vqvae_simplecnn(config):
+    settings = {"name": "vqvae"} | pick(config, """
+        hidden_dim    ch
+        n_resblocks   num_res_blocks
+        codebook_num  quantizer.codebook_size
+        codebook_dim  quantizer.dim
+        l2_norm       quantizer.l2_norm
+        """)
     blocks = config["n_resblocks"]
     tables = [f"""
         quantizer.codebook.weight  quantizer.codebook
@@ -175,19 +183,19 @@ def _vqvae_simplecnn(config) -> Conversion:
     return settings, _rules(*tables)
 
 
-def _mqvae(config) -> Conversion:
-    net = config["encoder"]
-    quantizer = pick(
-        config["quantizer"], "codebook_size", dim="codebook_dim", beta="commitment_beta",
-        ema_decay="decay", restart="restart_unused_codes")
-    settings = {
-        "name": "mqvae", **pick(net, *ENCODER, image_size="resolution"),
-        **pick(config["masker"], "topk_ratio"),
-        **pick(config["demasker"], demask_layers="n_layer"),
-        "quantizer": quantizer, "release_training": True,
-    }
+def _mqvae(config):
+    settings = {"name": "mqvae", "release_training": True} | pick(config, _encoder("encoder"), """
+        masker.topk_ratio               topk_ratio
+        demasker.n_layer                demask_layers
+        quantizer.codebook_size         quantizer.codebook_size
+        quantizer.codebook_dim          quantizer.dim
+        quantizer.commitment_beta       quantizer.beta
+        quantizer.decay                 quantizer.ema_decay
+        quantizer.restart_unused_codes  quantizer.restart
+        """)
     rules = _rules(
-        _down("encoder.down"), _neck("", "encoder.neck"), _up("decoder", len(net["ch_mult"])), """
+        _down("encoder.down"), _neck("", "encoder.neck"),
+        _up("decoder", len(config["encoder"]["ch_mult"])), """
         masker.score_pred_net.1.*                 score_net.conv1.*
         masker.score_pred_net.3.*                 score_net.conv2.*
         masker.score_pred_net.4.*                 score_net.norm.*
@@ -202,27 +210,29 @@ def _mqvae(config) -> Conversion:
     return settings, [*rules, token, *EMA_CODEBOOK]
 
 
-def _dqvae(config) -> Conversion:
-    net = config["encoder"]
-    decoder = config["decoder"]
+def _dqvae(config):
     grains = ["coarse", "fine"]
     ratios = ["target_ratio"]
     if config["kind"].startswith("triple"):
         grains = ["coarse", "median", "fine"]
         ratios = ["target_median_ratio", "target_fine_ratio"]
-    finest = len(net["ch_mult"]) - len(grains)
+    finest = len(config["encoder"]["ch_mult"]) - len(grains)
     settings = {
-        "name": "dqvae", **pick(net, *ENCODER, image_size="resolution"),
+        "name": "dqvae", "ema_weighted": False, "release_training": True,
         "factors": [2 ** (finest + g) for g in reversed(range(len(grains)))],
         "ratios": [config["budget"][ratio] for ratio in ratios],
         "router": "entropy" if config["kind"].endswith("entropy") else "feature",
-        **pick(config["budget"], budget_weight="gamma"),
-        "ema_weighted": False, "release_training": True,
-        **pick(decoder, decoder_ch_mult="ch_mult", decoder_attn_resolutions="attn_resolutions"),
-        "quantizer": {"ema_decay": 0.99,
-                      **pick(config, "codebook_size", "beta", dim="codebook_dim")},
+        **pick(config, _encoder("encoder"), """
+        budget.gamma              budget_weight
+        decoder.ch_mult           decoder_ch_mult
+        decoder.attn_resolutions  decoder_attn_resolutions
+        codebook_size             quantizer.codebook_size
+        codebook_dim              quantizer.dim
+        beta                      quantizer.beta
+        """),
     }
-    tables = [_down("down"), _decoder(len(decoder["ch_mult"])), QUANT_CONVS, """
+    settings["quantizer"]["ema_decay"] = 0.99
+    tables = [_down("down"), _decoder(len(config["decoder"]["ch_mult"])), QUANT_CONVS, """
         encoder.router.gate.0.*                          router.fc1.*
         encoder.router.gate.2.*                          router.fc2.*
         decoder.position_bias_fourier.lff.ffm.conv.*     position.fourier.*
@@ -296,8 +306,13 @@ EMA_CODEBOOK = [
 
 # Stage 2. The releases have one table for codes, classes and special tokens; here each has its own.
 
+SIZES = """
+        codebook_size  codebook_size
+        n_head         n_head
+        n_embd         n_embd
+        """
 
-def _gpt_taming(config) -> Conversion:
+def _gpt_taming(config):
     """Without classes, the start token is token K, or code `sos_token` if there are only K tokens.
     With classes, class i shares the row of code i."""
     K = config["codebook_size"]
@@ -306,7 +321,10 @@ def _gpt_taming(config) -> Conversion:
     settings = {
         "name": "gpt", "num_classes": classes, "dropout": config.get("resid_pdrop", 0.0),
         "label_dropout": 0.0,
-        **pick(config, "codebook_size", "grid", "n_layer", "n_head", "n_embd"),
+        **pick(config, SIZES, """
+        grid     grid
+        n_layer  n_layer
+        """),
     }
     starts = [K]
     if classes:
@@ -324,17 +342,19 @@ def _gpt_taming(config) -> Conversion:
     ]
 
 
-def _stackformer(config) -> Conversion:
+def _stackformer(config):
     """The vocabulary is classes, then codes; or codes, then the start token."""
     K = config["codebook_size"]
     classes = config["n_classes"]
     cells = config["grid"] ** 2
-    settings = {
-        "name": "stackformer", "label_dropout": 0.0,
-        **pick(config, "codebook_size", "grid", "n_head", "n_embd", num_codes="codes_per_image",
-               num_classes="n_classes", code_layers="value_layer",
-               position_layers="position_layer", dropout="resid_pdrop"),
-    }
+    settings = {"name": "stackformer", "label_dropout": 0.0} | pick(config, SIZES, """
+        grid             grid
+        codes_per_image  num_codes
+        n_classes        num_classes
+        value_layer      code_layers
+        position_layer   position_layers
+        resid_pdrop      dropout
+        """)
     vocabulary = K + (classes or 1)
     codes = range(classes, classes + K)
     starts = range(classes) if classes else [K]
@@ -354,46 +374,48 @@ def _stackformer(config) -> Conversion:
     ]
 
 
-def _dq_transformer(config) -> Conversion:
+def _dq_transformer(config):
     """Each table holds codes or cells, then padding, end and start tokens (one start token per
     class, if there are classes)."""
     K = config["codebook_size"]
     special = config["special"]
     grids = [config["coarse_hw"], config["fine_hw"]]
-    settings = {
-        "name": "dq_transformer", "grids": grids, "label_dropout": 0.0,
-        **pick(config, "codebook_size", "n_head", "n_embd", num_classes="n_classes",
-               position_layers="position_layer", content_layers="content_layer",
-               dropout="resid_pdrop", order="fine_position_order"),
-    }
-    tokens = {}  # of each table: how many, its end token, its start tokens
-    for name in ("content", "coarse_position", "fine_position"):
-        first = special[f"{name}_sos_or_first_class"]
+    coarse, fine = (side**2 for side in grids)
+    settings = {"name": "dq_transformer", "grids": grids, "label_dropout": 0.0}
+    settings |= pick(config, SIZES, """
+        n_classes            num_classes
+        position_layer       position_layers
+        content_layer        content_layers
+        resid_pdrop          dropout
+        fine_position_order  order
+        """)
+
+    def tokens(table, count):
+        """How many rows a table has, and those of its first tokens, its end and its starts."""
+        first = special[f"{table}_sos_or_first_class"]
         starts = range(first, first + (config["n_classes"] or 1))
-        tokens[name] = starts.stop, special[f"{name}_eos"], starts
-    contents, content_end, content_starts = tokens["content"]
-    finest = range(grids[-1] ** 2)
-    ends = [tokens["coarse_position"][1], tokens["fine_position"][1]]
-    rules = [
+        return starts.stop, [*range(count), special[f"{table}_eos"], *starts]
+
+    contents, content_rows = tokens("content", K)
+    fine_positions, fine_rows = tokens("fine_position", fine)
+    ends = [special["coarse_position_eos"], special["fine_position_eos"]]
+    return settings, [
         *_rules(_blocks("content_transformer", "content_blocks"),
                 _blocks("position_transformer", "position_blocks"), """
         seg_emb.weight     grain_emb.weight
         content_head.0.*   content_norm.*
         position_head.0.*  position_norm.*
         """),
-        _first_rows(config, len(finest) + 3),
-        _rows("content_emb.weight", "content_emb.weight", contents,
-              [*range(K), content_end, *content_starts]),
+        _first_rows(config, fine + 3),
+        _rows("content_emb.weight", "content_emb.weight", contents, content_rows),
         _rows("content_head.1.weight", "content_head.weight", contents, range(K)),
-        _rows("position_head.1.weight", "position_head.weight", tokens["fine_position"][0],
-              [*finest, *ends]),
+        _rows("position_head.1.weight", "position_head.weight", fine_positions,
+              [*range(fine), *ends]),
+        _rows("content_coarse_pos_emb.weight", "position_emb.weight",
+              *tokens("coarse_position", coarse), 0, 2),
+        _rows("content_fine_pos_emb.weight", "position_emb.weight", fine_positions, fine_rows,
+              1, 2),
     ]
-    for part, grain in enumerate(("coarse", "fine")):
-        total, end, starts = tokens[f"{grain}_position"]
-        rule = _rows(f"content_{grain}_pos_emb.weight", "position_emb.weight", total,
-                     [*range(grids[part] ** 2), end, *starts])
-        rules.append(replace(rule, part=part, parts=2))
-    return settings, rules
 
 
 def _blocks(theirs, ours):
@@ -408,13 +430,13 @@ def _blocks(theirs, ours):
         """
 
 
-def _rows(theirs, ours, total: int, rows: Iterable[int]) -> Rule:
+def _rows(theirs, ours, total, rows, *part):
     """Picks these rows of a table with `total` rows. A table of any other size stays as it is, and
     _load refuses it."""
-    return Rule(theirs, ours, change=lambda x: x[list(rows)] if len(x) == total else x)
+    return Rule(theirs, ours, *part, change=lambda x: x[list(rows)] if len(x) == total else x)
 
 
-def _first_rows(config, length) -> Rule:
+def _first_rows(config, length):
     """Of position embeddings (1, block_size, C), which may have more rows than are used."""
     expected = (1, config["block_size"])
     return Rule("pos_emb", "index_emb",
@@ -441,9 +463,9 @@ PARTS_OF_BLOCKS = _rules("""
         """)
 
 
-def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]):
+def _load(model, state_dict, rules):
     own = model.state_dict()
-    state = {name: tensor for name, tensor in own.items() if _is_like(name, OPTIONAL)}
+    state = {}
     applied = defaultdict(list)  # {our name: rules}
     problems = []
     for name in state_dict:
@@ -463,25 +485,24 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor], rules: list[Rule]):
         if len(parts) < parts[0].parts:
             problems.append(f"missing a part of what becomes {ours}, of which there is only "
                             f"{', '.join(names)}")
-        elif any((rows, *tensor.shape[1:]) != shape for tensor in tensors):
+        elif {(rows, *tensor.shape[1:]) for tensor in tensors} != {shape}:
             shapes = " and ".join(f"{name} {tuple(state_dict[name].shape)}" for name in names)
             problems.append(f"{shapes} cannot become {ours} {shape}")
         else:
             state[ours] = torch.cat(tensors)
-    present = state.keys() | applied.keys()
-    problems += [f"missing what becomes {name}" for name in own if name not in present]
+    problems += [f"missing what becomes {name}" for name in own
+                 if name not in applied and not _is_like(name, OPTIONAL)]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
             f"these weights do not fit the config: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state)
-    averages = {"quantizer.ema_sum", "quantizer.ema_count"}
-    if averages <= own.keys() and not averages <= applied.keys():
+    model.load_state_dict(own | state)
+    if "quantizer.ema_sum" in own.keys() - applied.keys():
         model.quantizer.ema_sum.copy_(model.quantizer.codebook)
         model.quantizer.ema_count.fill_(1.0)
 
 
-def _applied(rules: list[Rule], name: str) -> Iterator[Rule]:
+def _applied(rules, name):
     """The rules that are about this tensor, applied to its name."""
     for rule in rules:
         if applied := rule.applied(name):
@@ -491,5 +512,5 @@ def _applied(rules: list[Rule], name: str) -> Iterator[Rule]:
             yield applied
 
 
-def _is_like(name, patterns) -> bool:
+def _is_like(name, patterns):
     return any(fnmatchcase(name, pattern) for pattern in patterns)

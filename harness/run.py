@@ -4,8 +4,6 @@
     learning_rate_at, compile_parts, update_ema     what both training scripts need
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -24,7 +22,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from dataset import SIGUSR1, ImageDataset
+from dataset import SIGUSR1
 from harness.checkpoint import Checkpoints, list_checkpoints, wanted_checkpoint, write_file
 from harness.config import UserError, flatten, read_yaml
 from harness.guard import Guard
@@ -45,7 +43,7 @@ class Run:
     fsdp     the script can train sharded weights (see fsdp.py)
     """
 
-    def __init__(self, config: dict, dataset: ImageDataset, resume: str | None, fsdp: bool = False):
+    def __init__(self, config, dataset, resume, fsdp=False):
         train = config["train"]
         if (train["learning_rate"] is None) == (train["base_lr"] is None):
             raise UserError("give one of train.learning_rate and train.base_lr")
@@ -95,7 +93,7 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM, SIGUSR1):
             signal.signal(number, self._on_signal)
 
-    def adamw(self, parameters) -> torch.optim.AdamW:
+    def adamw(self, parameters):
         train = self.train
         return torch.optim.AdamW(
             parameters, lr=0.0, betas=(train["adam_beta1"], train["adam_beta2"]),
@@ -104,7 +102,7 @@ class Run:
 
     # Checkpoints
 
-    def resume(self, optimizers: dict, stateful: list[nn.Module], **modules: nn.Module | None):
+    def resume(self, optimizers, stateful, **modules):
         """Loads the checkpoint that was asked for, and opens the log. Returns the number of steps
         done, 0 for a new run.
 
@@ -129,18 +127,18 @@ class Run:
         self.log.open(step, flatten(self.config))
         return step
 
-    def save_best(self, step: int, score: float, module: nn.Module):
+    def save_best(self, step, score, module):
         """Keeps the weights if their score is the highest so far."""
         with self.log.spare("the best weights"):
             self.checkpoints.save_best(step, score, module)
 
-    def save(self, step: int):
+    def save(self, step):
         self.average_batchnorm()
         self.checkpoints.save(step, int(self.guard.row))
 
     # Training
 
-    def start(self, step: int) -> tqdm:
+    def start(self, step):
         """Says what is trained from this step on; starts the clock and the progress bar."""
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
         say = self.accelerator.print
@@ -158,7 +156,7 @@ class Run:
         return learning_rate_at(step, self.train, self.global_batch, self.max_steps,
                                 self.steps_per_epoch)
 
-    def set_learning_rate(self, step: int, *optimizers):
+    def set_learning_rate(self, step, *optimizers):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
@@ -197,7 +195,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.log.close()
 
-    def mean_over_images(self, sums: dict, count: int):
+    def mean_over_images(self, sums, count):
         """The means over the images of all processes, from the sums over `count` of each."""
         every = gather_object([(count, {key: float(value) for key, value in sums.items()})])
         images = sum(count for count, _ in every)
@@ -230,7 +228,7 @@ class Run:
             return None
         return next(filter(None, gather_object([reason])), None)
 
-    def exit_at_signal(self, what: str):
+    def exit_at_signal(self, what):
         """Ends the script if a signal has asked for it, where there is no step to finish."""
         if self._signal:
             raise UserError(f"stopped by {self._signal} {what}")
@@ -322,7 +320,7 @@ def _networks(config):
             if key.startswith(sections) or key in ("train.use_ema", "train.freeze")}
 
 
-def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, steps_per_epoch):
+def learning_rate_at(step, train, global_batch, max_steps, steps_per_epoch):
     """The learning rate of step number `step` (from 0): linear warm-up, then constant, or cosine or
     linear to min_lr."""
     peak = train["learning_rate"]
@@ -341,7 +339,7 @@ def learning_rate_at(step: int, train: dict, global_batch: int, max_steps: int, 
     return train["min_lr"] + share * (peak - train["min_lr"])
 
 
-def compile_parts(model: nn.Module):
+def compile_parts(model):
     """torch.compile, part by part: the quantizer stays as it is, and so does the last layer, which
     has no parts and at whose weight the adaptive GAN weight asks for gradients."""
     for name, child in model.named_children():
@@ -352,7 +350,7 @@ def compile_parts(model: nn.Module):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay: float, step: int):
+def update_ema(ema, model, decay, step):
     """Moves the averaged weights towards the model's; in the first steps faster, by
     9 / (10 + step). Buffers, such as statistics and a router's thresholds, are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))

@@ -5,33 +5,27 @@
     chosen_labels           the classes that are asked for
     sample_codes, draw      codes and images, each with random numbers of its own
     model_parser            the options of all scripts that sample
+    to_path, parse_with_overrides    what is special about command lines
 """
-
-from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
+import re
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import Module
 
 from dataset import to_uint8
 from gpt import check_sampling
 from harness.config import UserError, build
-from harness.models import (
-    STAGE2, asked_rate, class_names, in_precision, load_run, set_image_size, set_rate,
-)
+from harness.models import STAGE2, class_names, load_run, set_image_size
+from harness.use import asked_rate, in_precision, set_rate
 
 GRAINS = {1: [""], 2: ["coarse", "fine"], 3: ["coarse", "medium", "fine"]}  # granularities' names
 
 
-def load_models(folder: str | Path, which: str = "latest",
-                device: torch.device = torch.device("cpu"), precision: str | None = None
-                ) -> tuple[Module, Module, dict, list[str]]:
+def load_models(folder, which="latest", device=torch.device("cpu"), precision=None):
     """(stage-2 model, stage-1 model, config, names of the classes) of a stage-2 run, in eval mode
     on this device. Each model computes in this precision, or else in the one that it was trained
     in."""
@@ -41,8 +35,7 @@ def load_models(folder: str | Path, which: str = "latest",
                         "folder of a stage-2 one")
     stage1, stage1_config = load_run(Path(folder) / "stage1")
     set_image_size(stage1, config["data"]["image_size"])
-    rate = asked_rate(config["codes"])
-    if rate is not None:
+    if (rate := asked_rate(config["codes"])) is not None:
         set_rate(stage1, rate)
     model = in_precision(model, config, device, precision)
     stage1 = in_precision(stage1, stage1_config, device, precision)
@@ -50,31 +43,36 @@ def load_models(folder: str | Path, which: str = "latest",
     return model, stage1, config, names
 
 
-def sampling_arguments(model: Module | type, settings: dict,
-                       labels: Tensor | None = None) -> dict:
+def sampling_arguments(model, settings, labels=None):
     """The sampling settings that this model accepts. UserError, before anything is drawn, for
     settings that make no sense; of a model (not only its class) also for guidance that it cannot
     have."""
-    model_class = model if isinstance(model, type) else type(model)
-    accepted = inspect.signature(model_class.sample).parameters
+    is_class = isinstance(model, type)
+    accepted = inspect.signature(model.sample).parameters
     names = [name for name in settings if name in accepted]
     for name, value in settings.items():
         if value is not None and name not in (*names, "columns", "rows"):
+            model_class = model if is_class else type(model)
             raise UserError(f"sample.{name} is not for a {model_class.__name__}, which has "
                             f"{', '.join(names)}")
     for end in ("", "_pos"):
         build(check_sampling, {}, temperature=settings[f"temperature{end}"] or 0.0,
               top_k=settings[f"top_k{end}"], top_p=settings[f"top_p{end}"])
     scale = settings["cfg_scale"]
-    if model is not model_class and scale != 1 and (labels is None or not model.has_null):
+    if not is_class and scale != 1 and (labels is None or not model.has_null):
         raise UserError(f"--cfg {scale:g} needs a class-conditional model that was trained with "
                         "label_dropout")
     return {name: settings[name] for name in names if settings[name] is not None}
 
 
-def chosen_labels(asked: str | None, classes: list[str], n: int) -> Tensor:
-    """Labels (n,) that go through the classes asked for, by name, number or part of a name."""
+def chosen_labels(asked, classes, n):
+    """Labels (n,) that go through the classes asked for, by name, number or part of a name. None
+    for an unconditional model, which has no classes."""
     chosen = range(len(classes))
+    if not classes:
+        if asked:
+            raise UserError("--classes was given, but this model is unconditional")
+        return None
     if asked:
         words = [asked] if asked in classes else asked.split(",")
         chosen = [label for word in words for label in labels_of(word.strip().lower(), classes)]
@@ -95,22 +93,19 @@ def labels_of(word, classes):
 
 
 @torch.no_grad()
-def draw(model: Module, stage1: Module, numbers: list[int], labels: Tensor | None, seed: int,
-         settings: dict) -> np.ndarray:
+def draw(model, stage1, numbers, labels, seed, settings):
     """Images with these numbers, uint8 (n, H, W, 3); labels are those of all images."""
     if labels is not None:
         labels = labels[numbers]
     codes = sample_codes(model, numbers, labels, seed, settings)
     # On the CPU one by one: in batches they would round differently.
     at_once = 1 if stage1.last_layer.device.type == "cpu" else len(numbers)
-    images = []
-    for parts in zip(*(value.split(at_once) for value in codes.values())):
-        images.append(stage1.decode(dict(zip(codes, parts))))
-    return to_uint8(torch.cat(images)).permute(0, 2, 3, 1).cpu().numpy()
+    parts = zip(*(value.split(at_once) for value in codes.values()))
+    images = torch.cat([stage1.decode(dict(zip(codes, part))) for part in parts])
+    return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sample_codes(model: Module, numbers: Sequence[int], labels: Tensor | None, seed: int,
-                 settings: dict) -> dict[str, Tensor]:
+def sample_codes(model, numbers, labels, seed, settings):
     """Codes of the images with these numbers and labels; each has random numbers of its own."""
     # A CPU generator uses 32 bits of its seed. All numbers of one seed give different ones, those
     # of two seeds are far apart.
@@ -132,3 +127,17 @@ def model_parser(description):
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"),
                         help="no: float32 (default: as the run was trained)")
     return parser
+
+
+def to_path(text):
+    return Path(text).expanduser()
+
+
+def parse_with_overrides(parser, argv):
+    """The arguments of a command line, and as `overrides` its words key.sub=value, which may stand
+    anywhere."""
+    words = sys.argv[1:] if argv is None else argv
+    overrides = [word for word in words if re.match(r"\w+\.[\w.]+=", word)]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides = overrides
+    return args

@@ -3,7 +3,7 @@
     STAGE1_SECTIONS     what takes the keys of each section (see load_config)
     TrainSettings       the section `train`, common to both stages
 
-Those of stage 2 alone are in settings2.py.
+Those of stage 2 alone are in settings_stage2.py.
 """
 
 from dataclasses import dataclass

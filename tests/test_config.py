@@ -23,7 +23,7 @@ from harness.config import (
 )
 from harness.models import STAGE1, STAGE2, model_class
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 from vqgan import VQGAN
 
 

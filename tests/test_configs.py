@@ -11,7 +11,7 @@ import train_stage2
 from harness.config import build, load_config
 from harness.models import make_model, model_class
 from harness.settings import STAGE1_SECTIONS
-from harness.settings2 import STAGE2_SECTIONS
+from harness.settings_stage2 import STAGE2_SECTIONS
 
 MQ = {"model.release_training": True, "model.demask_layers": 8, "model.ch_mult": [1, 1, 2, 2], "model.attn_resolutions": [32],
       "model.quantizer.codebook_size": 1024, "model.quantizer.dim": 256, "loss.disc_weight": 0.75, "loss.disc_weight_max": 1.0,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import dataset
+from data import sources
 from data.images import read_image
 from data.shapes import draw_shapes
 from dataset import (
@@ -113,6 +113,9 @@ def test_celeba(tmp_path):
     data = make_dataset("celeba", str(tmp_path), image_size=64)
     assert len(data) == 1 and (data[0][0] == 1).all()
     assert make_dataset("celeba", str(tmp_path), "val").source.name(0).endswith("1.png")
+    (tmp_path / "list_eval_partition.csv").write_text(rows + '"9.png","0"\n')
+    with pytest.raises(DataError, match="list_eval_partition.csv lists 9.png .* not there"):
+        make_dataset("celeba", str(tmp_path))
 
 
 def test_cifar10(tmp_path):
@@ -220,7 +223,7 @@ def test_wrong_roots_are_one_sentence(name, root, tmp_path):
     with pytest.raises(DataError) as error:
         make_dataset(name, root and str(tmp_path / root))
     assert "data.root" in str(error.value) and "\n" not in str(error.value)
-    assert root is None or dataset.SOURCES[name][1] in str(error.value)
+    assert root is None or sources.SOURCES[name][1] in str(error.value)
 
 
 # Finding files
@@ -241,7 +244,7 @@ def test_the_order_of_images(tmp_path):
     for name in ("dog/x/3.png", "dog-big/5.png", "dog/1.png", "dog/x/a/4.png", "dog/z.png", "b.png",
                  "dog-big/y/6.png"):
         save(tmp_path / name)
-    paths, = dataset.list_images(tmp_path)
+    paths, = sources.list_images(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
         "b.png", "dog/1.png", "dog/z.png", "dog/x/3.png", "dog/x/a/4.png", "dog-big/5.png",
         "dog-big/y/6.png"]
@@ -667,7 +670,7 @@ def test_shapes_have_15_to_60_percent_detail_where_they_say(size):
 
 def test_every_source_can_be_named_in_a_config():
     names = get_args(get_type_hints(make_dataset)["name"])
-    assert set(names) == {*dataset.SOURCES, "shapes"}
+    assert set(names) == {*sources.SOURCES, "shapes"}
 
 
 # Bad and strange images in a dataset

@@ -272,7 +272,7 @@ def test_any_size(grains, router):
     assert len(codes["grain"].unique()) == grains
     out = model(images)
     assert out.images.shape == images.shape and torch.equal(model.decode(codes), out.images)
-    assert model.first_cells(model.to_finest(codes["grain"])).sum((1, 2)).tolist() == model._count(codes["grain"]).tolist()
+    assert model.spent(codes).sum((1, 2)).tolist() == torch.pow(4, codes["grain"]).sum((1, 2)).tolist()
     for lines, side, other in ((model.position.rows, 24, wide.position.rows), (model.position.columns, 32, wide.position.columns)):
         ends = lines[[0, -1]]
         places = torch.linspace(0, 15, side).tolist()

@@ -73,7 +73,7 @@ def in_two_processes(tmp_path, home, *words):
     """evaluate.py with images as small as in `networks`."""
     (tmp_path / "driver.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import evaluate, inception, launch, torch_fidelity.feature_extractor_inceptionv3 as fidelity\n"
+        "import evaluate, torch_fidelity.feature_extractor_inceptionv3 as fidelity\nfrom harness import inception, launch\n"
         "fidelity.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE, inception.SPATIAL = 75, 7 * 3 * 3\nlaunch.run_main(evaluate.main)\n")
     forked(tmp_path, tmp_path / "driver.py", *words, processes=2, TORCH_HOME=str(home))
 

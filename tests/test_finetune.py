@@ -11,8 +11,8 @@ from conftest import TINY_MODELS, metrics, save_stage1, weights, write_tiny, wri
 
 from dq_transformer import START, DQTransformer
 from gpt import GPT
-from harness.config import UserError
 from harness.classes import match_classes
+from harness.config import UserError
 from harness.guard import Guard
 from harness.models import load_run
 

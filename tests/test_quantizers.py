@@ -416,5 +416,6 @@ def test_copy(tmp_path):
 
 
 def test_the_names_are_those_of_the_docstring():
-    assert all(f"    {path.partition('.')[2]} " in quantizers.__doc__ for name, path in QUANTIZERS.items() if name != "vq")
+    kinds = [path.split(".")[1] for name, path in QUANTIZERS.items() if name != "vq"]
+    assert all(f"    {kind} " in quantizers.__doc__ for kind in kinds)
     assert isinstance(VQGAN(32, 32, [1, 2], 1, [], 32, FSQ([4, 4])).quantizer, FSQ)

@@ -14,8 +14,9 @@ import sample
 import visualize
 from dataset import DataError
 from harness.config import UserError
-from harness.models import load_run, set_image_size, set_rate
+from harness.models import load_run, set_image_size
 from harness.sampling import load_models
+from harness.use import set_rate
 
 RANGES = {"mqvae": "model.topk_ratio=[0.1,0.9]", "dqvae": "model.ratios=[[0.1,0.9]]", "dqvae_entropy": "model.ratios=[[0.1,0.9]]",
           "dqvae_triple": "model.ratios=[[0.1,0.4],[0.1,0.5]]"}
