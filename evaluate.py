@@ -231,6 +231,7 @@ class Evaluation:
         if not reason:
             return network
         self.absent[name] = reason
+        return None
 
     # The work of several processes
 
