@@ -64,7 +64,8 @@ def distinct(folders):
     for length in count(1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(set(paths)):
-            return names
+            break
+    return names
 
 
 def batches(dataset, limit, what):
