@@ -69,7 +69,7 @@ class DQTransformer(CodeTransformer):
                  n_embd: int = 1024, dropout: Probability = 0.1, label_dropout: Probability = 0.1,
                  order: Literal["row-first", "region-first"] = "row-first",
                  codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grids = [sides(grid) for grid in grids]
         self.grains = len(grids)
         self.cells = [h * w for h, w in self.grids]

@@ -273,6 +273,8 @@ class Evaluation:
         if is_enough and not neighbours:
             return self.reference
         features = self.real_features(run, self.images)
+        if not self.state.is_main_process:
+            return {}
         real = {} if is_enough else gaussians(features)
         origin = self.args.split if self.images is None else self.args.reference.name
         return real | self.reference | {"features": features[:, :FEATURES], "from": origin}

@@ -48,7 +48,7 @@ class CodeTransformer(nn.Module):
 
     reads = ("indices",)  # the names of the codes of the stage-1 models that it is for
 
-    def __init__(self, codebook_size, num_classes, label_dropout, dropout):
+    def __init__(self, num_classes, label_dropout, codebook_size=0, dropout=0.0):
         super().__init__()
         self.codebook_size = codebook_size
         self.drop = nn.Dropout(dropout)
@@ -160,7 +160,7 @@ class GPT(CodeTransformer):
                  n_layer: int = 12, n_head: int = 12, n_embd: int = 768,
                  dropout: Probability = 0.0, label_dropout: Probability = 0.1,
                  codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grid = sides(grid)
         self.length = math.prod(self.grid)
         self.start_emb = nn.Embedding(self.num_starts, n_embd)

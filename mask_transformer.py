@@ -54,7 +54,7 @@ class MaskTransformer(CodeTransformer):
                  num_codes: int | None = None, num_classes: Count = 0, layout_layers: int = 6,
                  content_layers: int = 18, n_head: int = 8, n_embd: int = 1024,
                  dropout: Probability = 0.1, label_dropout: Probability = 0.1):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.num_codes = num_codes
         self.places = Places(grids, num_codes)
         self.kinds = self.places.kinds

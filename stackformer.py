@@ -43,7 +43,7 @@ class Stackformer(CodeTransformer):
                  num_classes: Count = 0, code_layers: int = 12, position_layers: int = 12,
                  n_head: int = 16, n_embd: int = 1024, dropout: Probability = 0.1,
                  label_dropout: Probability = 0.1, codebook_factors: list[int] | None = None):
-        super().__init__(codebook_size, num_classes, label_dropout, dropout)
+        super().__init__(num_classes, label_dropout, codebook_size, dropout)
         self.grid = sides(grid)
         self.cells = math.prod(self.grid)
         self.length = num_codes
