@@ -36,7 +36,7 @@ NAMES = {
 
 
 def load(args):
-    """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
+    """(model, name of the run and of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
     runs = []
     data = []
@@ -46,14 +46,14 @@ def load(args):
         if kind not in STAGE1:
             raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
                             f", or a stage-1 run such as {folder}/stage1")
-        runs.append((model.to(DEVICE), name, NAMES[kind]))
+        runs.append((model.to(DEVICE), f"{name} ({NAMES[kind]})"))
         data.append(config["data"])
     is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
     if len({sides(each["image_size"]) for each in data}) > 1 and not is_chosen:
         listed = [f"{folder} has {each['image_size']}" for folder, each in zip(args.run, data)]
         raise UserError("runs of different image sizes cannot be compared without "
                         f"data.image_size=...: {', '.join(listed)}")
-    for model, _, _ in runs:
+    for model, _ in runs:
         dataset = run_dataset({"data": data[0]}, args.overrides, args.split, model)
     return runs, dataset
 
