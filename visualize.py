@@ -173,8 +173,7 @@ def rate(args):
     if not lpips:
         print(f"without LPIPS, which needs VGG-16's weights: {path} (download.pytorch.org/models)")
     number = 3 if lpips else 2  # of metrics
-    figure = new_figure(2.8 * number, 2.9)
-    axes = figure.subplots(1, number)
+    figure, axes = new_figure(1, number, 2.8 * number, 2.9)
     for (model, name), marker in zip(runs, cycle("osD^vP*X")):
         points = []
         for share in each_rate(model):
@@ -184,12 +183,12 @@ def rate(args):
             listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, point[1:])]
             print(f"{name}{where}: {point[0]:.3g} bits per pixel, {', '.join(listed)}")
         bits, *columns = zip(*points)
-        for ax, values in zip(axes, columns):
+        for ax, values in zip(axes[0], columns):
             ax.plot(bits, values, f"{marker}-", label=name)
-    for ax, label in zip(axes, METRICS.values()):
+    for ax, label in zip(axes[0], METRICS.values()):
         ax.set(xlabel="bits per pixel", ylabel=label)
         ax.grid(alpha=0.3)
-    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=number,
+    figure.legend(handles=axes[0, 0].get_lines(), loc="outside lower center", ncols=number,
                   frameon=False)
     save(figure, args, f"Rate and distortion, means over {min(args.images, len(dataset))} images "
                        f"({args.split})")
@@ -353,8 +352,7 @@ def codebook(args):
         uses += torch.bincount(spent, minlength=K).cpu()
 
     rows = 2 if history else 1
-    figure = new_figure(9.5, 2.7 * rows + 0.2)
-    axes = figure.subplots(rows, 3, squeeze=False)
+    figure, axes = new_figure(rows, 3, 9.5, 2.7 * rows + 0.2)
     draw_usage(axes[0, 0], uses)
     axes[0, 0].set_ylabel(f"times used in {min(args.images, len(dataset))} images")
     draw_norms(axes[0, 1], quantizer.codebook.float().norm(dim=1).cpu().numpy())
@@ -445,10 +443,7 @@ def heat_map(values, is_log):
 def log_range(values):
     """Limits of a logarithmic axis of these values (zeros have no place on it). Never empty."""
     positive = values[values > 0]
-    if positive.size == 0:
-        return 0.1, 10
-    low, high = positive.min(), positive.max()
-    return (low, high) if low < high else (high / 10, high * 10)
+    return (positive.min(), positive.max() * 1.01) if positive.size else (0.1, 10)
 
 
 # The page
@@ -594,9 +589,9 @@ def partial_images(stage1, codes, ranks, done):
         return stage1.decode(codes)
     there = ranks < done.view(-1, 1, 1)
     quantizer = stage1.quantizer
-    book = quantizer.codebook if quantizer.has_codebook else ranks.new_zeros(1, quantizer.dim)
-    middle = book.float().mean(0, keepdim=True)
-    indices = codes["indices"].where(there, quantizer.nearest(middle))
+    vectors = quantizer.lookup(torch.arange(quantizer.codebook_size, device=ranks.device))
+    placeholder = quantizer.nearest(vectors.mean(0, keepdim=True))
+    indices = codes["indices"].where(there, placeholder)
     images = stage1.decode(codes | {"indices": indices})
     return images.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, GREY)
 

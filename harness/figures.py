@@ -87,28 +87,30 @@ def psnr(images, reconstructions):
 # Pictures
 
 
-def new_figure(width, height):
-    """A figure in our style. matplotlib is imported when it is used, since it takes a while."""
+def new_figure(rows, columns, width, height):
+    """A figure in our style, and its axes (rows, columns). matplotlib is imported when it is used,
+    since it takes a while."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams |= {
         "font.size": 8,
         "axes.titlesize": 8,
+        "axes.titlepad": 3,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "figure.titlesize": 9,
         "figure.constrained_layout.use": True,
     }
-    return Figure(figsize=(width, height))
+    figure = Figure((width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def tiles(rows, columns, images=None, height=1.25):
     """A figure, and its axes (rows, columns) for square pictures, or of the shape of the images."""
     if images is not None:
         height += 1.2 * images.shape[-2] / images.shape[-1] - 1.2
-    figure = new_figure(1.2 * columns + 2.0, height * rows + 0.5)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return new_figure(rows, columns, 1.2 * columns + 2.0, height * rows + 0.5)
 
 
 def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vmax=1.0):
@@ -119,9 +121,7 @@ def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vma
     bar      the label of a colour bar at the right; "": no bar
     """
     for ax, image, title in zip_longest(axes, images, titles, fillvalue=""):
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, pad=3)
-        ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[], frame_on=False, title=title)
         shown = ax.imshow(image, interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
     if bar:
@@ -134,9 +134,8 @@ def pixels(images):
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
 
 
-def save(figure, args, title=""):
-    if title:
-        figure.suptitle(title)
+def save(figure, args, title):
+    figure.suptitle(title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
     print(args.out)
