@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn as nn
-from torch import Tensor
 
 from harness.models import make_model
 
@@ -29,6 +27,7 @@ DROP = (
     "loss.*",  # discriminator and LPIPS
     "*.num_batches_tracked",  # BatchNorm's counter
     "*.temb_proj.*",  # time embedding in MQ-VAE's de-mask blocks, never used
+    "model_ema.*",  # averaged weights, of which convert.read_checkpoint takes care
     "quantize.codebook_used",  # LlamaGen's record of the codes in use
     "*.attn.mask",  # the causal mask, a constant
 )
@@ -46,7 +45,7 @@ class Rule:
     ours: str
     part: int = 0
     parts: int = 1
-    change: Callable[[Tensor], Tensor] = torch.atleast_1d
+    change: Callable = torch.atleast_1d
 
     def applied(self, name):
         """The rule for the tensor of this name alone; None if it is not about it."""
@@ -58,7 +57,7 @@ class Rule:
         return replace(self, theirs=name, ours=re.sub("[#*]", lambda _: next(groups), self.ours))
 
 
-def from_reference(kind: str, state_dict: dict[str, Tensor], config: dict) -> nn.Module:
+def from_reference(kind, state_dict, config):
     """The model of a release, in eval mode. ValueError names every key that is unknown, missing or
     misshapen.
 
