@@ -366,17 +366,15 @@ def draw_usage(ax, uses):
     """How often each code was used (K,), falling."""
     K = len(uses)
     ranked = uses[uses > 0].sort(descending=True).values
-    used = len(ranked)
     ax.stairs(ranked, fill=True, alpha=0.6)
-    ax.axvspan(used, K, color="0.9", linewidth=0)
     ax.set(yscale="log", xlim=(0, K), ylim=(0.7, None), xlabel="codes, by usage",
-           title=f"Usage: {K - used} of {K} codes are never used")
+           title=f"Usage: {K - len(ranked)} of {K} codes are never used")
 
 
 def draw_norms(ax, norms):
     """A histogram of the codes' norms (K,)."""
     limits = norms.min() * 0.99, norms.max() * 1.01  # unit vectors differ by rounding alone
-    ax.hist(norms, bins=50, range=limits, alpha=0.6, log=True)
+    ax.hist(norms, 50, limits, alpha=0.6, log=True)
     ax.set(ylim=(0.7, None), xlabel="norm of the code", ylabel="codes", title="Norms of the codes")
 
 
@@ -402,7 +400,7 @@ def draw_history(axes, history):
         is_log = key != "norms"
         edges, shares = heat_map(history[key], is_log)
         shown = ax.pcolormesh([steps[0] - every, *steps], edges, shares, norm="log",
-                              vmin=1 / history[key].shape[1], vmax=1, rasterized=True)
+                              vmin=1 / history[key].shape[1], vmax=1)
         if is_log:
             low, high = map(int, edges[[1, -1]])
             decades = range(low, high + 1, math.ceil((high - low) / 5))
@@ -410,7 +408,7 @@ def draw_history(axes, history):
                           ["0", *[f"$10^{{{decade}}}$" for decade in decades]])
             ax.axhline(low, color="black", linewidth=0.5)
         ax.set(xlabel="step", ylabel=label)
-    axes[0].figure.colorbar(shown, ax=axes, label="share of the codes", pad=0.01)
+    axes[0].figure.colorbar(shown, ax=axes, label="share of the codes")
 
 
 def code_gradients(model, dataset):
@@ -437,7 +435,7 @@ def heat_map(values, is_log):
         edges = np.array([low - (high - low) / 8, *np.linspace(low, high, 40)])
         values = np.log10(values + 1e-99).clip(edges[0])
     shares = [np.histogram(row, edges)[0] / len(row) for row in values]
-    return edges, np.stack(shares, axis=1)
+    return edges, np.array(shares).T
 
 
 def log_range(values):
@@ -532,8 +530,8 @@ def sequence(args):
         row(lower, frames[shown, 1, i], "")
         for ax, number in zip(lower, done[shown]):
             ax.set_xlabel(f"{what}: {number[i]}")
-    figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, shrink=0.6, aspect=30,
-                    ticks=[], label="order of generation, upwards")
+    figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, aspect=40, ticks=[],
+                    label="order of generation, upwards")
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
     rest = "filled by the de-mask" if "positions" in drawn else "grey"
     save(figure, args, f"How {name} generates; cells without a code are {rest}")
