@@ -68,8 +68,8 @@ def main(argv=None):
     save_run(out, config, {"model": model}, others)
     if args.kind in FIRST_STAGE:
         save_run(out / "stage1", stage1_config, {"model": stage1})
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {section['name']}, {parameters / 1e6:.1f} M parameters")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{out}: {section['name']}, {millions:.1f} M parameters")
 
 
 def _first_stage(args, release, state, section):
@@ -89,7 +89,7 @@ def _first_stage(args, release, state, section):
         settings = model_class(section["name"]).settings_for(model, config["data"]["image_size"])
     except ValueError as error:
         raise UserError(f"the first stage does not fit: {error}") from error
-    if any(section[key] != value for key, value in settings.items()):
+    if not settings.items() <= section.items():
         raise UserError("the first stage's codes are not those that this "
                         f"{section['name']} generates")
     return model, config
