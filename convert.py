@@ -138,7 +138,8 @@ def read_checkpoint(path, ema=False, trust=False):
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # what is not a checkpoint can raise almost anything
         words = str(error) or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) and re.search("weights_only|Unsupported", words):
+        refused = re.search("weights_only|Unsupported", words)
+        if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(f"{path} holds more than tensors, so loading it can run code; "
                             "if you trust its source, add --trust") from error
         raise UserError(
