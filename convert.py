@@ -10,12 +10,14 @@ dqvae and dq_transformer (the papers' official releases).
 import argparse
 import json
 import pickle
+import re
 from pathlib import Path
 
 from harness.config import UserError, check_config, override, read_yaml
 from harness.launch import run_main
 from harness.models import STAGE1, load_run, model_class, save_run
 from harness.reference import FIRST_STAGE, KINDS, from_reference, pick
+from harness.sampling import to_path
 from harness.settings import STAGE1_SECTIONS
 from harness.settings_stage2 import STAGE2_SECTIONS
 
@@ -27,28 +29,23 @@ from torch import Tensor
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument(
-        "checkpoint", help="a .ckpt, .pt, .pth or .safetensors file of the release")
-    parser.add_argument(
-        "--config", required=True, help="the release's YAML file for this model")
-    parser.add_argument("--out", required=True, help="the run folder to make")
-    parser.add_argument(
-        "--stage1", help="(stage 2) the converted run of the first stage, if the checkpoint does "
-                         "not hold it")
-    parser.add_argument(
-        "--data", nargs="*", default=[], metavar="KEY=VALUE",
-        help="settings of the section data, such as root=PATH")
-    parser.add_argument(
-        "--thresholds", help="(dqvae, entropy router) the release's JSON file of thresholds")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
-    parser.add_argument(
-        "--discriminator", action="store_true",
-        help="keep the discriminator, as discriminator.safetensors")
-    parser.add_argument(
-        "--trust", action="store_true", help="allow the checkpoint to run code when it is loaded")
+    option = parser.add_argument
+    option("kind", choices=KINDS)
+    option("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file of the release")
+    option("--config", required=True, help="the release's YAML file for this model")
+    option("--out", required=True, type=to_path, help="the run folder to make")
+    option("--stage1", help="(stage 2) the converted run of the first stage, if the checkpoint "
+                            "does not hold it")
+    option("--data", nargs="*", default=[], metavar="KEY=VALUE",
+           help="settings of the section data, such as root=PATH")
+    option("--thresholds", help="(dqvae, entropy router) the release's JSON file of thresholds")
+    option("--ema", action="store_true", help="take the averaged weights")
+    option("--discriminator", action="store_true",
+           help="keep the discriminator, as discriminator.safetensors")
+    option("--trust", action="store_true",
+           help="allow the checkpoint to run code when it is loaded")
     args = parser.parse_args(argv)
-    out = Path(args.out).expanduser()
+    out = args.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose another --out")
     release = read_yaml(args.config)
@@ -57,27 +54,26 @@ def main(argv=None):
     model, section = _convert(args.kind, own, release, args.thresholds)
     size = section.get("image_size", 64)
     if args.kind in FIRST_STAGE:
-        first_stage = _part(state, "first_stage_model.")
-        stage1, stage1_config = _first_stage(args, release, first_stage, section)
+        stage1, stage1_config = _first_stage(args, release, state, section)
         size = stage1_config["data"]["image_size"]
     config = _run_config(section, size, args)
-    others = {"discriminator": _part(state, "loss.discriminator.main.")}
-    if not args.discriminator:
-        others = None
-    elif not others["discriminator"]:
+    discriminator = _part(state, "loss.discriminator.main.")
+    if args.discriminator and not discriminator:
         raise UserError(f"{args.checkpoint} holds no discriminator")
 
     # All checks are done: write
+    others = {"discriminator": discriminator} if args.discriminator else None
     save_run(out, config, {"model": model}, others)
     if args.kind in FIRST_STAGE:
         save_run(out / "stage1", stage1_config, {"model": stage1})
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {section['name']}, {parameters / 1e6:.1f} M parameters")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{out}: {section['name']}, {millions:.1f} M parameters")
 
 
 def _first_stage(args, release, state, section):
     """The stage-1 model and config, from --stage1 or from its weights in the checkpoint. Its codes
     must be those of the transformer's `section`."""
+    state = _part(state, "first_stage_model.")
     if args.stage1:
         model, config = load_run(args.stage1)
     elif state:
@@ -91,7 +87,7 @@ def _first_stage(args, release, state, section):
         settings = model_class(section["name"]).settings_for(model, config["data"]["image_size"])
     except ValueError as error:
         raise UserError(f"the first stage does not fit: {error}") from error
-    if any(section[key] != value for key, value in settings.items()):
+    if not settings.items() <= section.items():
         raise UserError("the first stage's codes are not those that this "
                         f"{section['name']} generates")
     return model, config
@@ -112,8 +108,7 @@ def _convert(kind, state, release, thresholds):
 def _run_config(section, size, args):
     """The complete config of a run with this model. The data can be named later."""
     sections = STAGE1_SECTIONS if section["name"] in STAGE1 else STAGE2_SECTIONS
-    train = {"output_dir": str(Path(args.out).expanduser()), "learning_rate": 1e-4,
-             "max_train_steps": 1}
+    train = {"output_dir": str(args.out), "learning_rate": 1e-4, "max_train_steps": 1}
     config = {"model": section, "data": {"name": "folder", "image_size": size}, "train": train}
     override(config, [f"data.{setting}" for setting in args.data], sections)
     return check_config(config, sections, "--data")
@@ -141,7 +136,7 @@ def read_checkpoint(path, ema=False, trust=False):
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:  # what is not a checkpoint can raise almost anything
         words = str(error) or type(error).__name__
-        refused = "weights_only" in words or "Unsupported" in words
+        refused = re.search("weights_only|Unsupported", words)
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(f"{path} holds more than tensors, so loading it can run code; "
                             "if you trust its source, add --trust") from error
@@ -155,12 +150,11 @@ def read_checkpoint(path, ema=False, trust=False):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-    averaged = _part(state, "model_ema.")  # of Lightning's LitEma, which drops the dots
-    state = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
     if not state:
         raise UserError(f"{path} holds no named tensors")
     if not ema:
         return state
+    averaged = _part(state, "model_ema.")  # of Lightning's LitEma, which drops the dots
     if not averaged:
         raise UserError(f"{path} holds no averaged weights")
     return {k: averaged.get(k.replace(".", ""), v) for k, v in state.items()}

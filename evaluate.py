@@ -122,7 +122,7 @@ def parse_arguments(argv):
     option("--without", nargs="+", choices=("lpips", "inception"), default=[],
            help="leave out what needs these networks")
     option("--batch_size", type=int, default=32, help="images at a time, per process")
-    option("--num_workers", type=int, default=min(4, os.cpu_count() or 1),
+    option("--num_workers", type=int, default=min(4, os.cpu_count()),
            help="processes that read images, per process")
     option("--markdown", action="store_true",
            help="print the table as Markdown, a row for each run")
@@ -231,6 +231,7 @@ class Evaluation:
         if not reason:
             return network
         self.absent[name] = reason
+        return None
 
     # The work of several processes
 
@@ -242,18 +243,18 @@ class Evaluation:
                              state.process_index, state.num_processes, state.device)
         count = min(args.images or len(dataset), len(dataset))
         total = math.ceil(count / (args.batch_size * state.num_processes))
-        return tqdm(loader, what, total, dynamic_ncols=True)
+        return tqdm(loader, what, total)
 
     def split(self, count, what):
         """This process's share of the numbers below `count`, in lists."""
         mine = range(self.state.process_index, count, self.state.num_processes)
-        return tqdm(BatchSampler(mine, self.args.batch_size, drop_last=False), what,
-                    dynamic_ncols=True)
+        return tqdm(BatchSampler(mine, self.args.batch_size, drop_last=False), what)
 
     # Real images, as Inception sees them
 
     def real_features(self, run, images=None):
-        """Features (N, FEATURES + SPATIAL) of these images, or else of the dataset's."""
+        """Features (N, FEATURES + SPATIAL) of these images, or else of the dataset's; on the first
+        process."""
         key = data_key(run.data) if images is None else "reference"
         if key not in self.features:
             if images is None:
@@ -261,17 +262,22 @@ class Evaluation:
             else:
                 source = (as_tensor(images[numbers])
                           for numbers in self.split(len(images), "reference"))
-            rows = [inception_features(self.inception, batch)[0] for batch in source]
-            self.features[key] = collect(rows)
+            self.features[key] = collect([inception_features(self.inception, batch)[0]
+                                          for batch in source])
         return self.features[key]
 
     def real_side(self, run, neighbours=False):
-        """What samples and reconstructions are compared with: Gaussians; for neighbours also
-        "features" (M, FEATURES) and where they are "from"."""
+        """What samples and reconstructions are compared with, on the first process: Gaussians; for
+        neighbours also "features" (M, FEATURES) and where they are "from". Nothing without
+        Inception."""
+        if not self.inception:
+            return {}
         is_enough = self.reference and (self.images is None or len(self.reference) == 2)
         if is_enough and not neighbours:
             return self.reference
         features = self.real_features(run, self.images)
+        if not self.state.is_main_process:
+            return {}
         real = {} if is_enough else gaussians(features)
         origin = self.args.split if self.images is None else self.args.reference.name
         return real | self.reference | {"features": features[:, :FEATURES], "from": origin}
@@ -293,18 +299,17 @@ class Evaluation:
         if min(size) < 11:
             raise UserError("SSIM needs images of 11 pixels or more; these have "
                             f"{run.dataset.image_size}")
-        real = self.real_side(run) if self.inception else {}
-        codebook_size = model.quantizer.codebook_size
+        real = self.real_side(run)
         books = model.quantizer.codebooks  # a residual quantizer may have one for each depth
-        offsets = codebook_size * torch.arange(books, device=self.state.device)
-        uses = torch.zeros(codebook_size * books, dtype=torch.int64, device=self.state.device)
+        numbers = torch.arange(model.quantizer.codebook_size * books, device=self.state.device)
+        offsets = numbers[::model.quantizer.codebook_size]
+        uses = torch.zeros_like(numbers)
         rows = []
         features = []
         for images, _ in self.batches(run.dataset, run.folder):
             codes = model.encode(images)
             reconstructions = to_uint8(model.decode(codes))
-            values = compare(to_uint8(images), reconstructions, self.lpips)
-            values |= model.counts(codes)
+            values = compare(to_uint8(images), reconstructions, self.lpips) | model.counts(codes)
             rows.append(torch.stack([v.double() for v in values.values()], 1).cpu())
             spent = (codes["indices"] + offsets)[model.spent(codes)]
             uses += torch.bincount(spent, minlength=len(uses))
@@ -340,20 +345,19 @@ class Evaluation:
         if args.split != "val":
             validation, _ = run_images(args, run.config, "val", run.stage1)
         is_conditional = run.model.num_classes > 0
-        if is_conditional:
-            set_classes(dataset, run)
-            set_classes(validation, run)
-        real = self.real_side(run, neighbours=True) if self.inception else {}
+        for images in (dataset, validation) if is_conditional else ():
+            set_classes(images, run)
+        real = self.real_side(run, neighbours=True)
         bits = []
         for images, labels in self.batches(validation, f"{run.folder}: bits"):
-            codes = run.stage1.encode(images)
-            bits.append(run.model.bits(codes, labels if is_conditional else None).double().cpu())
+            labels = labels if is_conditional else None
+            bits.append(run.model.bits(run.stage1.encode(images), labels).double().cpu())
         bits = collect(bits)
 
         count = args.n or min(args.images or len(dataset), len(dataset))
         if not self.inception:
             count = min(count, args.batch_size * self.state.num_processes)  # for the speed alone
-        elif not args.samples:
+        elif real and not args.samples:
             check_neighbours(count, len(real["features"]))
         seconds = []
         source = self.draw_samples(run, count, seconds)
@@ -444,11 +448,13 @@ class Evaluation:
     def print_results(self):
         if self.state.is_main_process:
             print(table(self.results, self.args.markdown))
-            missing = {}
+            missing = {}  # names of metrics, by the reason
             for metrics in self.results.values():
                 for name, reason in metrics["missing"].items():
-                    missing.setdefault(reason, {})[LABELS[name][0]] = None  # an ordered set
-            for reason, labels in missing.items():
+                    missing.setdefault(reason, set()).add(name)
+            for reason, names in missing.items():
+                labels = [label for label, template in ROWS.items()
+                          if re.split(r"\W", template)[1] in names]
                 print(f"without {', '.join(labels)}: {reason}")
         self.state.wait_for_everyone()
 
@@ -523,55 +529,56 @@ def read_pixels(file, size):
 
 # The table
 
-LABELS = {  # and what stands in a cell
-    "model": ("model", "{model}"),
-    "dataset": ("data", "{dataset} {split}"),
-    "images": ("images", "{images} of {images_in_split}"),
-    "reference": ("reference of FID", "{reference}"),
-    "psnr": ("PSNR (dB)", "{psnr:.2f}"),
-    "ssim": ("SSIM", "{ssim:.4f}"),
-    "lpips": ("LPIPS", "{lpips:.4f}"),
-    "rfid": ("rFID", "{rfid:.2f}"),
-    "rsfid": ("rsFID", "{rsfid:.2f}"),
-    "usage": ("codes in use", "{usage:.1%}"),
-    f"usage_{QUEUE}": (f"... of {QUEUE:,} codes", f"{{usage_{QUEUE}:.1%}}"),
-    "perplexity": ("perplexity", "{perplexity:.1f}"),
-    "codes": ("codes per image", "{codes:.1f} ± {codes_std:.1f}"),
-    "bits": ("bits per image", "{bits:.1f} ± {bits_std:.1f}"),
-    "bits_per_pixel": ("bits per pixel", "{bits_per_pixel:.4f}"),
-    "kept_ratio": ("kept cells", "{kept_ratio:.1%}"),
-    "ratio_1": ("granularity 1", "{ratio_1:.1%} ± {ratio_1_std:.1%}"),
-    "ratio_2": ("granularity 2", "{ratio_2:.1%} ± {ratio_2_std:.1%}"),
-    "samples": ("samples", "{samples}"),
-    "labels": ("their labels", "{labels}"),
-    "real_images": ("real images", "{real_images} from {real_images_from}"),
-    "fid": ("FID", "{fid:.2f}"),
-    "sfid": ("sFID", "{sfid:.2f}"),
-    "is": ("Inception Score", "{is:.2f} ± {is_std:.2f}"),
-    "precision": ("precision", "{precision:.3f}"),
-    "recall": ("recall", "{recall:.3f}"),
-    "images_per_second": ("sampled images/s", "{images_per_second:.2f}"),
+ROWS = {  # of the table, and what stands in a cell; the first metric is what it is about
+    "model": "{model}",
+    "data": "{dataset} {split}",
+    "images": "{images} of {images_in_split}",
+    "reference of FID": "{reference}",
+    "PSNR (dB)": "{psnr:.2f}",
+    "SSIM": "{ssim:.4f}",
+    "LPIPS": "{lpips:.4f}",
+    "rFID": "{rfid:.2f}",
+    "rsFID": "{rsfid:.2f}",
+    "codes in use": "{usage:.1%}",
+    f"... of {QUEUE:,} codes": f"{{usage_{QUEUE}:.1%}}",
+    "perplexity": "{perplexity:.1f}",
+    "codes per image": "{codes:.1f} ± {codes_std:.1f}",
+    "bits per image": "{bits:.1f} ± {bits_std:.1f}",
+    "bits per pixel": "{bits_per_pixel:.4f}",
+    "kept cells": "{kept_ratio:.1%}",
+    "granularity 1": "{ratio_1:.1%} ± {ratio_1_std:.1%}",
+    "granularity 2": "{ratio_2:.1%} ± {ratio_2_std:.1%}",
+    "samples": "{samples}",
+    "their labels": "{labels}",
+    "real images": "{real_images} from {real_images_from}",
+    "FID": "{fid:.2f}",
+    "sFID": "{sfid:.2f}",
+    "Inception Score": "{is:.2f} ± {is_std:.2f}",
+    "precision": "{precision:.3f}",
+    "recall": "{recall:.3f}",
+    "sampled images/s": "{images_per_second:.2f}",
 }
 
 
 def table(results, markdown=False):
     """The results {run: metrics} as text: a column for each run, or in Markdown a row."""
-    keys = [key for key in LABELS if any(key in metrics for metrics in results.values())]
-    lines = [["run", *(LABELS[key][0] for key in keys)]]
-    for run, metrics in results.items():
-        lines.append([Path(run).name, *(cell(metrics, key) for key in keys)])
+    rows = [["run", *(Path(run).name for run in results)]]
+    rows += [[label, *(cell(metrics, template) for metrics in results.values())]
+             for label, template in ROWS.items()]
+    rows = [row for row in rows if {*row[1:]} != {"-"}]
     if markdown:
-        lines.insert(1, ["---"] * len(lines[0]))
+        lines = zip(*([label, "---", *cells] for label, *cells in rows))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(map(len, line)) for line in lines]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*lines))
+    widths = [max(map(len, line)) for line in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def cell(metrics, key):
-    """A metric as text; a spread of 0 is left out."""
-    if key not in metrics:
+def cell(metrics, template):
+    """Metrics as text, "-" if they are missing; a spread of 0 is left out."""
+    try:
+        return re.sub(" ± 0[.0]*%?$", "", template.format(**metrics))
+    except KeyError:
         return "-"
-    return re.sub(" ± 0[.0]*%?$", "", LABELS[key][1].format(**metrics))
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ class LeCam(nn.Module):
 
 
 def mean_over_processes(x):
-    """x, which becomes its mean over all processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x

@@ -38,7 +38,7 @@ from harness.launch import run_main
 from harness.models import own_folder
 from harness.run import PATIENCE
 from harness.sampling import (
-    GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments,
+    GRAINS, chosen_labels, draw, load_models, model_parser, sampling_arguments, to_path,
 )
 from harness.settings_stage2 import SampleSettings
 from harness.use import overridden
@@ -68,8 +68,9 @@ class Edit(NamedTuple):
 
     def repeated(self, n):
         """The arguments of model.sample for n images."""
-        codes = {name: value.expand(n, *value.shape[1:]) for name, value in self.codes.items()}
-        return {"codes": codes, "known": self.known.expand(n, -1, -1)}
+        rows = [0] * n
+        codes = {name: value[rows] for name, value in self.codes.items()}
+        return {"codes": codes, "known": self.known[rows]}
 
 
 def main(argv=None):
@@ -120,7 +121,7 @@ def parse_arguments(argv):
     option("--keep", help='the parts that stay: "0,0,1,0.5 0,0.5,0.2,1", or coarse')
     option("--mask", help="or a picture that is white where the image is drawn anew")
     option("--batch_size", type=int, default=64, help="images at a time, per process")
-    option("--out", help="a folder, FILE.png or FILE.npz")
+    option("--out", type=to_path, help="a folder, FILE.png or FILE.npz")
     option("--compile", action="store_true",
            help="torch.compile the decoding step (for GPUs; slower on CPUs)")
     option("--no_graphs", action="store_true",
@@ -211,11 +212,9 @@ def outside_mask(image, mask, size):
     if layer.size != (width, height):
         raise UserError(f"{mask} is {layer.width} x {layer.height} pixels, but {image} is {width} "
                         f"x {height}")
-    crop_height = min(height, width * size[0] / size[1])  # as that of the image
-    crop_width = min(width, height * size[1] / size[0])
-    top = round((height - crop_height) / 2)
-    left = round((width - crop_width) / 2)
-    white = white[top:top + round(crop_height), left:left + round(crop_width)]
+    top = max(0, round((height - width * size[0] / size[1]) / 2))  # cropped as the image
+    left = max(0, round((width - height * size[1] / size[0]) / 2))
+    white = white[top:height - top, left:width - left]
     return F.adaptive_max_pool2d(torch.from_numpy(white).unsqueeze(0).float(), size) == 0
 
 
@@ -235,12 +234,13 @@ def inside_rectangles(text, size):
     for word in text.split():
         try:
             left, top, right, bottom = map(float, word.split(","))
+            is_inside = 0 <= left < right <= 1 and 0 <= top < bottom <= 1
         except ValueError:
-            raise UserError("--keep takes rectangles left,top,right,bottom, such as 0,0,1,0.5; it "
-                            f"is {text!r}") from None
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise UserError("--keep takes shares of the image, from 0 to 1, left below right and "
-                            f"top below bottom; it is {word}")
+            is_inside = False
+        if not is_inside:
+            raise UserError("--keep takes rectangles left,top,right,bottom, such as 0,0,1,0.5, in "
+                            "shares of the image, from 0 to 1, left below right and top below "
+                            f"bottom; it is {text!r}")
         rows = slice(round(top * height), round(bottom * height))
         inside[:, rows, round(left * width):round(right * width)] = True
     return inside
@@ -263,11 +263,8 @@ def whole_codes(stage1, codes, keep):
 def make_output(args, state):
     """Where the images go: FILE.png, FILE.npz or a folder. The folder is made, and images of an
     earlier call are removed."""
-    if args.out:
-        out = Path(args.out).expanduser()
-    else:
-        name = f"samples/seed_{args.seed}"
-        out = own_folder(Path(args.run), "samples", name, f"{name}/*") / name
+    name = f"samples/seed_{args.seed}"
+    out = args.out or own_folder(Path(args.run), "samples", name, f"{name}/*") / name
     if out.suffix in (".png", ".npz"):
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
@@ -301,10 +298,9 @@ def shared_pixels(out, shape, state):
 
 
 def save_settings(out, args, settings, labels):
-    about = {"run": args.run, "seed": args.seed, "settings": settings,
-             "labels": labels if labels is None else labels.tolist()}
-    if args.image:
-        about |= {"image": args.image, "keep": args.keep, "mask": args.mask}
+    names = "run", "seed", "image", "keep", "mask"
+    about = {name: getattr(args, name) for name in names}
+    about |= {"settings": settings, "labels": labels if labels is None else labels.tolist()}
     (out / "samples.json").write_text(json.dumps(about) + "\n")
 
 
@@ -312,10 +308,7 @@ def save_together(out, pixels, labels, edited):
     """All images and labels as .npz, or a grid as PNG, which begins with an edited photo and its
     mask. Returns the file."""
     if out.suffix == ".npz":
-        arrays = {"arr_0": pixels}
-        if labels is not None:
-            arrays["arr_1"] = labels.numpy()
-        np.savez(out, **arrays)
+        np.savez(out, arr_0=pixels, **({} if labels is None else {"arr_1": labels}))
         return out
     from torchvision.utils import make_grid  # takes seconds
 
@@ -326,10 +319,10 @@ def save_together(out, pixels, labels, edited):
     columns = math.ceil(math.sqrt(len(images)))
     if edited:
         images = torch.cat([to_uint8(edited.shown), images])
-        columns = min(10, len(images))
+        columns = 10
     elif labels is not None and len(labels.unique()) <= 20:
         columns = len(labels.unique())  # a class in each
-    grid = make_grid(images, nrow=columns)
+    grid = make_grid(images, columns)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(out)
     return out
 

@@ -29,7 +29,6 @@ grey: its de-mask fills the other cells, as always.
 
 import argparse
 import base64
-import html
 import io
 import json
 import math
@@ -121,15 +120,16 @@ def make_parser():
         if draw in (codes, codebook, rate):
             option("--images", type=int, default=1000,
                    help="at most this many images for the statistics (default 1000)")
-        if draw is not sequence:
-            option("--split", choices=("train", "val"), default="val")
         if draw is codebook:
             option("--history", action="store_true",
                    help="fail if there is no record over training")
-    option = commands.choices["sequence"].add_argument
-    option("--seed", type=int, default=0, help="image i is image i of sample.py with this seed")
-    option("--classes", "--class",
-           help="class numbers or names, separated by commas (default: all, in turn)")
+        if draw is sequence:
+            option("--seed", type=int, default=0,
+                   help="image i is image i of sample.py with this seed")
+            option("--classes", "--class",
+                   help="class numbers or names, separated by commas (default: all, in turn)")
+        else:
+            option("--split", choices=("train", "val"), default="val")
     return parser
 
 
@@ -140,17 +140,17 @@ def recon(args):
     """originals, reconstructions and errors of one or several stage-1 runs"""
     runs, dataset = load(args)
     images = pick_images(dataset, args.n)
-    outs = [model(images) for model, _, _ in runs]
-    errors = [error_map(images, out.images).cpu() for out in outs]
+    outs = [model(images) for model, _ in runs]
+    errors = np.stack([error_map(images, out.images).cpu() for out in outs])
     # The highest 0.5 % are outliers, which must not darken the maps.
-    top = max(np.quantile(error, 0.995, method="inverted_cdf") for error in errors)
+    top = np.quantile(errors, 0.995, method="inverted_cdf")
     figure, axes = tiles(1 + 2 * len(runs), len(images), images)
     row(axes[0], pixels(images), "original")
     drawn = zip(runs, outs, errors, axes[1::2], axes[2::2])
-    for (model, name, kind), out, error, upper, lower in drawn:
+    for (model, name), out, error, upper, lower in drawn:
         decibels = psnr(images, out.images)
-        bits = model.bits(out.codes).mean().item() / images[0, 0].numel()
-        label = f"{name}\n{kind}\n{bits:.3g} bits/pixel\n{decibels.mean():.2f} dB"
+        bits = model.bits(out.codes).mean() / images[0, 0].numel()
+        label = f"{name}\n{bits:.3g} bits/pixel\n{decibels.mean():.2f} dB"
         row(upper, pixels(out.images), label, [f"{value:.1f} dB" for value in decibels])
         row(lower, error, "absolute error", bar="mean of RGB,\nof 255", extend="max", cmap="magma",
             vmax=top)
@@ -169,31 +169,27 @@ def rate(args):
     """PSNR, SSIM and LPIPS against bits per pixel, a point or a curve for each stage-1 run"""
     runs, dataset = load(args)
     path = Path(torch.hub.get_dir(), "checkpoints/vgg16-397923af.pth")
-    lpips = None
-    if path.is_file():
-        lpips = load_lpips().to(DEVICE)
-    else:
+    lpips = load_lpips().to(DEVICE) if path.is_file() else None
+    if not lpips:
         print(f"without LPIPS, which needs VGG-16's weights: {path} (download.pytorch.org/models)")
     number = 3 if lpips else 2  # of metrics
-    figure = new_figure(2.8 * number, 2.9)
-    axes = figure.subplots(1, number)
-    for (model, name, kind), marker in zip(runs, cycle("osD^vP*X")):
+    figure, axes = new_figure(1, number, 2.8 * number, 2.9)
+    for (model, name), marker in zip(runs, cycle("osD^vP*X")):
         points = []
         for share in each_rate(model):
-            bits, *metrics = mean_quality(model, batches(dataset, args.images, name), lpips)
-            points.append([bits, *metrics])
+            point = mean_quality(model, batches(dataset, args.images, name), lpips)
+            points.append(point)
             where = "" if share is None else f" at {share:.2g}"
-            listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, metrics)]
-            print(f"{name} ({kind}){where}: {bits:.3g} bits per pixel, {', '.join(listed)}")
+            listed = [f"{key} {value:.4g}" for key, value in zip(METRICS, point[1:])]
+            print(f"{name}{where}: {point[0]:.3g} bits per pixel, {', '.join(listed)}")
         bits, *columns = zip(*points)
-        size = 5 if len(points) > 1 else 7
-        for ax, values in zip(axes, columns):
-            ax.plot(bits, values, f"{marker}-", linewidth=1, label=name, markersize=size)
-    for ax, label in zip(axes, METRICS.values()):
-        ax.set(xmargin=0.12, ymargin=0.12, xlabel="bits per pixel", ylabel=label)
+        for ax, values in zip(axes[0], columns):
+            ax.plot(bits, values, f"{marker}-", label=name)
+    for ax, label in zip(axes[0], METRICS.values()):
+        ax.set(xlabel="bits per pixel", ylabel=label)
         ax.grid(alpha=0.3)
-    figure.legend(handles=axes[0].get_lines(), loc="outside lower center",
-                  ncols=min(len(runs), 2 * number), frameon=False)
+    figure.legend(handles=axes[0, 0].get_lines(), loc="outside lower center", ncols=number,
+                  frameon=False)
     save(figure, args, f"Rate and distortion, means over {min(args.images, len(dataset))} images "
                        f"({args.split})")
 
@@ -221,25 +217,24 @@ def each_rate(model):
 
 def ladder(args):
     """images at five rates of a stage-1 run that was trained for a range, under their maps"""
-    [(model, name, kind)], dataset = load(args)
+    [(model, name)], dataset = load(args)
     if model.rate_range is None:
         raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as "
                         "model.topk_ratio=[0.1,0.9] for an MQ-VAE")
     images = pick_images(dataset, args.n)
     figure, axes = tiles(2 * len(images), 6, images, height=1.32)
-    for upper, lower, image in zip(axes[::2], axes[1::2], images.split(1)):
-        upper[0].axis("off")
-        row(lower[:1], pixels(image), "original")
-        for above, below, _ in zip(upper[1:], lower[1:], each_rate(model)):
-            out = model(image)
-            row([above], pixels(map_of(model, out.codes, image)), "")
-            title = f"{out.info['bits']:.0f} bits, {psnr(image, out.images).item():.1f} dB"
-            row([below], pixels(out.images), "", [title])
-    for ax, share in zip(axes[0, 1:], each_rate(model)):
-        ax.set_title(f"{share:.0%}", pad=3)
+    for ax in axes[::2, 0]:
+        ax.axis("off")
+    row(axes[1::2, 0], pixels(images), "", ["original"] * len(images))
+    for column, share in zip(axes.T[1:], each_rate(model)):
+        out = model(images)
+        quality = zip(model.bits(out.codes), psnr(images, out.images))
+        row(column[::2], pixels(map_of(model, out.codes, images)), "", [f"{share:.0%}"])
+        row(column[1::2], pixels(out.images), "",
+            [f"{bits:.0f} bits, {decibels:.1f} dB" for bits, decibels in quality])
     what = "regions refined" if "grain" in model.code_names else "cells kept"
-    save(figure, args, f"{name} ({kind}) at five rates: share of {what} (maps above, "
-                       "reconstructions below)")
+    save(figure, args, f"{name} at five rates: share of {what} (maps above, reconstructions "
+                       "below)")
 
 
 # Codes
@@ -247,9 +242,9 @@ def ladder(args):
 
 def codes(args):
     """where a stage-1 run spends its codes: kept cells, granularities, or the codes themselves"""
-    [(model, name, kind)], dataset = load(args)
+    [(model, name)], dataset = load(args)
     if "grain" in model.code_names:
-        draw_grains(args, model, dataset, f"{name} ({kind})")
+        draw_grains(args, model, dataset, name)
         return
     images = pick_images(dataset, args.n)
     out = model(images)
@@ -258,12 +253,12 @@ def codes(args):
     figure, axes = tiles(3 + is_masked, len(images), images)
     if is_masked:
         label = f"kept cells\n{number} of {math.prod(model.grid)}"
-        title = f"What {name} ({kind}) keeps"
+        title = f"What {name} keeps"
         scores = out.info["score_map"].squeeze(1).cpu() / 2 + 0.5
         row(axes[1], scores, "score", bar="0: image's lowest,\n1: its highest")
     else:
         label = "codes\nsimilar colours:\nsimilar vectors"
-        title = f"The codes of {name} ({kind}), {number} per image"
+        title = f"The codes of {name}, {number} per image"
     row(axes[0], pixels(images), "original")
     row(axes[-2], pixels(map_of(model, out.codes, images)), label)
     row(axes[-1], pixels(out.images), "reconstruction")
@@ -279,28 +274,27 @@ def draw_grains(args, model, dataset, name):
     images = torch.stack([dataset[i * len(dataset) // len(lengths)][0] for i in picked]).to(DEVICE)
     out = model(images)
     entropy = model.entropy(images).cpu()
-    figure = new_figure(1.2 * len(images) + 2.2, 7.4)
-    above, below = figure.subfigures(2, 1, height_ratios=[5.4, 2])
-    above.suptitle(f"Where {name} spends its codes: examples from the fewest codes to the most")
-    axes = above.subplots(4, len(images), squeeze=False)
+    figure, axes = tiles(5, len(images), images)
     row(axes[0], pixels(images), "original", [f"{length} codes" for length in lengths[picked]])
     row(axes[1], pixels(out.info["grain_map"]), f"granularity\n{LEGENDS[model.grains]}")
-    row(axes[2], entropy, "entropy of\nthe grey values", bar="nats", vmax=entropy.max().item())
+    row(axes[2], entropy, "entropy of\nthe grey values", bar="nats", vmax=entropy.max())
     row(axes[3], pixels(out.images), "reconstruction")
 
-    ax = below.subplots()
+    for ax in axes[4]:
+        ax.remove()
+    ax = figure.add_subplot(ax.get_gridspec()[4, :])
     low, high = map(int, lengths.aminmax())
     width = 3 * math.ceil((high - low + 1) / 180)  # lengths differ by multiples of 3
     ax.hist(lengths, np.arange(low - 1.5, high + width, width), color="0.6", edgecolor="white")
-    ax.xaxis.get_major_locator().set_params(integer=True)
     for length in lengths[picked]:
-        ax.axvline(length, color="C3", linewidth=0.8, linestyle=":")
+        ax.axvline(length, color="C3", linestyle=":")
     fewest, most = [out.codes[key][0].numel() for key in ("grain", "indices")]
     ax.set(xlabel=f"codes per image (possible: {fewest} to {most}; dotted: the examples above)",
            ylabel="images",
            title=f"Code length of {len(lengths)} images ({args.split}): "
                  f"{lengths.float().mean():.1f} codes on average")
-    save(figure, args)
+    save(figure, args,
+         f"Where {name} spends its codes: examples from the fewest codes to the most")
 
 
 def examples(counts, n):
@@ -319,18 +313,16 @@ def code_colours(model, indices):
     """Colours (..., 3, h, w) in [-1, 1] of codes (..., h, w): ranks along the first three
     principal components of the codebook (of a residual quantizer, of the sums that occur)."""
     quantizer = model.quantizer
+    cells = torch.arange(quantizer.codebook_size, device=indices.device)
     if quantizer.depth:
         cells = indices.flatten(0, -2)                                  # (B h w, depth)
         indices = torch.arange(len(cells)).view(indices.shape[:-1])
-    else:
-        cells = torch.arange(quantizer.codebook_size, device=indices.device)
     vectors = quantizer.lookup(cells)
     vectors = vectors - vectors.mean(0)
     axes = torch.linalg.svd(vectors, full_matrices=False).Vh[:3]
     ranks = (vectors @ axes.T).argsort(0).argsort(0)                    # (K, up to 3)
-    colours = ranks / max(1, len(ranks) - 1) * 1.8 - 0.9
-    colours = F.pad(colours, (0, 3 - ranks.shape[1]))
-    return colours[indices].movedim(-1, -3)
+    colours = ranks / len(ranks) * 1.8 - 0.9
+    return F.pad(colours, (0, 3 - ranks.shape[1]))[indices].movedim(-1, -3)
 
 
 # The codebook
@@ -339,7 +331,7 @@ def code_colours(model, indices):
 def codebook(args):
     """the codebook of a stage-1 run: usage, norms and gradient norms of the codes, also over
     training"""
-    [(model, name, kind)], dataset = load(args)
+    [(model, name)], dataset = load(args)
     quantizer = model.quantizer
     if not quantizer.has_codebook:
         raise UserError(f"the {type(quantizer).__name__} of {args.run[0]} has no single codebook "
@@ -352,82 +344,71 @@ def codebook(args):
         if args.history:
             raise UserError(missing)
         print(missing)
-    spent = []
+    K = quantizer.codebook_size
+    uses = torch.zeros(K, dtype=torch.int64)
     for images in batches(dataset, args.images, "usage"):
         codes = model.encode(images)
-        spent.append(codes["indices"][model.spent(codes)])
-    uses = torch.bincount(torch.cat(spent), minlength=quantizer.codebook_size)
+        spent = codes["indices"][model.spent(codes)]
+        uses += torch.bincount(spent, minlength=K).cpu()
 
     rows = 2 if history else 1
-    figure = new_figure(9.5, 2.7 * rows + 0.2)
-    axes = figure.subplots(rows, 3, squeeze=False)
+    figure, axes = new_figure(rows, 3, 9.5, 2.7 * rows + 0.2)
     draw_usage(axes[0, 0], uses)
     axes[0, 0].set_ylabel(f"times used in {min(args.images, len(dataset))} images")
     draw_norms(axes[0, 1], quantizer.codebook.float().norm(dim=1).cpu().numpy())
     draw_gradients(axes[0, 2], code_gradients(model, dataset).numpy())
     if history:
         draw_history(axes[1], history)
-    save(figure, args, f"The codebook of {name} ({kind}): {len(uses)} codes of dimension "
-                       f"{quantizer.dim}")
+    save(figure, args, f"The codebook of {name}: {K} codes of dimension {quantizer.dim}")
 
 
 def draw_usage(ax, uses):
     """How often each code was used (K,), falling."""
     K = len(uses)
-    ranked = uses[uses > 0].sort(descending=True).values.tolist()
-    used = len(ranked)
-    ax.fill_between(range(used + 1), [*ranked, ranked[-1]], step="post", color="C0", alpha=0.6)
+    ranked = uses[uses > 0].sort(descending=True).values
+    ax.stairs(ranked, fill=True, alpha=0.6)
     ax.set(yscale="log", xlim=(0, K), ylim=(0.7, None), xlabel="codes, by usage",
-           title=f"Usage: {K - used} of {K} codes are never used")
-    if used < K:
-        ax.axvspan(used, K, color="0.9", zorder=0)
+           title=f"Usage: {K - len(ranked)} of {K} codes are never used")
 
 
 def draw_norms(ax, norms):
     """A histogram of the codes' norms (K,)."""
-    margin = 0.01 * norms.max()  # unit vectors differ by rounding alone
-    limits = norms.min() - margin, norms.max() + margin
-    ax.hist(norms, bins=50, range=limits, alpha=0.6, log=True)
+    limits = norms.min() * 0.99, norms.max() * 1.01  # unit vectors differ by rounding alone
+    ax.hist(norms, 50, limits, alpha=0.6, log=True)
     ax.set(ylim=(0.7, None), xlabel="norm of the code", ylabel="codes", title="Norms of the codes")
 
 
 def draw_gradients(ax, gradients):
-    """A pixel for each code's gradient norm (K,)."""
+    """A pixel for each code's gradient norm (K,), white after the last code."""
     K = len(gradients)
     side = math.ceil(math.sqrt(K))
     square = np.pad(gradients, (0, side**2 - K), constant_values=np.nan).reshape(side, side)
     low, high = log_range(gradients)
-    # White after the last code, grey for no gradient.
-    ax.imshow(np.where(np.isnan(square), 1.0, 0.8), cmap="gray", vmin=0, vmax=1)
-    shown = ax.imshow(np.where(square > 0, square, np.nan), interpolation="nearest", norm="log",
-                      vmin=low, vmax=high)
+    shown = ax.imshow(np.maximum(square, low / 2), norm="log", vmin=low / 1.1, vmax=high)
+    shown.set_cmap(shown.cmap.with_extremes(under="0.8"))
     ax.figure.colorbar(shown, ax=ax, label="norm of the gradient")
-    ax.spines[:].set_visible(False)
-    ax.set(xticks=[], yticks=[], title="Gradients of the codebook loss",
-           xlabel="one pixel per code, row by row\n"
-                  f"(grey: no gradient, {(gradients == 0).sum()} codes)")
+    ax.axis("off")
+    ax.set_title("Gradients of the codebook loss, one pixel per code\n"
+                 f"(grey: no gradient, {(gradients == 0).sum()} codes)")
 
 
 def draw_history(axes, history):
     """A heat map of each record over the steps."""
     steps = history["steps"]
-    gaps = np.diff(steps) if len(steps) > 1 else np.ones(1)
-    middles = (steps[:-1] + steps[1:]) / 2
-    times = [steps[0] - gaps[0] / 2, *middles, steps[-1] + gaps[-1] / 2]  # (T + 1,)
+    every = np.diff(steps, prepend=0).min()
     for ax, (key, label) in zip(axes, RECORDS.items()):
         is_log = key != "norms"
         edges, shares = heat_map(history[key], is_log)
-        shown = ax.pcolormesh(times, edges, shares, norm="log",
-                              vmin=1 / history[key].shape[1], vmax=1, rasterized=True)
+        shown = ax.pcolormesh([steps[0] - every, *steps], edges, shares, norm="log",
+                              vmin=1 / history[key].shape[1], vmax=1)
         if is_log:
-            low, high = edges[1], edges[-1]
-            decades = np.arange(low, high + 1e-6, max(1, math.ceil((high - low) / 5)))
+            low, high = map(int, edges[[1, -1]])
+            decades = range(low, high + 1, math.ceil((high - low) / 5))
             ax.set_yticks([edges[:2].mean(), *decades],
-                          ["0", *[f"$10^{{{decade:.0f}}}$" for decade in decades]])
+                          ["0", *[f"$10^{{{decade}}}$" for decade in decades]])
             ax.axhline(low, color="black", linewidth=0.5)
-        title = label.split(",")[0].capitalize()
-        ax.set(xlabel="step", ylabel=label, title=f"{title} over training")
-    axes[0].figure.colorbar(shown, ax=axes, label="share of the codes", pad=0.01)
+        ax.set(xlabel="step", ylabel=label)
+    axes[0].figure.colorbar(shown, ax=axes, label="share of the codes")
 
 
 def code_gradients(model, dataset):
@@ -447,26 +428,20 @@ def code_gradients(model, dataset):
 def heat_map(values, is_log):
     """Values (T, K) to bin edges (B + 1,), and the share of each row in each bin (B, T). is_log:
     edges are log10, the first bin is for 0."""
+    edges = np.histogram_bin_edges(values, 40)
     if is_log:
         low, high = np.log10(log_range(values))
-        low, high = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+        low, high = math.floor(low), math.ceil(high)
         edges = np.array([low - (high - low) / 8, *np.linspace(low, high, 40)])
-        values = np.log10(np.maximum(values, 1e-99))
-    else:
-        low, high = values.min(), values.max()
-        edges = np.linspace(low, high if high > low else low + 1, 41)
-    shares = [np.histogram(row, edges)[0] / len(row) for row in values.clip(edges[0], edges[-1])]
-    return edges, np.stack(shares, axis=1)
+        values = np.log10(values + 1e-99).clip(edges[0])
+    shares = [np.histogram(row, edges)[0] / len(row) for row in values]
+    return edges, np.array(shares).T
 
 
 def log_range(values):
     """Limits of a logarithmic axis of these values (zeros have no place on it). Never empty."""
     positive = values[values > 0]
-    low = positive.min(initial=np.inf)
-    high = positive.max(initial=0)
-    if low < high:
-        return low, high
-    return (high / 10, high * 10) if high else (0.1, 10)
+    return (positive.min(), positive.max() * 1.01) if positive.size else (0.1, 10)
 
 
 # The page
@@ -474,23 +449,22 @@ def log_range(values):
 
 def interactive(args):
     """one HTML file with images, reconstructions and the code of every cell"""
-    [(model, name, kind)], dataset = load(args)
+    [(model, name)], dataset = load(args)
     size = sides(dataset.image_size)
-    images = pick_images(dataset, args.n).split(1)
     data = {
+        "title": f"{name}, {model.quantizer.codebook_size} codes",
         "size": size,
         "grid": [side // model.factors[-1] for side in size],
         "grains": GRAINS[len(model.factors)],
         "titles": ["original", "reconstruction", MAPS[model.code_names[-1]]],
-        "images": [page_record(model, image) for image in images],
+        "images": [page_record(model, image)
+                   for image in pick_images(dataset, args.n).split(1)],
     }
     data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("harness") / "codes.html"
-    page = page.read_text(encoding="utf-8")
-    page = page.replace("{{TITLE}}", html.escape(f"{name}: {kind}"))
-    page = page.replace("{{K}}", str(model.quantizer.codebook_size)).replace("{{DATA}}", data)
+    page = page.read_text().replace("{{DATA}}", data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    args.out.write_text(page)
     print(args.out)
 
 
@@ -500,16 +474,12 @@ def page_record(model, image):
     decoded = model.decode(codes)
     panes = image, decoded, map_of(model, codes, image)
     counts = model.counts(codes)
-    shown = {key: value[0].tolist() for key, value in codes.items()}
-    if model.quantizer.depth:
-        for line in shown["indices"]:
-            line[:] = ["+".join(map(str, cell)) for cell in line]
     return {
         "panes": [data_url(pane[0]) for pane in panes],
-        "codes": shown,
+        "codes": {key: value[0].tolist() for key, value in codes.items()},
         "count": counts["codes"].item(),
-        "bits": round(counts["bits"].item(), 1),
-        "psnr": round(psnr(image, decoded).item(), 2),
+        "bits": counts["bits"].item(),
+        "psnr": psnr(image, decoded).item(),
     }
 
 
@@ -551,9 +521,7 @@ def sequence(args):
     frames = np.stack([draw_frame(stage1, drawn, ranks, counts, numbers)
                        for numbers in tqdm(done, "frames")])            # (F, 2, n, H, W, 3)
 
-    shares = [f"{i / stages:.0%}" for i in range(1, stages + 1)]
-    titles = [f"{grain}: {share}" if grain else f"{share} of the {what}"
-              for grain in grains for share in shares]
+    titles = [f"{grain} {i / stages:.0%}" for grain in grains for i in range(1, stages + 1)]
     figure, axes = tiles(2 * args.n, len(titles), height=1.32)
     shown = slice(between - 1, None, between)  # of the frames
     for i, (upper, lower) in enumerate(zip(axes[::2], axes[1::2])):
@@ -561,23 +529,19 @@ def sequence(args):
         row(upper, frames[shown, 0, i], name, titles if i == 0 else ())
         row(lower, frames[shown, 1, i], "")
         for ax, number in zip(lower, done[shown]):
-            ax.set_xlabel(f"step {number[i]}" if in_steps else f"{number[i]} codes")
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, shrink=0.6, aspect=30,
-                          label="order of generation")
-    bar.set_ticks([0, 1], labels=["first", "last"])
+            ax.set_xlabel(f"{what}: {number[i]}")
+    figure.colorbar(matplotlib.cm.ScalarMappable(), ax=axes, pad=0.01, aspect=40, ticks=[],
+                    label="order of generation, upwards")
     name = f"{NAMES[config['model']['name']]} ({distinct(args.run)[0]})"
-    grey = "grey: no code yet"
-    if "positions" in drawn:
-        grey = "cells without a code are filled by the de-mask"
-    save(figure, args, f"How {name} generates, and which cells have their codes; {grey}")
+    rest = "filled by the de-mask" if "positions" in drawn else "grey"
+    save(figure, args, f"How {name} generates; cells without a code are {rest}")
     save_gif(args.out.with_suffix(".gif"), frames)
 
 
 def save_gif(path, frames):
     """Frames (F, 2, n, H, W, 3), images above their maps, of which the last one stays."""
     frames = np.pad(frames, [*[(0, 0)] * 3, (4, 4), (4, 4), (0, 0)], constant_values=255)
-    F, _, n, H, W, _ = frames.shape
-    pages = frames.swapaxes(2, 3).reshape(F, 2 * H, n * W, 3)
+    pages = [np.vstack([*map(np.hstack, frame)]) for frame in frames]
     first, *others = map(Image.fromarray, pages)
     durations = [120] * len(others) + [2500]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
@@ -610,9 +574,8 @@ def draw_frame(stage1, codes, ranks, counts, done):
     """Pictures (2, n, H, W, 3): the images of the first `done` (n,) codes, and their cells."""
     images = partial_images(stage1, codes, ranks, done)
     images = pixels(F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1])))
-    maps = [cell_map(*of_image, images.shape[1])
-            for of_image in zip(ranks.cpu().numpy(), done.tolist(), counts.sum(1).tolist())]
-    return np.stack([images, maps])
+    cells = zip(ranks.cpu(), done.tolist(), counts.sum(1).tolist())
+    return np.stack([images, [cell_map(*image, images.shape[1]) for image in cells]])
 
 
 def partial_images(stage1, codes, ranks, done):
@@ -624,9 +587,9 @@ def partial_images(stage1, codes, ranks, done):
         return stage1.decode(codes)
     there = ranks < done.view(-1, 1, 1)
     quantizer = stage1.quantizer
-    book = quantizer.codebook if quantizer.has_codebook else ranks.new_zeros(1, quantizer.dim)
-    middle = book.float().mean(0, keepdim=True)
-    indices = codes["indices"].where(there, quantizer.nearest(middle))
+    vectors = quantizer.lookup(torch.arange(quantizer.codebook_size, device=ranks.device))
+    placeholder = quantizer.nearest(vectors.mean(0, keepdim=True))
+    indices = codes["indices"].where(there, placeholder)
     images = stage1.decode(codes | {"indices": indices})
     return images.where(F.interpolate(there.unsqueeze(1).float(), images.shape[-2:]) > 0, GREY)
 

@@ -414,9 +414,10 @@ class VectorQuantizer(Quantizer):
         """(K, D): distinct random rows of all processes' z (N, D), the same on every process. Rows
         of zero weight (N, 1) come last."""
         rank = dist.get_rank() if world_size() > 1 else 0
-        draws = z.new_zeros(world_size(), len(z))
-        draws[rank] = torch.rand(len(z), device=z.device) + (weight[:, 0] > 0)
-        order = sum_over_processes(draws).flatten().argsort(descending=True)
+        draws = torch.rand(world_size() * len(z), device=z.device)
+        draws *= rank == 0  # the first process's are everybody's
+        draws[rank * len(z):(rank + 1) * len(z)] += weight[:, 0] > 0
+        order = sum_over_processes(draws).argsort(descending=True)
         tiles = math.ceil(self.codebook_size / len(order))  # with few vectors: repeat, with noise
         chosen = order.repeat(tiles)[:self.codebook_size]
         mine = (chosen // len(z) == rank).unsqueeze(1)

@@ -1,4 +1,5 @@
-"""Breaks trainings on purpose and counts what is lost: the long version of tests/test_faults.py, on tiny networks and the CPU.
+"""Breaks trainings on purpose and counts what is lost, on tiny networks and the CPU.
+(tests/test_checkpoint.py runs it for a moment.)
 
     python benchmarks/faults.py [--minutes 10] [--seed 0] [kills stops disk damage images processes fuzz leak]
 

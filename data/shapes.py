@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 FORMS = ["disc", "square", "triangle", "cross", "ring"]
 TEXTURES = ["striped", "checked"]
@@ -67,8 +66,7 @@ def _start(seed, index):
     return rng, rng.randrange(len(CLASSES))
 
 
-def draw_shapes(seed: int, index: int, size: int,
-                max_objects: int = 3) -> tuple[Tensor, int, Tensor]:
+def draw_shapes(seed, index, size, max_objects=3):
     """Image number `index`: (uint8 (3, size, size), label, detail bool (size, size)).
 
     One to `max_objects` objects of one form, one of six colours and one texture (period 7 to 11
@@ -94,14 +92,14 @@ def draw_shapes(seed: int, index: int, size: int,
 
     turned = _turn(x, y, rng.uniform(0, math.pi))
     frequency = 2 * math.pi * size / rng.uniform(7, 11)
-    wave, crossing = (np.sin(frequency * distance) for distance in turned)
+    wave, crossing = np.sin(frequency * np.array(turned))
     if texture == "checked":
         wave = wave * crossing * 1.5
     hue = rng.randrange(6) / 6
     paint = _mix(0.5 + 0.5 * np.tanh(3 * wave), _colour(hue, 0.9, 0.15), _colour(hue, 0.7, 1.0))
 
-    image = background + covered * (paint - background)
-    pixels = (image * 255).round().clip(0, 255).astype(np.uint8)
+    image = _mix(covered, background, paint)
+    pixels = (image * 255).round().astype(np.uint8)
     return torch.from_numpy(pixels), label, torch.from_numpy(covered > 0.5)
 
 

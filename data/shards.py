@@ -46,10 +46,10 @@ class Shards:
     """Images in .tar files."""
 
     base: Path
-    files: list[str]  # relative to base
-    keys: list[str]  # the names of the images in them
+    files: list  # relative to base
+    keys: list  # the names of the images in them
     places: np.ndarray  # (N, 3): file, offset, size
-    labels: list[int] | list[str]  # the numbers in .cls, or else folders
+    labels: list  # the numbers in .cls, or else folders
     order = None
 
     def read(self, row):
@@ -181,12 +181,9 @@ def index_of(shard):
             raise ValueError(f"{shard} has {key}.cls but no image of that name; add the image, or "
                              "remove the .cls")
         if not text.isdigit():
-            sentence = (f"{key}.cls in {shard} must hold a whole number, the class; it holds "
-                        f"{text.decode(errors='replace')!r}")
-            if text == b"-1":
-                sentence += ("; -1 means no label, as in test splits: leave them out, or remove "
-                             "all .cls")
-            raise ValueError(sentence)
+            raise ValueError(f"{key}.cls in {shard} must hold a whole number, the class; it holds "
+                             f"{text.decode(errors='replace')!r}; -1 means no label, as in test "
+                             "splits: leave them out, or remove all .cls")
         classes[key] = int(text)
     if passed_over:
         sentence = (f"{shard}: {len(passed_over)} images, such as {passed_over[0]}, are passed "
@@ -205,8 +202,8 @@ class Table:
 
     images: Any  # a datasets.Dataset of the column of images alone, not decoded
     split: str
-    labels: list[int] | list[str]  # the column of labels
-    order: list[str] | None = None  # of a ClassLabel
+    labels: list  # the column of labels
+    order: list | None = None  # of a ClassLabel
 
     @property
     def keys(self):
@@ -275,16 +272,16 @@ def _table(data, split, image_column, label_column):
         return table
     labels = [None]
     if re.match("u?int|(large_)?string", getattr(features[column], "dtype", "")):
-        labels = data.select_columns(column)[:][column]
+        labels = data[column][:]
     wrong = None
     if None in labels:
         wrong = f"the column {column!r} must hold a number or a word for each image"
     elif isinstance(labels[0], int) and min(labels) < 0:
         wrong = (f"classes must be numbered from 0, those in {column!r} are from {min(labels)} to "
                  f"{max(labels)}; -1 means no label")
-    if wrong and label_column:
-        raise ValueError(f"{wrong}; set data.label_column to another one")
     if wrong:
+        if label_column:
+            raise ValueError(f"{wrong}; set data.label_column to another one")
         warnings.warn(f"{wrong}; the images of the {split} split have no labels", stacklevel=2)
         return table
     table.order = getattr(features[column], "names", None)

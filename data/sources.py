@@ -47,10 +47,10 @@ def find_source(name, root, split, *settings):
 class Files:
     """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first."""
 
-    paths: list[str]
-    labels: list[int]
-    classes: list[str]
-    crop: tuple[int, int, int, int] | None = None
+    paths: list
+    labels: list
+    classes: list
+    crop: tuple | None = None
 
     def load(self, index):
         return read_image(self.paths[index]).crop(self.crop) if self.crop else self.paths[index]
@@ -64,8 +64,8 @@ class Arrays:
     """Images (H, W, 3) uint8 in memory."""
 
     arrays: np.ndarray
-    labels: list[int]
-    classes: list[str]
+    labels: list
+    classes: list
 
     def load(self, index):
         return Image.fromarray(self.arrays[index])
@@ -79,9 +79,9 @@ class Packed:
     """Some rows of what lies in shards or in a table."""
 
     box: Any  # Shards or Table
-    rows: list[int]
-    labels: list[int]
-    classes: list[str]
+    rows: list
+    labels: list
+    classes: list
 
     def load(self, index):
         return self.box.read(self.rows[index])

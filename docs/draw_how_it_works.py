@@ -501,7 +501,7 @@ def draw_stackformer(model, mqvae, image: Tensor, label: int) -> None:
     grid = model.grid[0]
     n = len(indices)
 
-    drawing.row(0, "stackformer.py::Stackformer.forward",
+    drawing.row(0, "stackformer.py::Stackformer._nats",
                 "training: all steps at once, each sees what is to its left")
     corner = drawing.step(0, 0, "The codes of MQ-VAE",
                           f"indices, positions {shape_of(indices[None])}",

@@ -36,7 +36,7 @@ NAMES = {
 
 
 def load(args):
-    """(model, name of the run, name of its model) of each stage-1 run, and the images of the first
+    """(model, name of the run and of its model) of each stage-1 run, and the images of the first
     run, which all models must be able to take."""
     runs = []
     data = []
@@ -46,14 +46,14 @@ def load(args):
         if kind not in STAGE1:
             raise UserError(f"{folder} holds a stage-2 model ({kind}); use `visualize.py sequence`"
                             f", or a stage-1 run such as {folder}/stage1")
-        runs.append((model.to(DEVICE), name, NAMES[kind]))
+        runs.append((model.to(DEVICE), f"{name} ({NAMES[kind]})"))
         data.append(config["data"])
     is_chosen = any(word.startswith("data.image_size=") for word in args.overrides)
     if len({sides(each["image_size"]) for each in data}) > 1 and not is_chosen:
         listed = [f"{folder} has {each['image_size']}" for folder, each in zip(args.run, data)]
         raise UserError("runs of different image sizes cannot be compared without "
                         f"data.image_size=...: {', '.join(listed)}")
-    for model, _, _ in runs:
+    for model, _ in runs:
         dataset = run_dataset({"data": data[0]}, args.overrides, args.split, model)
     return runs, dataset
 
@@ -64,7 +64,8 @@ def distinct(folders):
     for length in count(1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(set(paths)):
-            return names
+            break
+    return names
 
 
 def batches(dataset, limit, what):
@@ -87,28 +88,30 @@ def psnr(images, reconstructions):
 # Pictures
 
 
-def new_figure(width, height):
-    """A figure in our style. matplotlib is imported when it is used, since it takes a while."""
+def new_figure(rows, columns, width, height):
+    """A figure in our style, and its axes (rows, columns). matplotlib is imported when it is used,
+    since it takes a while."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams |= {
         "font.size": 8,
         "axes.titlesize": 8,
+        "axes.titlepad": 3,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "figure.titlesize": 9,
         "figure.constrained_layout.use": True,
     }
-    return Figure(figsize=(width, height))
+    figure = Figure((width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def tiles(rows, columns, images=None, height=1.25):
     """A figure, and its axes (rows, columns) for square pictures, or of the shape of the images."""
     if images is not None:
         height += 1.2 * images.shape[-2] / images.shape[-1] - 1.2
-    figure = new_figure(1.2 * columns + 2.0, height * rows + 0.5)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return new_figure(rows, columns, 1.2 * columns + 2.0, height * rows + 0.5)
 
 
 def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vmax=1.0):
@@ -119,9 +122,7 @@ def row(axes, images, label, titles=(), bar="", extend="neither", cmap=None, vma
     bar      the label of a colour bar at the right; "": no bar
     """
     for ax, image, title in zip_longest(axes, images, titles, fillvalue=""):
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, pad=3)
-        ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[], frame_on=False, title=title)
         shown = ax.imshow(image, interpolation="nearest", cmap=cmap, vmin=0, vmax=vmax)
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
     if bar:
@@ -134,9 +135,8 @@ def pixels(images):
     return to_uint8(images).movedim(-3, -1).cpu().numpy()
 
 
-def save(figure, args, title=""):
-    if title:
-        figure.suptitle(title)
+def save(figure, args, title):
+    figure.suptitle(title)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
     print(args.out)

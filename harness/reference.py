@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
 
 from harness.models import make_model
 
@@ -26,6 +25,7 @@ DROP = (
     "loss.*",  # discriminator and LPIPS
     "*.num_batches_tracked",  # BatchNorm's counter
     "*.temb_proj.*",  # time embedding in MQ-VAE's de-mask blocks, never used
+    "model_ema.*",  # averaged weights, of which convert.read_checkpoint takes care
     "quantize.codebook_used",  # LlamaGen's record of the codes in use
     "*.attn.mask",  # the causal mask, a constant
 )
@@ -43,7 +43,7 @@ class Rule:
     ours: str
     part: int = 0
     parts: int = 1
-    change: Callable[[Tensor], Tensor] = torch.atleast_1d
+    change: Callable = torch.atleast_1d
 
     def applied(self, name):
         """The rule for the tensor of this name alone; None if it is not about it."""

@@ -1,5 +1,6 @@
 """What the tests share. They run on small networks, on the CPU, and need neither a network nor downloaded weights."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -107,19 +108,24 @@ def train(tiny):
     AcceleratorState._reset_state(True)
 
 
-@pytest.fixture
-def train2():
-    """Runs train_stage2 in this process: train2(config, "key.sub=value", ..., resume="auto")."""
+def run_stage2(config, *overrides, resume=None):
+    """Runs train_stage2 in this process."""
     from accelerate.state import AcceleratorState, GradientState
 
     import train_stage2
 
-    def run(config, *overrides, resume=None):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train_stage2.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    train_stage2.main(["--config", str(config), *(["--resume", resume] if resume else []), *overrides])
+    AcceleratorState._reset_state(True)
 
-    yield run
+
+@pytest.fixture
+def train2():
+    """Runs train_stage2 in this process: train2(config, "key.sub=value", ..., resume="auto")."""
+    from accelerate.state import AcceleratorState
+
+    yield run_stage2
     AcceleratorState._reset_state(True)
 
 
@@ -259,6 +265,33 @@ sys.path[:] = [{str(folder)!r}, *(path for path in sys.path if path not in {plac
 print("done")
 """)
     assert "done" in forked(folder, folder / "use.py")
+
+
+def broken_script(tmp_path, code):
+    """train_stage1.py with this code before; its command."""
+    (tmp_path / "broken.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import os, signal, train_stage1, torch
+from harness import checkpoint, guard, launch
+Guard, rank = guard.Guard, int(os.environ.get("RANK", 0))
+{code}
+launch.run_main(train_stage1.main)
+""")
+    return [tmp_path / "broken.py", "--config", write_tiny(tmp_path)]
+
+
+def disk_is_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def class_folders(folder, classes, count=8):
+    shutil.rmtree(folder, ignore_errors=True)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(count * k + i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{i}.png")
 
 
 def metrics(folder):

@@ -22,6 +22,11 @@ plainly = torch._C.DisableTorchFunctionSubclass  # in here, all tensors are the 
 
 GET_DEVICE, GET_IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+ANYWHERE = {  # the same on both devices, and no tensors: most of the calls
+    torch._C._set_grad_enabled, Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.element_size, Tensor.is_floating_point,
+    Tensor.is_contiguous, Tensor.untyped_storage, Tensor.data_ptr, Tensor.has_names,
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "dtype", "layout", "requires_grad", "is_leaf", "is_meta", "is_sparse", "is_nested", "is_quantized"))}
 ACROSS = ("copy_", "_foreach_copy_", "__set__", "_has_compatible_shallow_copy_type")  # what takes tensors of both devices
 JOINS = ("cat", "concat", "stack")  # where a CPU's scalar is not enough
 
@@ -89,7 +94,10 @@ class Mode(TorchFunctionMode):
 
 def call(function: Callable, args: tuple, kwargs: dict) -> Any:
     """function(*args, **kwargs), on the device where CUDA would compute it."""
-    inputs = leaves((args, kwargs))
+    if function in ANYWHERE:
+        with plainly():
+            return function(*args, **kwargs)
+    inputs = leaves(args) + leaves(kwargs)
     there = any(is_there(x) for x in inputs)
     if function == GET_DEVICE:
         return DEVICE if there else torch.device("cpu")
@@ -117,11 +125,19 @@ def call(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def leaves(values: Any) -> list[Any]:
     """The tensors and generators in nested lists, tuples and dicts."""
+    if isinstance(values, (Tensor, torch.Generator)):
+        return [values]
     if isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, (list, tuple)):
-        return [values] if isinstance(values, (Tensor, torch.Generator)) else []
-    return [leaf for value in values for leaf in leaves(value)]
+        return []
+    found = []
+    for value in values:
+        if isinstance(value, (Tensor, torch.Generator)):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += leaves(value)
+    return found
 
 
 def is_there(value: Any) -> bool:

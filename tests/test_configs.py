@@ -1,12 +1,15 @@
-"""The configs that name a paper or a release: of the settings listed here, those that differ from it are marked as ours."""
+"""The files in configs/: all of them build, and what differs from the paper or release they name is marked as ours."""
 
 import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT
 
-from harness.config import load_config
+import train_stage2
+from harness.config import build, load_config
+from harness.models import make_model, model_class
 from harness.settings import STAGE1_SECTIONS
 from harness.settings_stage2 import STAGE2_SECTIONS
 
@@ -119,3 +122,36 @@ def test_all_configs_of_papers_are_checked():
     """The others are ours as a whole."""
     paths = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "configs").glob("stage*/*.yaml") if "folder" not in path.stem}
     assert paths == RELEASES.keys()
+
+
+# Every config
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+STAGE2_CONFIGS = [p for p in CONFIGS if "\ncodes:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in STAGE2_CONFIGS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stage1_config_of_the_repo_builds(path):
+    config = load_config(str(path), [], STAGE1_SECTIONS)
+    settings = dict(config["model"])
+    with torch.device("meta"):  # shapes only
+        model = build(model_class(settings.pop("name")), settings)
+    assert config["train"]["output_dir"] == f"runs/{path.stem}"
+    assert config["data"]["image_size"] % model.factor == 0
+
+
+@pytest.mark.parametrize("path", STAGE2_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stage2_config_of_the_repo_builds_on_the_codes_of_its_stage1(path, monkeypatch):
+    stage1_path = next(p for p in CONFIGS if f"stage1: runs/{p.stem}\n" in path.read_text())
+    assert stage1_path.parent.name == {"quickstart": "quickstart", "stage2": "stage1"}[path.parent.name]
+    theirs = load_config(str(stage1_path), [], STAGE1_SECTIONS)
+    config = load_config(str(path), [], train_stage2.STAGE2_SECTIONS,
+                         lambda given: given.update(data=theirs["data"] | given.get("data", {})))
+    settings = dict(theirs["model"])
+    with torch.device("meta"):
+        stage1 = make_model({"model": settings})
+        train_stage2.complete(config, stage1, ["a", "b"])
+        settings = dict(config["model"])
+        model = build(model_class(settings.pop("name")), settings)
+    assert model.codebook_size == stage1.quantizer.codebook_size

@@ -217,13 +217,13 @@ def test_folder_holds_out_a_stable_share(tmp_path):
     assert [len(make_dataset("folder", str(tmp_path), s, val_fraction=0.01)) for s in ("train", "val")] == [1, 1]
 
 
+@pytest.mark.parametrize("root", [None, "nowhere", "."])
 @pytest.mark.parametrize("name", ["imagenet", "ffhq", "celeba", "cifar10", "folder", "webdataset", "huggingface"])
-def test_wrong_roots_are_one_sentence(name, tmp_path):
-    for root in (None, str(tmp_path / "nowhere"), str(tmp_path)):
-        with pytest.raises(DataError) as error:
-            make_dataset(name, root)
-        assert "data.root" in str(error.value) and "\n" not in str(error.value)
-        assert root is None or sources.SOURCES[name][1] in str(error.value)
+def test_wrong_roots_are_one_sentence(name, root, tmp_path):
+    with pytest.raises(DataError) as error:
+        make_dataset(name, root and str(tmp_path / root))
+    assert "data.root" in str(error.value) and "\n" not in str(error.value)
+    assert root is None or sources.SOURCES[name][1] in str(error.value)
 
 
 # Finding files
@@ -450,15 +450,20 @@ def png(depth, colour, row, *chunks, after=()):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
 
 
-def test_long_texts_and_broken_profiles(tmp_path):
-    long = zlib.compress(bytes(3_000_000))
-    for chunk in ((b"zTXt", b"key\0\0" + long), (b"iTXt", b"key\0\1\0\0\0" + long),
-                  (b"iCCP", b"key\0\0" + long), (b"iCCP", b"key\0\0junk"),
-                  (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<tiff:Orientation=\"x\""),
-                  (b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz")):
-        for file in (png(8, 0, bytes([90] * 8), chunk), png(8, 0, bytes([90] * 8), after=[chunk])):
-            (tmp_path / "x.png").write_bytes(file)
-            assert np.asarray(read_image(tmp_path / "x.png")).tolist() == [[[90] * 3] * 8] * 8
+LONG = zlib.compress(bytes(3_000_000))
+
+
+@pytest.mark.parametrize("name, data", [
+    (b"zTXt", b"key\0\0" + LONG), (b"iTXt", b"key\0\1\0\0\0" + LONG), (b"iCCP", b"key\0\0" + LONG),
+    (b"iCCP", b"key\0\0junk"), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<tiff:Orientation=\"x\""),
+    (b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz"),
+], ids=["zTXt", "iTXt", "iCCP", "junk", "XMP", "EXIF"])
+def test_long_texts_and_broken_profiles(tmp_path, name, data):
+    before = png(8, 0, bytes([90] * 8), (name, data))
+    after = png(8, 0, bytes([90] * 8), after=[(name, data)])
+    for file in (before, after):
+        (tmp_path / "x.png").write_bytes(file)
+        assert np.asarray(read_image(tmp_path / "x.png")).tolist() == [[[90] * 3] * 8] * 8
 
 
 def plain(value, kind, dtype):
@@ -666,3 +671,49 @@ def test_shapes_have_15_to_60_percent_detail_where_they_say(size):
 def test_every_source_can_be_named_in_a_config():
     names = get_args(get_type_hints(make_dataset)["name"])
     assert set(names) == {*sources.SOURCES, "shapes"}
+
+
+# Bad and strange images in a dataset
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "png")
+    return file.getvalue()
+
+
+def noise_png():
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "png")
+    return file.getvalue()
+
+
+PNG = noise_png()
+BAD = {
+    "empty": lambda: b"", "no image": lambda: b"hello",
+    "cut": lambda: noise_png()[:1000], "bomb": bomb, "header alone": lambda: noise_png()[:33],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_images_are_told_in_training_and_end_an_evaluation(tmp_path, kind):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for i in range(100):
+            (tmp_path / split / f"{i:02}.png").write_bytes(BAD[kind]() if i == 50 else PNG)
+    data, val = (make_dataset("folder", str(tmp_path), split, 8) for split in ("train", "val"))
+    with pytest.warns(UserWarning) as told:
+        assert torch.equal(data[50][0], data[50][0]) and data[50][0].shape == (3, 8, 8)
+    assert len([w for w in told if "train/50.png" in str(w.message)]) == 1
+    with pytest.raises(DataError, match="val/50.png") as error:
+        val[50]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (1, 1)])
+def test_long_and_small_images_are_read(tmp_path, size):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "train/x.png")
+    image = make_dataset("folder", str(tmp_path), "train", 8, min_scale=0.5)[0][0]
+    assert image.shape == (3, 8, 8) and (image[0] == 1).all() and (image[1:] == -1).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, TINY_MODELS, TRANSFORMERS, forked, save_stage1, write_tiny2
+from conftest import ROOT, TINY_MODELS, TRANSFORMERS, disk_is_full, forked, run_stage2, save_stage1, write_tiny2
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
@@ -438,73 +438,102 @@ def test_the_training_split_is_not_augmented(tmp_path):
     assert data["name"] == "folder" and (to_uint8(dataset[(1, 0)][0]).permute(1, 2, 0).numpy() == expected).all()
 
 
-def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkeypatch, capsys):
-    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1", "data.val_size=12")
-    run, stage1 = tmp_path / "run2", tmp_path / "stage1_vqgan"
-    monkeypatch.setenv("TORCH_HOME", str(random_inception))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "flat").mkdir()
+@pytest.fixture(scope="module")
+def questioned(tmp_path_factory):
+    """For the words of a command: a stage-2 run and its stage 1, and a folder of files of all kinds."""
+    folder = tmp_path_factory.mktemp("questioned")
+    run_stage2(write_tiny2(folder, "gpt"), "train.max_train_steps=1", "data.val_size=12")
+    files = folder / "files"
+    files.mkdir()
+    (files / "empty").mkdir()
+    (files / "flat").mkdir()
     for i in range(4):
-        Image.new("RGB", (16, 16)).save(tmp_path / f"flat/{i}.png")
-    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048)))
-    (tmp_path / "small").mkdir()
-    Image.new("RGB", (8, 16)).save(tmp_path / "small/a.png")
-    np.savez(tmp_path / "float.npz", np.zeros((2, 16, 16, 3)))
-    np.savez(tmp_path / "large.npz", np.zeros((2, 32, 32, 3), np.uint8))
-    (tmp_path / "text.npz").write_text("no")
-    (tmp_path / "nothing.npz").write_bytes(b"")
-    np.savez(tmp_path / "none.npz", np.zeros((0, 16, 16, 3), np.uint8))
-    np.savez(tmp_path / "b.npz", b=np.zeros(2))
-    np.savez(tmp_path / "mu.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    np.savez(tmp_path / "words.npz", mu=np.full(2048, "words"), sigma=np.zeros((2048, 2048)))
-    with zipfile.ZipFile(tmp_path / "member.npz", "w") as file:
+        Image.new("RGB", (16, 16)).save(files / f"flat/{i}.png")
+    np.savez(files / "nan.npz", mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048)))
+    (files / "small").mkdir()
+    Image.new("RGB", (8, 16)).save(files / "small/a.png")
+    np.savez(files / "float.npz", np.zeros((2, 16, 16, 3)))
+    np.savez(files / "large.npz", np.zeros((2, 32, 32, 3), np.uint8))
+    (files / "text.npz").write_text("no")
+    (files / "nothing.npz").write_bytes(b"")
+    np.savez(files / "none.npz", np.zeros((0, 16, 16, 3), np.uint8))
+    np.savez(files / "b.npz", b=np.zeros(2))
+    np.savez(files / "mu.npz", mu=np.zeros(2048), sigma=np.zeros(2048))
+    np.save(files / "array.npy", np.zeros(3))
+    np.savez(files / "words.npz", mu=np.full(2048, "words"), sigma=np.zeros((2048, 2048)))
+    with zipfile.ZipFile(files / "member.npz", "w") as file:
         file.writestr("mu", "no array")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/000000.png").write_bytes(b"")
-    for words, sentence in (
-            (["--run", tmp_path], "not a run folder"),
-            (["--run", stage1, f"data.root={tmp_path}/empty", "data.name=folder"], "no images for the val split"),
-            (["--run", stage1, f"data.root={tmp_path}/nowhere", "data.name=folder"], "there is no folder"),
-            (["--run", stage1, "data.image_size=15"], "data.image_size must be divisible by 2"),
-            (["--run", stage1, "data.imagesize=16"], "the nearest valid one is 'data.image_size'|nearest valid one is data.image_size"),
-            (["--run", stage1, "sample.top_k=3"], "unknown section 'sample'"),
-            (["--run", stage1, "--samples", tmp_path / "small"], "stage-2 run"),
-            (["--run", stage1, "--images", "0"], "must be at least 1"),
-            (["--run", run, "--samples", tmp_path / "small"], "a.png has 8 x 16 pixels, but the data that it is compared with 16 x 16"),
-            (["--run", run, "--samples", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
-            (["--run", run, "--samples", tmp_path / "float.npz"], "is float64"),
-            (["--run", run, "--samples", tmp_path / "text.npz"], "is not an .npz of images"),
-            (["--run", run, "--samples", tmp_path / "nothing.npz"], "is not an .npz of images"),
-            (["--run", run, "--samples", tmp_path / "none.npz"], "is uint8 .0, 16, 16, 3.; it must be images"),
-            (["--run", run, "--samples", tmp_path / "b.npz"], "`arr_0` of .*b.npz is not there"),
-            (["--run", stage1, "--reference", tmp_path / "text.npz"], "is not an .npz of images .* or statistics"),
-            (["--run", stage1, "--reference", tmp_path / "array.npy"], "is not an .npz of images .* or statistics"),
-            (["--run", stage1, "--reference", tmp_path / "nowhere.npz"], "there is no file .*nowhere.npz"),
-            (["--run", stage1, "--reference", tmp_path / "b.npz"], "holds neither statistics .* nor images"),
-            (["--run", stage1, "--reference", tmp_path / "mu.npz"], r"are float64 \(2048,\), float64 \(2048,\) instead"),
-            (["--run", stage1, "--reference", tmp_path / "words.npz"], r"are <U5 \(2048,\), float64 \(2048, 2048\) in"),
-            (["--run", stage1, "--reference", tmp_path / "member.npz"], "is not an .npz of images .* or statistics"),
-            (["--run", stage1, "--reference", tmp_path / "large.npz"], r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
-            (["--run", run, "--reference", tmp_path / "large.npz"], r"uint8 \(N, 16, 16, 3\)"),
-            (["--run", stage1, "--reference", tmp_path / "b.npz", "--without", "inception"], "leave out --without inception"),
-            (["--run", stage1, "--save_statistics", tmp_path / "nowhere/a.npz"], "in a folder that exists"),
-            (["--run", stage1, "--save_statistics", tmp_path / "a.pt"], "must be FILE.npz"),
-            (["--run", run, "--samples", tmp_path / "broken"], "cannot read .*000000.png .*remove it from the samples"),
-            (["--run", run, "--samples", tmp_path / "empty"], "there are no images in"),
-            (["--run", run, "--samples", tmp_path / "nowhere"], "there is no .*nowhere"),
-            (["--run", run, "--samples", tmp_path / "nowhere", "--without", "inception"], "there is no .*nowhere"),
-            (["--run", run, "--without", "inception", "data.name=folder", f"data.root={tmp_path}/flat"], "and this data has no classes"),
-            (["--run", stage1, "--reference", tmp_path / "nan.npz"], "of finite floats"),
-            (["--run", run, "sample.top_k=0"], "top_k must be between 1")):
-        with pytest.raises((UserError, Exception), match=sentence) as raised:
-            evaluate.main([str(w) for w in ["--without", "lpips", "--num_workers", "0", *words]])
-        assert type(raised.value).__name__ in ("UserError", "DataError")
-    assert not list(tmp_path.glob("*a.npz*"))
-    # Without weights: the other metrics are there, and the missing ones say why
+    (files / "broken").mkdir()
+    (files / "broken/000000.png").write_bytes(b"")
+    return {"run": folder / "run2", "stage1": folder / "stage1_vqgan", "files": files}
+
+
+@pytest.mark.parametrize("words, error, sentence", [
+    ("--run {files}", UserError, "not a run folder"),
+    ("--run {stage1} data.root={files}/empty data.name=folder", DataError,
+     "no images for the val split"),
+    ("--run {stage1} data.root={files}/nowhere data.name=folder", DataError, "there is no folder"),
+    ("--run {stage1} data.image_size=15", UserError, "data.image_size must be divisible by 2"),
+    ("--run {stage1} data.imagesize=16", UserError,
+     "the nearest valid one is 'data.image_size'|nearest valid one is data.image_size"),
+    ("--run {stage1} sample.top_k=3", UserError, "unknown section 'sample'"),
+    ("--run {stage1} --samples {files}/small", UserError, "stage-2 run"),
+    ("--run {stage1} --images 0", UserError, "must be at least 1"),
+    ("--run {run} --samples {files}/small", UserError,
+     "a.png has 8 x 16 pixels, but the data that it is compared with 16 x 16"),
+    ("--run {run} --samples {files}/large.npz", UserError,
+     r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
+    ("--run {run} --samples {files}/float.npz", UserError, "is float64"),
+    ("--run {run} --samples {files}/text.npz", UserError, "is not an .npz of images"),
+    ("--run {run} --samples {files}/nothing.npz", UserError, "is not an .npz of images"),
+    ("--run {run} --samples {files}/none.npz", UserError,
+     "is uint8 .0, 16, 16, 3.; it must be images"),
+    ("--run {run} --samples {files}/b.npz", UserError, "`arr_0` of .*b.npz is not there"),
+    ("--run {stage1} --reference {files}/text.npz", UserError,
+     "is not an .npz of images .* or statistics"),
+    ("--run {stage1} --reference {files}/array.npy", UserError,
+     "is not an .npz of images .* or statistics"),
+    ("--run {stage1} --reference {files}/nowhere.npz", UserError, "there is no file .*nowhere.npz"),
+    ("--run {stage1} --reference {files}/b.npz", UserError,
+     "holds neither statistics .* nor images"),
+    ("--run {stage1} --reference {files}/mu.npz", UserError,
+     r"are float64 \(2048,\), float64 \(2048,\) instead"),
+    ("--run {stage1} --reference {files}/words.npz", UserError,
+     r"are <U5 \(2048,\), float64 \(2048, 2048\) in"),
+    ("--run {stage1} --reference {files}/member.npz", UserError,
+     "is not an .npz of images .* or statistics"),
+    ("--run {stage1} --reference {files}/large.npz", UserError,
+     r"`arr_0` of .*large.npz is uint8 \(2, 32, 32, 3\)"),
+    ("--run {run} --reference {files}/large.npz", UserError, r"uint8 \(N, 16, 16, 3\)"),
+    ("--run {stage1} --reference {files}/b.npz --without inception", UserError,
+     "leave out --without inception"),
+    ("--run {stage1} --save_statistics {files}/nowhere/a.npz", UserError,
+     "in a folder that exists"),
+    ("--run {stage1} --save_statistics {files}/a.pt", UserError, "must be FILE.npz"),
+    ("--run {run} --samples {files}/broken", UserError,
+     "cannot read .*000000.png .*remove it from the samples"),
+    ("--run {run} --samples {files}/empty", UserError, "there are no images in"),
+    ("--run {run} --samples {files}/nowhere", UserError, "there is no .*nowhere"),
+    ("--run {run} --samples {files}/nowhere --without inception", UserError,
+     "there is no .*nowhere"),
+    ("--run {run} --without inception data.name=folder data.root={files}/flat", DataError,
+     "and this data has no classes"),
+    ("--run {stage1} --reference {files}/nan.npz", UserError, "of finite floats"),
+    ("--run {run} sample.top_k=0", UserError, "top_k must be between 1"),
+])
+def test_questions_that_make_no_sense(questioned, random_inception, monkeypatch, words, error, sentence):
+    monkeypatch.setenv("TORCH_HOME", str(random_inception))
+    words = words.format(**questioned).split()
+    with pytest.raises(error, match=sentence):
+        evaluate.main(["--without", "lpips", "--num_workers", "0", *words])
+    assert not list(questioned["files"].rglob("*a.npz*"))
+
+
+def test_metrics_whose_weights_are_missing(questioned, tmp_path, monkeypatch, capsys):
+    """The others are there, and these say why they are not."""
+    stage1 = questioned["stage1"]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    capsys.readouterr()
     evaluate.main(["--run", str(stage1), "--without", "lpips", "--num_workers", "0"])
     out = capsys.readouterr().out
     assert "PSNR" in out
@@ -516,3 +545,11 @@ def test_questions_that_make_no_sense(tmp_path, train2, random_inception, monkey
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(FileNotFoundError, match="the package torch-fidelity is missing"):
         inception.load_inception()
+
+
+def test_results_that_cannot_be_kept_are_printed(train, tmp_path, monkeypatch, capsys):
+    train()
+    monkeypatch.setattr(evaluate, "write_file", disk_is_full)
+    evaluate.main(["--run", str(tmp_path / "run"), "--images", "2", "--without", "lpips", "inception"])
+    told = capsys.readouterr().out
+    assert "metrics.json could not be written (No space left on device)" in told and "PSNR" in told

@@ -115,12 +115,13 @@ def test_a_download_that_breaks_off_is_no_run(tmp_path, on_hub, monkeypatch):
     load_run("hf:me/vqgan")
 
 
+@pytest.mark.parametrize("call", [load_run, lambda name: sample.main(["--run", name])],
+                         ids=["load_run", "sample"])
 @pytest.mark.parametrize("name", ["hf:", "hf:../vqgan", "hf:me/vqgan/latest", "hf:me/none"])
-def test_what_is_not_on_the_hub(on_hub, name):
-    for call in (load_run, lambda name: sample.main(["--run", name])):
-        with pytest.raises(UserError, match=f"{name} could not be downloaded .*; check the name") as told:
-            call(name)
-        assert "\n" not in str(told.value)
+def test_what_is_not_on_the_hub(on_hub, name, call):
+    with pytest.raises(UserError, match=f"{name} could not be downloaded .*; check the name") as told:
+        call(name)
+    assert "\n" not in str(told.value)
 
 
 def test_best_weights_that_are_damaged(train, tmp_path):

@@ -92,11 +92,15 @@ def test_any_number_of_workers_reads_the_same(tmp_path):
         assert torch.equal(next(batches[0])[0], next(batches[1])[0])
 
 
-def test_split_of_names():
-    for train, val in ((["imagenet1k-train-0000.tar"], ["imagenet1k-validation-00.tar"]), (["train/val-photos.tar"], ["Val/train.tar"]),
-                       (["interval-0.tar", "0.tar"], ["x_val2017.tar"]), (["x/train-00000-of-00001.parquet"], [])):
-        assert shards.by_split(train + val) == (train, val)
-    assert shards.by_split(["train.tar", "test.tar"]) == (["train.tar"], [])
+@pytest.mark.parametrize("train, val, neither", [
+    (["imagenet1k-train-0000.tar"], ["imagenet1k-validation-00.tar"], []),
+    (["train/val-photos.tar"], ["Val/train.tar"], []),
+    (["interval-0.tar", "0.tar"], ["x_val2017.tar"], []),
+    (["x/train-00000-of-00001.parquet"], [], []),
+    (["train.tar"], [], ["test.tar"]),
+])
+def test_split_of_names(train, val, neither):
+    assert shards.by_split(train + val + neither) == (train, val)
 
 
 def test_patterns(tmp_path):
@@ -252,15 +256,17 @@ def test_wrong_members(tmp_path, members, told):
     assert "\n" not in str(error.value)
 
 
-def test_why_there_are_no_images(tmp_path):
-    for name, members, told in (("empty", None, "there is no .tar in .*empty"),
-                                ("val", numbered("a 0"), "all is for validation, such as val-0.tar/a"),
-                                ("dots", {"a.1.png": b"", "a.2.png": b""}, "2 images, such as a.1.png, are passed over.*names of one dot")):
-        (tmp_path / name).mkdir()
-        if members:
-            write(tmp_path / name / f"{name}-0.tar", members)
-        with pytest.raises(DataError, match=told):
-            make_dataset("webdataset", str(tmp_path / name))
+@pytest.mark.parametrize("name, members, told", [
+    ("empty", None, "there is no .tar in .*empty"),
+    ("val", numbered("a 0"), "all is for validation, such as val-0.tar/a"),
+    ("dots", {"a.1.png": b"", "a.2.png": b""}, "2 images, such as a.1.png, are passed over.*names of one dot"),
+])
+def test_why_there_are_no_images(tmp_path, name, members, told):
+    (tmp_path / name).mkdir()
+    if members:
+        write(tmp_path / name / f"{name}-0.tar", members)
+    with pytest.raises(DataError, match=told):
+        make_dataset("webdataset", str(tmp_path / name))
 
 
 def test_an_unreadable_image_is_named(tmp_path):
