@@ -473,7 +473,7 @@ def halton_rank(grid):
         rest = point
         share = torch.zeros(count, dtype=torch.float64)
         scale = 1.0
-        while rest.any():
+        for _ in range(count.bit_length()):  # digits
             scale /= base
             share += rest % base * scale
             rest = rest // base

@@ -28,7 +28,6 @@ from harness.config import UserError, flatten, read_yaml
 from harness.guard import Guard
 from harness.log import Log
 from harness.models import own_folder, run_config
-from muon import Muon, split
 
 # One process may wait long for another's codes, FID or images.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -102,6 +101,8 @@ class Run:
         if train["optimizer"] == "adamw":
             on_gpu = self.accelerator.device.type == "cuda"
             return torch.optim.AdamW(groups, fused=on_gpu, **settings)
+        from muon import Muon, split
+
         optimizer = Muon(split(module, groups), **settings)
         matrices, others = optimizer.counts()
         self.accelerator.print(f"{type(module).__name__}: Muon for {matrices} matrices, AdamW for "

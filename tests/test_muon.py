@@ -52,11 +52,11 @@ def test_the_two_ways_of_orthogonalizing_agree():
     """By steps on the wide matrix, and on its Gram matrix; also where singular values are hardly more than rounding."""
     u, _, v = torch.linalg.svd(torch.randn(4, 16, 100), full_matrices=False)
     x = u * torch.logspace(0, -7, 16) @ v
-    whole = muon._iterate((x / x.norm(dim=(1, 2), keepdim=True)))
+    whole = muon._iterate(x / x.norm(dim=(1, 2), keepdim=True))
     close(orthogonalized(x).norm(dim=1), whole.norm(dim=1), 2e-2)
     assert torch.linalg.svdvals(orthogonalized(x)).max() < 1.15
     x = u * torch.logspace(0, -2, 16) @ v
-    close(orthogonalized(x), muon._iterate((x / x.norm(dim=(1, 2), keepdim=True))), 1e-4)
+    close(orthogonalized(x), muon._iterate(x / x.norm(dim=(1, 2), keepdim=True)), 1e-4)
 
 
 def test_a_step_is_that_of_torch_with_its_coefficients(monkeypatch):
