@@ -118,7 +118,7 @@ def test_matrices_of_one_shape_are_taken_together(monkeypatch):
 
 def tiny():
     torch.manual_seed(0)
-    return GPT(16, 4, num_classes=3, n_layer=2, n_head=2, n_embd=18, dropout=0.1)
+    return GPT(16, 4, num_classes=3, n_layer=2, n_head=2, n_embd=18, dropout=0.1, rope=False)
 
 
 def optimizer_of(model, **settings):
