@@ -3,6 +3,7 @@
     make_dataset    a torch Dataset of (image, label): float (3, H, W) in [-1, 1], int
     train_loader    batches over several workers and processes; uint8 until they are on the device
     eval_loader     the same, in order, each image once
+    read_image      an image file as 8-bit RGB
     Source          where the images of a dataset are; data/sources.py has those of all names
 
 Training order and augmentation follow from (seed, epoch, index) alone, not from the number of
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.images import DataError, decode
+from data.images import DataError, decode, read_image  # noqa: F401, for others
 
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
