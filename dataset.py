@@ -106,7 +106,7 @@ class ImageDataset(Dataset):
     uint8: bool = False
 
     def __post_init__(self):
-        self._number(self.source.classes)
+        self._number([name for name in self.source.classes if name])
         self.sides = np.broadcast_to(self.image_size, 2).tolist()  # height, width
         self.least = 0  # pixels a side, to which JPEGs may be reduced; 0: whole
         if self.train:
@@ -310,7 +310,7 @@ class Source(Protocol):
     """The images of one split: `Files`, `Arrays` and `Packed` of data/sources.py, or any class with
 
     labels       a number for each image; -1: none
-    classes      the names of the labels, all different
+    classes      the names of the labels, all different; None: of no training image
     load(index)  an RGB image of any size; the path of an image file, or what is in it; or a uint8
                  tensor (3, H, W) of the right size, which is neither cropped nor flipped
     name(index)  for messages, and for the code cache: unique, and the same in every run
