@@ -3,6 +3,7 @@
     make_dataset    a torch Dataset of (image, label): float (3, H, W) in [-1, 1], int
     train_loader    batches over several workers and processes; uint8 until they are on the device
     eval_loader     the same, in order, each image once
+    read_image      an image file as 8-bit RGB
     Source          where the images of a dataset are; data/sources.py has those of all names
 
 Training order and augmentation follow from (seed, epoch, index) alone, not from the number of
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.images import DataError, decode
+from data.images import DataError, decode, read_image  # noqa: F401, for others
 
 Size = int | list[int]  # the side of square images, or [height, width]
 Device = torch.device | str
@@ -105,7 +106,7 @@ class ImageDataset(Dataset):
     uint8: bool = False
 
     def __post_init__(self):
-        self._number(self.source.classes)
+        self._number([name for name in self.source.classes if name])
         self.sides = np.broadcast_to(self.image_size, 2).tolist()  # height, width
         self.least = 0  # pixels a side, to which JPEGs may be reduced; 0: whole
         if self.train:
@@ -309,7 +310,7 @@ class Source(Protocol):
     """The images of one split: `Files`, `Arrays` and `Packed` of data/sources.py, or any class with
 
     labels       a number for each image; -1: none
-    classes      the names of the labels, all different
+    classes      the names of the labels, all different; None: of no training image
     load(index)  an RGB image of any size; the path of an image file, or what is in it; or a uint8
                  tensor (3, H, W) of the right size, which is neither cropped nor flipped
     name(index)  for messages, and for the code cache: unique, and the same in every run

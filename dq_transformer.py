@@ -80,7 +80,8 @@ class DQTransformer(CodeTransformer):
         self.length = self.cells[-1] + 2 * self.grains - 1  # the last token is only predicted
         check_grids(self.grids, least=2)
         # Rows of content_emb: codes, end, starts. Of position_emb, for each granularity: cells,
-        # end, starts. Columns of position_head: cells of any granularity, end of each.
+        # end, starts. Columns of position_head: cells, then the end of each granularity. Cell i of
+        # every granularity has the same column, but a row of position_emb for each.
         special = 1 + self.num_starts
         self.content_emb, content_head = code_ends(codebook_size, n_embd, codebook_factors, special)
         self.position_emb = nn.Embedding(sum(self.cells) + self.grains * special, n_embd)
@@ -221,8 +222,9 @@ class DQTransformer(CodeTransformer):
 
     def forward(self, codes, labels=None):
         """Codes and labels (B,) to {"loss", "content", "position"}, in nats: mean cross-entropy of
-        codes, that of positions and ends (per granularity, then averaged), and their sum. After
-        `survey`, the training loss divides by mean counts, not the batch's."""
+        codes, that of positions and ends (per granularity, then averaged), and their sum. The
+        finest positions count, although `bits` and sampling do without them. After `survey`, the
+        training loss divides by mean counts, not the batch's."""
         content, position, counts = self._nats(codes, labels)
         content = sum(nats.sum() for nats in content)                   # ()
         position = torch.stack([nats.sum() for nats in position])       # (G,)
@@ -442,7 +444,11 @@ class State:
 
     def possible(self, any_fine_order):
         """Columns of position_head that may come next, (rows, N + G): the first owed cell or else
-        the end, and cells before it that open an undecided region."""
+        the end, and cells before it that open an undecided region.
+
+        Columns that a granularity does not have hold -1 and so read the last slot, whose region R
+        counts as decided: they never open a region and are never owed.
+        """
         model = self.model
         g = model.slot_grain[self.slot]                                 # (rows,)
         slots = model.column_slot[g]                                    # (rows, N + G)
@@ -457,8 +463,8 @@ class State:
         return may_open | is_due
 
     def move(self, column):
-        """Moves to the drawn column (rows,) of position_head, or from an end to the next
-        granularity's start.
+        """Moves to the drawn column (rows,) of position_head; from an end to the next
+        granularity's start, whatever was drawn.
 
         A region's first code decides its granularity; the finest's start takes all undecided
         regions. The region's other cells are then owed: they must get codes before the end.

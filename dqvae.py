@@ -398,7 +398,7 @@ def quantiles(values, shares):
 
 def budget(gate, ratios, weight):
     """The release's loss of a gate (B, G, h', w'). Its code counts, such as sum(g0 + 4 g1), reduce
-    to each granularity's mean gate."""
+    to each granularity's mean gate. As there, the weight of three granularities is the finest's."""
     shares = gate.mean((0, 2, 3))
     errors = [(shares[g] - ratio).square() for g, ratio in enumerate(ratios, 1)]
     if len(ratios) == 1:

@@ -73,9 +73,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, tqdm
 from torch.utils.data import BatchSampler
 
-from data.images import read_image
 from data.sources import list_images
-from dataset import eval_loader, make_dataset, to_uint8
+from dataset import eval_loader, make_dataset, read_image, to_uint8
 from losses import load_lpips
 from vqgan import sides
 

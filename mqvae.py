@@ -133,7 +133,7 @@ class MQVAE(Tokenizer):
         All cells are kept at first, n from 50 % of training on. They are ranked by logit plus
         Gumbel noise, which fades out at 80 %. `slope` is zero, with a gradient for the scores: the
         first-order effect of giving a cell its vector (before quantization) instead of the token,
-        relative to the image's mean.
+        (score - the image's mean score) * (vector - token).
         """
         scores = scores.flatten(1)                                      # (B, hw)
         n += round((scores.shape[1] - n) * max(0.0, 1 - self.progress / 0.5))
@@ -226,12 +226,13 @@ class ScoreNet(nn.Module):
 class DeMask(nn.Module):
     """Kept codes (B, N, D) at positions (B, N) to features of the whole grid (B, channels, h, w).
 
-    Masked cells hold a learned token. Attention weights are multiplied by the key's mask: 1 if
-    kept, else 0.02, 0.02^(1/2), 0.02^(1/4), ... from block to block. So information flows from
-    kept cells first, later between all.
+    Masked cells hold a learned token. Direction-constrained self-attention: after the softmax,
+    each weight is multiplied by its key's mask, 1 if kept, else 0.02, 0.02^(1/2), 0.02^(1/4), ...
+    from block to block, and not normalized again. So information flows from kept cells first,
+    later between all.
     """
 
-    MASK = 0.02
+    MASK = 0.02  # the release's
 
     def __init__(self, dim, channels, layers):
         super().__init__()

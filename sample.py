@@ -51,9 +51,9 @@ from accelerate.utils import tqdm
 from PIL import Image
 from torch.utils.data import BatchSampler
 
-from data.images import image_extensions, read_image
+from data.images import image_extensions
 from data.sources import Files
-from dataset import ImageDataset, to_uint8
+from dataset import ImageDataset, read_image, to_uint8
 from gpt import Blocks, Cache, sides
 
 SETTINGS = [name for name in vars(SampleSettings()) if name not in ("columns", "rows")]  # options

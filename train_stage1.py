@@ -93,8 +93,9 @@ def main(argv=None):
         run.guard.begin()
         for _ in range(accumulate):
             images = next(batches)[0].to(memory_format=memory_format)
+            # Between two optimizer steps, accelerate makes step and zero_grad do nothing
             with accelerator.accumulate(*filter(None, (model, discriminator))):
-                # Generator
+                # Generator. The EMA codebook moves in its forward pass
                 out = model(images)
                 with accelerator.autocast():
                     loss, parts = criterion.generator(
@@ -106,7 +107,7 @@ def main(argv=None):
                 optimizer.step()
                 optimizer.zero_grad()
 
-                # Discriminator, on the same reconstruction
+                # Discriminator, on the same reconstruction; it is free of the generator's gradients
                 if criterion.discriminator_learns(step):
                     d_loss, d_parts = criterion.discriminator(
                         images, out.images, discriminator)

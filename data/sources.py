@@ -71,7 +71,7 @@ class Arrays:
         return Image.fromarray(self.arrays[index])
 
     def name(self, index):
-        return str(index)
+        return f"image {index}"
 
 
 @dataclass

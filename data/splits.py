@@ -49,7 +49,8 @@ def by_folder(keys):
 
 def divide(training, validation, train, val_fraction):
     """The images of a split: whether of `training` or `validation` (see data/shards.py), their
-    rows there, their labels (-1: of a class that no training image has), and the classes.
+    rows there, their labels (-1: of a class that no training image has), and the classes, None
+    where no training image has that number.
 
     Where validation is empty or None, a share of the training images is held out.
     """
@@ -63,17 +64,20 @@ def divide(training, validation, train, val_fraction):
     used = set(labels)
     if used <= {"image"}:
         return part, rows, [0] * len(rows), ["image"]
-    if isinstance(max(used), int) and max(used) >= 10**6:
-        raise ValueError("classes must be numbered from 0 to below 1,000,000; they are from "
-                         f"{min(used)} to {max(used)}")
-    order = [label for label in training.order or sorted(used) if label in used]
-    numbers = {label: i for i, label in enumerate(order)}
+    order = training.order or sorted(used)
+    if isinstance(order[0], int):  # numbers keep their places
+        if order[-1] >= 10**6:
+            raise ValueError("classes must be numbered from 0 to below 1,000,000; they are from "
+                             f"{order[0]} to {order[-1]}")
+        order = range(order[-1] + 1)
+    numbers = {label: i for i, label in enumerate(order) if label in used}
     labels = [part.labels[row] for row in rows]
     for row, label in zip(rows, labels):
         if validation and label not in numbers and label != "image":
             raise ValueError(f"{part.name(row)} is of class {label!r}, which the training split "
                              "does not have")
-    return part, rows, [numbers.get(label, -1) for label in labels], [*map(str, order)]
+    classes = [str(label) if label in used else None for label in order]
+    return part, rows, [numbers.get(label, -1) for label in labels], classes
 
 
 def _held_out(keys, val_fraction):

@@ -652,7 +652,7 @@ def draw_dq_transformer(model, dqvae, image: Tensor, label: int) -> None:
     corner = drawing.step(1, 0, "Position-Transformer", f"logits ({regions * regions} + 1,)",
                           ["in %; grey: before the last one.",
                            f"End of the coarse codes: {100 * p[-1]:.0f} %"],
-                          ["dq_transformer.py::DQTransformer._hidden",
+                          ["dq_transformer.py::DQTransformer.sample",
                            "dq_transformer.py::State.possible"])
     drawing.chances(corner, p[:-1], regions, possible, cell)
 

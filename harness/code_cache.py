@@ -75,6 +75,9 @@ def encode_dataset(run, stage1, precision, dataset, limit=None, views=1):
     if cache.array("indices").max() >= K:
         raise UserError(f"{cache.folder} holds codes that the stage-1 model does not have; "
                         "remove the folder and start again")
+    if run.is_main:  # a record for users: each run takes the labels of its dataset
+        labels = [dataset.label(image) for image in cache.array("image")]
+        np.array(labels, np.int32).tofile(cache.folder / "labels.bin")
     return cache
 
 

@@ -82,7 +82,7 @@ def load_run(folder: str | Path,
     return model.eval(), config
 
 
-def averaged_if_any(checkpoint: Path) -> Path:
+def averaged_if_any(checkpoint):
     """The file with the averaged weights, or else with the model's."""
     averaged = checkpoint / "ema.safetensors"
     return averaged if averaged.is_file() else checkpoint / "model.safetensors"
@@ -114,7 +114,7 @@ def set_image_size(model, size):
         raise UserError(f"data.{error}") from error
 
 
-def make_model(config: dict) -> nn.Module:
+def make_model(config):
     """The model of a config, untrained."""
     settings = dict(config["model"])
     if quantizer := dict(settings.get("quantizer") or {}):

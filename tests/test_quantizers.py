@@ -311,7 +311,7 @@ def test_every_model_trains_with_every_quantizer_and_resumes_exactly(train, tmp_
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["model.quantizer.name=fqs"], "model.quantizer.name must be one of vq, fsq, lfq, bsq, simvq, ibq, residual; it is 'fqs'"),
+    (["model.quantizer.name=fqs"], f"model.quantizer.name must be one of {', '.join(QUANTIZERS)}; it is 'fqs'"),
     (["model.quantizer={name: simvq, restart: true}"], "model.quantizer.restart is not a setting of SimVQ, which has codebook_size, dim"),
     (["model.quantizer={name: fsq, levels: [8, 1]}"], r"model.quantizer.levels\[1\] must be between 2 and"),
     (["model.quantizer={name: lfq, bits: 25}"], "model.quantizer.bits must be between 1 and 24; it is 25"),
