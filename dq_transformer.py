@@ -34,7 +34,7 @@ from torch import Tensor
 
 from gpt import (
     Blocks, Cache, Codes, CodeTransformer, Count, Generators, Probability, cell_tables, check_grids,
-    check_known, check_sampling, code_ends, covered, cross_entropy, divided, draw, filter_logits,
+    check_known, check_sampling, code_ends, covered, divided, draw, filter_logits,
     read_codes, register_tables, sides, uniforms)
 
 START = 0  # kinds of tokens
@@ -257,7 +257,7 @@ class DQTransformer(CodeTransformer):
         position = []
         for hidden, logits, code, cell in self._outputs(tokens, labels):
             content.append(self.content_head.nats(hidden, code))
-            position.append(cross_entropy(logits, cell))
+            position.append(F.cross_entropy(logits.mT.float(), cell, reduction="none"))
         return content, position, tokens.counts
 
     def _outputs(self, tokens, labels):
