@@ -34,8 +34,8 @@ from torch import Tensor
 
 from gpt import (
     Blocks, Cache, CodeHead, Codes, CodeTransformer, Count, Generators, Probability, Schedule,
-    cell_tables, check_grids, check_known, check_sampling, code_ends, covered, cross_entropy,
-    divided, draw, filter_logits, read_codes, register_tables, sides, uniforms)
+    cell_tables, check_grids, check_known, check_sampling, code_ends, covered, divided, draw,
+    filter_logits, read_codes, register_tables, sides, uniforms)
 
 START = 0  # kinds of tokens
 CODE = 1
@@ -266,7 +266,7 @@ class DQTransformer(CodeTransformer):
         position = []
         for hidden, logits, code, cell in self._outputs(tokens, labels):
             content.append(self.content_head.nats(hidden, code))
-            position.append(cross_entropy(logits, cell))
+            position.append(F.cross_entropy(logits.mT.float(), cell, reduction="none"))
         return content, position, tokens.counts
 
     def _outputs(self, tokens, labels):

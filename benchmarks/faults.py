@@ -47,6 +47,7 @@ import train_stage1
 import train_stage2
 from harness import checkpoint, code_cache, launch
 from harness.config import setting_names, signature
+from harness.models import model_class
 from harness.settings import STAGE1_SECTIONS
 from harness.settings_stage2 import STAGE2_SECTIONS
 from vqgan import VQGAN
@@ -470,7 +471,7 @@ def settings_of(lab: Lab) -> dict[str, list[str]]:
 
     for section, target in (STAGE1_SECTIONS if lab.stage == 1 else STAGE2_SECTIONS).items():
         if "." not in section:
-            kinds(target[name] if isinstance(target, dict) else target, section)
+            kinds(model_class(name) if isinstance(target, dict) else target, section)
     for key in setting_names(VQGAN, "model") if lab.stage == 1 else []:
         if key.startswith("model.quantizer."):
             found[key] = VALUES[int] + VALUES[float] + VALUES[bool]

@@ -88,7 +88,7 @@ def averaged_if_any(checkpoint):
     return averaged if averaged.is_file() else checkpoint / "model.safetensors"
 
 
-def run_config(folder: str | Path) -> dict:
+def run_config(folder):
     """The config of a run folder."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
@@ -99,7 +99,7 @@ def run_config(folder: str | Path) -> dict:
     return config
 
 
-def class_names(folder: str | Path) -> list[str] | None:
+def class_names(folder):
     """The names of a run's classes; None if it has none, or is a converted one, which has
     numbers."""
     path = Path(folder) / "classes.json"

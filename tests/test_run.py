@@ -244,4 +244,5 @@ def test_open_files_and_memory_stay_flat(train, monkeypatch):
     train("train.max_train_steps=24", "train.validation_steps=2", "train.checkpointing_steps=2", "train.log_with=tensorboard",
           "train.checkpoints_total_limit=1")
     files, children, memory = zip(*used)
-    assert len(set(files[3:])) == 1 and len(set(children)) == 1 and memory[-1] < memory[len(memory) // 2] + 30 * 2**20
+    assert len(set(files[3:])) == 1 and max(children) == children[0]  # another test's worker may end meanwhile
+    assert memory[-1] < memory[len(memory) // 2] + 30 * 2**20

@@ -312,7 +312,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train, tiny, tmp_path):
     """Weights, EMA codebook with restarts, the discriminator and both optimizers. With GroupNorm, because BatchNorm's
     statistics are per process; with a large epsilon, because Adam turns a gradient that is zero but for rounding into a
     full step."""
-    same = ["train.adam_epsilon=1e-3", "loss.lecam_weight=0.01", "train.use_ema=true", "model.quantizer.codebook_size=64"]
+    same = ["train.adam_epsilon=1e-3", "loss.lecam_weight=0.01", "train.use_ema=true", "model.quantizer.codebook_size=128"]
     train(*same, f"train.output_dir={tmp_path}/one", "train.train_batch_size=8")
     output = launch(tiny, *same, f"train.output_dir={tmp_path}/two", "train.train_batch_size=4")
     assert "2 process(es), global batch 8" in output
