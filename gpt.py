@@ -318,10 +318,11 @@ class Block(nn.Module):
         self.causal = causal
         self.norm1 = nn.LayerNorm(n_embd)
         self.norm2 = nn.LayerNorm(n_embd)
-        self.qkv = Linear(n_embd, 3 * n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.qkv.parts = 3  # matrices, for muon.py
-        self.out = Linear(n_embd, n_embd)
-        self.mlp = nn.Sequential(Linear(n_embd, 4 * n_embd), nn.GELU(), Linear(4 * n_embd, n_embd))
+        self.out = nn.Linear(n_embd, n_embd)
+        self.mlp = nn.Sequential(
+            nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, kv=None, t=None, mask=None, rope=None):
@@ -330,16 +331,17 @@ class Block(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         qk = qkv[:2]                                                    # (2, B, heads, T, D)
+        v = qkv[2]
         scale = None
+        if rope is not None:
+            qk = rotated(qk, *rope)
         if self.qk_norm:
             qk = F.normalize(qk, dim=-1)
             scale = 1.2**2 * math.sqrt(qk.shape[-1])
-        if rope is not None:
-            qk = rotated(qk, *rope)
-        q, k = qk.to(qkv.dtype)                                         # (B, heads, T, D) each
-        v = qkv[2]
+        q, k = qk.to(v.dtype)                                           # (B, heads, T, D) each
         if kv is not None:
-            k, v = kv.index_copy_(3, t, torch.stack([k, v]))
+            k = kv[0].index_copy_(2, t, k)
+            v = kv[1].index_copy_(2, t, v)
         a = F.scaled_dot_product_attention(
             q, k, v, mask, self.drop.p if self.training else 0.0,
             is_causal=self.causal and kv is None, scale=scale)          # (B, heads, T, D)
@@ -367,22 +369,10 @@ def rotary_table(grids, head_dim):
 
 def rotated(x, cos, sin):
     """Queries or keys (..., T, head_dim), turned as rotary_table says."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class Linear(nn.Linear):
-    """nn.Linear. For one decoding step on the CPU, `W @ x.T` is twice as fast as `x @ W.T`."""
-
-    def forward(self, x):
-        if x.is_cuda or torch.is_grad_enabled() or x.numel() > 64 * self.in_features:
-            return super().forward(x)
-        y = (self.weight @ x.reshape(-1, self.in_features).t()).t().contiguous()
-        if self.bias is not None:
-            y = y + self.bias.to(y)
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-class CodeHead(Linear):
+class CodeHead(nn.Linear):
     """Hidden states (..., C) to logits of codes (..., K)."""
 
     digits = 1  # random numbers that a code takes
@@ -414,8 +404,9 @@ class FactoredHead(nn.Module):
         self.heads = nn.ModuleList(CodeHead(n_embd, f, bias=False) for f in factors)
         self.embs = nn.ModuleList(nn.Embedding(f, n_embd) for f in factors[:-1])
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(n_embd), Linear(n_embd, n_embd), nn.GELU(),
-                          Linear(n_embd, n_embd)) for _ in factors[:-1])
+            nn.Sequential(nn.LayerNorm(n_embd), nn.Linear(n_embd, n_embd), nn.GELU(),
+                          nn.Linear(n_embd, n_embd))
+            for _ in factors[:-1])
 
     def forward(self, x):
         """Log-probabilities of all codes (..., K): only for few codes."""
@@ -510,8 +501,10 @@ class Cache:
         window = min(len(self.numbers), (t // self.window + 1) * self.window)
 
         def step(x, now, *rope):
-            past = (self.numbers[:window] <= now).unsqueeze(0)
-            return self.blocks.step(x, self.kv[..., :window, :], now, past, *rope)
+            # Not a bool mask, which attention would convert in every layer
+            future = (self.numbers[:window] > now).unsqueeze(0)
+            mask = self.kv.new_zeros(future.shape).masked_fill(future, -math.inf)
+            return self.blocks.step(x, self.kv[..., :window, :], now, mask, *rope)
 
         if self.captured is not None and Cache.graphs:
             # Earlier graphs are kept: one that is freed takes workspaces of the others with it.
