@@ -1,12 +1,19 @@
 """Makes the tables of docs/results.md: trains what they need, measures it, prints them.
 
-    python benchmarks/results.py TABLE [TABLE ...] --data PATH [--seeds 3] [--jobs 2] [--runs FOLDER]
+    python benchmarks/results.py TABLE [TABLE ...] --data PATH [--seeds 3] [--jobs 2]
+                                 [--runs FOLDER]
 
 PATH is a folder of photographs with train/ and val/ (measured: 100 classes of Tiny ImageNet), which
-are scaled to 32 x 32. Each training is a run folder in --runs (default: runs/results): what is done
-is not repeated, what was stopped goes on. A training has one thread; --jobs of them run at a time.
+are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a run folder in --runs
+(default: runs/results): what is done is not repeated, what was stopped goes on. A training has one
+thread; --jobs of them run at a time.
 
     rates_stage1, rates_stage2      learning rates of AdamW and Muon for each model
+    speed                           quality against seconds of training, drawn as assets/speed.png
+    codes                           what the codes of each stage-1 model are worth
+    any_rate                        models for any rate, beside those for one
+    quantizers                      at 2^10, 2^14 and 2^18 codes, and in each model
+    transformers                    all transformers on all codes, as a classifier sees the samples
 """
 
 import argparse
@@ -17,9 +24,23 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, quantiles, stdev
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import harness  # noqa: F401  before torch, which reads its settings once
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from dataset import make_dataset, train_loader
+from detail import measure as measure_detail
+from harness.sampling import chosen_labels, draw, load_models, sampling_arguments
+
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -28,20 +49,27 @@ class Training:
 
     name: str
     config: str  # of configs/quickstart
+    optimizer: str
+    rate: str
+    steps: int
     settings: tuple[str, ...] = ()
     stage1: "Training | None" = None  # whose codes stage 2 learns
 
-    def folder(self, args, seed):
+    def folder(self, args, seed=0):
         return args.runs / f"{self.name}_seed{seed}"
 
     def command(self, args, seed):
         script = "train_stage2.py" if self.stage1 else "train_stage1.py"
         words = [sys.executable, script, "--config", f"configs/quickstart/{self.config}.yaml",
                  "--resume", "auto", f"train.output_dir={self.folder(args, seed)}",
-                 f"train.seed={seed}", "train.validation_steps=250", "train.log_with=null",
-                 "train.num_validation_images=1000", "train.checkpoints_total_limit=1"]
+                 f"train.seed={seed}", f"train.optimizer={self.optimizer}",
+                 f"train.learning_rate={self.rate}", f"train.max_train_steps={self.steps}",
+                 f"train.train_batch_size={BATCH}",
+                 "train.validation_steps=250", "train.num_validation_images=1000",
+                 "train.dataloader_num_workers=0", "train.log_with=null",
+                 "train.checkpoints_total_limit=1"]
         if self.stage1:
-            words.append(f"codes.stage1={self.stage1.folder(args, 0)}")
+            words.append(f"codes.stage1={self.stage1.folder(args)}")
         else:
             words += ["data.name=folder", f"data.root={args.data}", "data.image_size=32"]
         return words + list(self.settings)
@@ -51,49 +79,65 @@ class Training:
         path = self.folder(args, seed) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def scores(self, args, seed):
-        """[(step, seconds of training so far, PSNR or bits)] of the validations."""
+    def scores(self, args, seed=0):
+        """{step: PSNR or bits} of the validations."""
         score = "val_bits" if self.stage1 else "val_psnr"
-        batch = 16
-        seconds = last = 0
-        scores = []
-        for line in self.lines(args, seed):
-            if "images_per_second" in line:
-                seconds += (line["step"] - last) * batch / line["images_per_second"]
-                last = line["step"]
-            if score in line:
-                scores.append((line["step"], seconds, line[score]))
-        return scores
+        return {line["step"]: line[score] for line in self.lines(args, seed) if score in line}
+
+    def step_seconds(self, args, seed):
+        """Seconds of a step, where the machine was least busy with other work."""
+        speeds = [line["images_per_second"] for line in self.lines(args, seed)
+                  if "images_per_second" in line]
+        return BATCH / quantiles(speeds, n=10)[-1]
 
     def is_done(self, args, seed):
-        steps = next(int(word.partition("=")[2]) for word in reversed(self.settings)
-                     if word.startswith("train.max_train_steps="))
         path = self.folder(args, seed) / "metrics.jsonl"
-        return path.is_file() and any(step == steps for step, *_ in self.scores(args, seed))
+        return path.is_file() and self.steps in self.scores(args, seed)
+
+    def results(self, args):
+        """The last score of each seed."""
+        return [self.scores(args, seed)[self.steps] for seed in range(args.seeds)]
 
 
 def train(training, args, seed):
     if training.is_done(args, seed):
         return
     folder = training.folder(args, seed)
+    run_logged(training.command(args, seed), folder)
+    print(f"{folder.name}: {training.scores(args, seed)[training.steps]:.2f}", flush=True)
+
+
+def run_logged(words, folder):
+    """Runs a command with one thread, its output in FOLDER.log."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "ab") as log:
-        done = subprocess.run(training.command(args, seed), cwd=ROOT, stdout=log, stderr=log,
+        done = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{folder} failed; see {folder}.log")
-    print(f"{folder.name}: {training.scores(args, seed)[-1][2]:.2f}", flush=True)
 
 
-def train_all(trainings, args):
+def train_all(trainings, args, seeds=None):
     """All of these, after the stage-1 models that they need."""
     first = {training.stage1: [0] for training in trainings if training.stage1}
-    for jobs in (first, {training: range(args.seeds) for training in trainings}):
+    for jobs in (first, {training: range(seeds or args.seeds) for training in trainings}):
         with ThreadPoolExecutor(args.jobs) as pool:
             pending = [pool.submit(train, training, args, seed)
-                       for training, seeds in jobs.items() for seed in seeds]
+                       for training, seeds_of in jobs.items() for seed in seeds_of]
             for job in pending:
                 job.result()
+
+
+def evaluated(training, args, seed=0, rates=None):
+    """evaluate.py's metrics of a stage-1 run on 2,000 validation images; with rates, at each."""
+    folder = training.folder(args, seed)
+    path = folder / "metrics.json"
+    if not path.is_file():
+        words = [sys.executable, "evaluate.py", "--run", str(folder), "--images", "2000",
+                 "--num_workers", "0", "--without", "lpips", "inception"]
+        run_logged(words + (["--rates", rates] if rates else []), folder)
+    metrics = json.loads(path.read_text())
+    return list(metrics["rates"].values()) if rates else metrics
 
 
 def spread(values, digits=2):
@@ -107,74 +151,329 @@ def print_table(header, rows):
         print(f"| {' | '.join(map(str, row))} |")
 
 
-# Stage 1: squared error alone, 256 codes in an EMA codebook
+# Learning rates
 
-PLAIN = ("loss.disc_weight=0", "train.train_batch_size=16", "train.dataloader_num_workers=0",
-         "model.quantizer.codebook_size=256")
-GAN = ("loss.disc_weight=0.1", "loss.disc_start=200", "loss.gan_start=250")
-STAGE1 = {
-    "VQGAN f4": ("vqgan", ()),
-    "MQ-VAE, 25 % of the cells": ("mqvae", ("model.topk_ratio=0.25",)),
-    "DQ-VAE f8/f4, 30 % fine": ("dqvae", ("model.ratios=[0.3]",)),
-}
-RATES = {"adamw": ["5e-4", "1e-3", "2e-3"], "muon": ["1e-3", "2e-3", "4e-3"]}
+PLAIN = ("loss.disc_weight=0", "model.quantizer.codebook_size=256")  # squared error alone, EMA
+GAN = ("loss.disc_weight=0.1", "loss.disc_start=200", "loss.gan_start=250", PLAIN[1])
+SHAPES = ("data.name=shapes", "data.root=null", "data.max_objects=1", PLAIN[0],
+          "model.quantizer.codebook_size=128")
 RATES_STEPS = 500
-
-
-def optimizer(name, rate, steps):
-    return (f"train.optimizer={name}", f"train.learning_rate={rate}",
-            f"train.max_train_steps={steps}")
 
 
 def rates_stage1(args):
     """The PSNR of each model for each learning rate; with the GAN on for the second half, too."""
+    models = {
+        "VQGAN f4": ("vqgan", ()),
+        "MQ-VAE, 25 % of the cells": ("mqvae", ("model.topk_ratio=0.25",)),
+        "DQ-VAE f8/f4, 30 % fine": ("dqvae", ("model.ratios=[0.3]",)),
+    }
+    losses = {"squared error": ("error", PLAIN), "and GAN": ("GAN", GAN)}
     table = {}
-    for label, (config, settings) in STAGE1.items():
-        for loss, more in (("squared error", ()), ("and GAN", GAN)):
-            for name, rates in RATES.items():
+    for label, (config, settings) in models.items():
+        for loss, (short, more) in losses.items():
+            for name in ("adamw", "muon"):
                 table[label, loss, name] = [
-                    Training(f"rates_{config}_{loss.split()[-1]}_{name}_{rate}", config,
-                             PLAIN + settings + more + optimizer(name, rate, RATES_STEPS))
-                    for rate in rates]
+                    Training(f"rates_{config}_{short}_{name}_{rate}", config, name, rate,
+                             RATES_STEPS, more + settings)
+                    for rate in ("1e-3", "2e-3", "4e-3")]
     compare_rates(args, table, "PSNR (dB)")
 
 
+CODES = {  # stage-1 models of shapes, whose codes stage 2 learns
+    config: Training(f"shapes_{config}", config, "muon", "2e-3", 600, SHAPES)
+    for config in ("vqgan", "mqvae", "dqvae")}
+OF = {"gpt": "vqgan", "stackformer": "mqvae", "dq_transformer": "dqvae",
+      "mask_transformer": "dqvae"}
+
+
 def rates_stage2(args):
-    """The bits of each transformer for each learning rate, on codes of the embedded dataset."""
+    """The bits of each transformer for each learning rate."""
     table = {}
-    for config, (source, settings) in STAGE2.items():
-        stage1 = Training(f"codes_{source}", source, SHAPES)
-        for name, rates in RATES.items():
+    for config, source in OF.items():
+        for name, rates in (("adamw", ("1e-3", "2e-3", "4e-3")),
+                            ("muon", ("2e-3", "4e-3", "8e-3"))):
             table[config, "", name] = [
-                Training(f"rates_{config}_{name}_{rate}", config,
-                         settings + optimizer(name, rate, RATES_STEPS), stage1)
+                Training(f"rates_{config}_{name}_{rate}", config, name, rate, RATES_STEPS, (),
+                         CODES[source])
                 for rate in rates]
     compare_rates(args, table, "bits")
 
 
-SHAPES = ("data.name=shapes", "data.root=null", "data.image_size=32", "data.max_objects=1",
-          "loss.disc_weight=0", "train.train_batch_size=16", "train.dataloader_num_workers=0",
-          "model.quantizer.codebook_size=128", "train.optimizer=muon", "train.learning_rate=2e-3",
-          "train.max_train_steps=600")
-STAGE2 = {
-    "gpt": ("vqgan", ()),
-    "stackformer": ("mqvae", ()),
-    "dq_transformer": ("dqvae", ()),
-    "mask_transformer": ("dqvae", ()),
-}
-
-
 def compare_rates(args, table, what):
     train_all([training for row in table.values() for training in row], args)
-    rows = []
-    for (label, loss, name), trainings in table.items():
-        cells = [f"{rate}: {spread([t.scores(args, s)[-1][2] for s in range(args.seeds)])}"
-                 for rate, t in zip(RATES[name], trainings)]
-        rows.append([label, loss, name, *cells])
+    rows = [[*key, *(f"{t.rate}: {spread(t.results(args))}" for t in trainings)]
+            for key, trainings in table.items()]
     print_table(["model", "loss", "optimizer", what, "", ""], rows)
 
 
-TABLES = {table.__name__: table for table in (rates_stage1, rates_stage2)}
+# Quality against seconds
+
+def speed(args):
+    """AdamW and Muon in both stages; the transformer with AdamW also as it was before rotary
+    embeddings and QK norm."""
+    plots = {
+        "VQGAN f4, photographs 32 x 32": {
+            "AdamW": Training("speed_vqgan_adamw", "vqgan", "adamw", "2e-3", 3000, PLAIN),
+            "Muon": Training("speed_vqgan_muon", "vqgan", "muon", RATE, 1000, PLAIN),
+        },
+        "DQ-Transformer, shapes": {
+            "AdamW, plain blocks": former("dq_transformer"),
+            "AdamW": autoregressive("dq_transformer", "adamw", "2e-3"),
+            "Muon": autoregressive("dq_transformer"),
+        },
+    }
+    train_all([training for lines in plots.values() for training in lines.values()], args)
+    draw_speed(plots, args)
+
+
+RATE = "4e-3"  # of Muon in stage 1, by rates_stage1
+
+
+def former(config):
+    """An autoregressive transformer as it was trained before: AdamW, no rotary embeddings, no QK
+    norm, three times as many steps."""
+    return Training(f"former_{config}", config, "adamw", "2e-3", 5000,
+                    ("model.rope=false", "model.qk_norm=false"), CODES[OF[config]])
+
+
+def autoregressive(config, name="muon", rate="4e-3"):
+    return Training(f"{name}_{config}", config, name, rate, 1667, (), CODES[OF[config]])
+
+
+def masked(source, times=1):
+    return Training(f"mask_{source}_{times}", "mask_transformer", "muon", "2e-3", 1667 * times, (),
+                    CODES[source])
+
+
+def draw_speed(plots, args):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(plots), figsize=(10, 3.6), layout="constrained")
+    rows = []
+    for ax, (title, lines) in zip(axes, plots.items()):
+        for (label, training), colour in zip(lines.items(), ("tab:gray", "tab:blue", "tab:red")):
+            for seed in range(args.seeds):
+                seconds = training.step_seconds(args, seed)
+                scores = training.scores(args, seed)
+                ax.plot([step * seconds for step in scores], scores.values(), color=colour,
+                        marker=".", label=None if seed else f"{label}, {training.steps} steps")
+            times = [1000 * training.step_seconds(args, s) for s in range(args.seeds)]
+            rows.append([title, label, training.steps, spread(training.results(args)),
+                         spread(times, 0)])
+        ax.set_title(title)
+        ax.set_xlabel("seconds of one core")
+        ax.set_ylabel("bits" if training.stage1 else "PSNR (dB)")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(ROOT / "assets/speed.png", dpi=110)
+    print_table(["", "optimizer", "steps", "PSNR or bits", "ms per step"], rows)
+
+
+# What the codes are worth
+
+STEPS = 1500
+
+
+def stage1(name, config, *settings):
+    return Training(name, config, "muon", RATE, STEPS, PLAIN + settings)
+
+
+def codes(args):
+    release = ("model.release_training=true",)
+    trainings = {
+        "VQGAN f8": stage1("codes_vqgan_f8", "vqgan", "model.ch_mult=[1,1,2,2]"),
+        "MQ-VAE, 16 of 64 cells, the release's training":
+            stage1("codes_mqvae_release", "mqvae", "model.topk_ratio=0.25", *release),
+        "MQ-VAE, 16 of 64 cells": ONE_RATE["mqvae", "0.25"],
+        "DQ-VAE f8/f4, feature router, 30 % fine": ONE_RATE["dqvae", "0.3"],
+        "DQ-VAE f8/f4, entropy router, 30 % fine": ONE_RATE["dqvae_entropy", "0.3"],
+        "MQ-VAE, 32 of 64 cells": ONE_RATE["mqvae", "0.5"],
+        "VQGAN f4": stage1("codes_vqgan", "vqgan"),
+    }
+    train_all(trainings.values(), args)
+    rows = []
+    for label, training in trainings.items():
+        metrics = [evaluated(training, args, seed) for seed in range(args.seeds)]
+        row = [label] + [spread([m[name] for m in metrics], digits)
+                         for name, digits in (("codes", 1), ("bits", 0), ("psnr", 2), ("ssim", 3))]
+        if training.config != "vqgan":
+            options = SimpleNamespace(overrides=[], split="val", images=2000)
+            detail = [measure_detail(str(training.folder(args, seed)), options)
+                      for seed in range(args.seeds)]
+            row += [f"{100 * mean(values):.0f} %" for values in list(zip(*detail))[1:]]
+        scores = training.scores(args)
+        before = max(step for step in scores if step <= 0.8 * STEPS)
+        rows.append(row + [""] * (7 - len(row)) + [f"{scores[STEPS] - scores[before]:.2f}"])
+    print_table(["model", "codes", "bits", "PSNR (dB)", "SSIM", "codes on detail", "places shared",
+                 "last fifth (dB)"], rows)
+
+
+# One model for any rate
+
+ONE_RATE = {
+    (config, rate): stage1(f"codes_{config}_{rate}", config, setting.format(rate))
+    for config, setting, rates in (("dqvae", "model.ratios=[{}]", ("0.1", "0.3", "0.7")),
+                                   ("dqvae_entropy", "model.ratios=[{}]", ("0.1", "0.3", "0.7")),
+                                   ("mqvae", "model.topk_ratio={}", ("0.25", "0.5", "0.75")))
+    for rate in rates}
+
+
+def any_rate(args):
+    rows = []
+    for config, setting, rates in (
+            ("dqvae", "model.ratios=[[0.1,0.9]]", "0.1,0.3,0.5,0.7,0.9"),
+            ("dqvae_entropy", "model.ratios=[[0.1,0.9]]", "0.1,0.3,0.5,0.7,0.9"),
+            ("mqvae", "model.topk_ratio=[0.1,0.9]", "0.1,0.25,0.5,0.75,0.9")):
+        flexible = stage1(f"any_{config}", config, setting)
+        fixed = {rate: ONE_RATE[config, rate] for rate in rates.split(",")
+                 if (config, rate) in ONE_RATE}
+        train_all([flexible, *fixed.values()], args)
+        by_rate = zip(*[evaluated(flexible, args, seed, rates) for seed in range(args.seeds)])
+        rows.append([config, *map(psnr_and_bits, by_rate)])
+        cells = []
+        for rate in rates.split(","):
+            runs = [evaluated(fixed[rate], args, s) for s in range(args.seeds) if rate in fixed]
+            cells.append(psnr_and_bits(runs) if runs else "")
+        rows.append(["... one rate", *cells])
+    print_table(["32 x 32", "10 %", "25 / 30 %", "50 %", "70 / 75 %", "90 %"], rows)
+
+
+def psnr_and_bits(metrics):
+    return (f"{spread([m['psnr'] for m in metrics])} dB, "
+            f"{mean(m['bits'] for m in metrics):.0f}")
+
+
+# Quantizers
+
+QUANTIZERS = {
+    "2^10": [
+        "{codebook_size: 1024, dim: 64}",
+        "{codebook_size: 1024, dim: 64, ema_decay: 0.98}",
+        "{codebook_size: 1024, dim: 64, rotation: true}",
+        "{codebook_size: 1024, dim: 8, l2_norm: true}",
+        "{name: fsq, levels: [8, 5, 5, 5]}",
+        "{name: simvq, codebook_size: 1024, dim: 64}",
+        "{name: bsq, bits: 10, entropy_weight: 0.01, entropy_temperature: 0.1}",
+        "{name: lfq, bits: 10, entropy_weight: 0.01}",
+        "{name: ibq, codebook_size: 1024, dim: 32, entropy_weight: 0.005}",
+        "{name: residual, codebook_size: 32, dim: 64, depth: 2, ema_decay: 0.98}",
+    ],
+    "2^14": [
+        "{codebook_size: 16384, dim: 64, ema_decay: 0.98}",
+        "{codebook_size: 16384, dim: 8, l2_norm: true}",
+        "{name: fsq, levels: [8, 8, 8, 6, 5]}",
+        "{name: simvq, codebook_size: 16384, dim: 64}",
+        "{name: bsq, bits: 14, entropy_weight: 0.01, entropy_temperature: 0.1}",
+        "{name: lfq, bits: 14, entropy_weight: 0.01, entropy_temperature: 0.1}",
+    ],
+    "2^18": [
+        "{name: fsq, levels: [8, 8, 8, 8, 8, 8]}",
+        "{name: bsq, bits: 18, entropy_weight: 0.01, entropy_temperature: 0.1}",
+        "{name: lfq, bits: 18, entropy_weight: 0.01, entropy_temperature: 0.1}",
+    ],
+}
+QUANTIZER_STEPS = 750
+
+
+def quantizers(args):
+    rows = []
+    for size, quantizers_of in QUANTIZERS.items():
+        for number, quantizer in enumerate(quantizers_of):
+            training = with_quantizer(f"quantizer_{size[2:]}_{number}", "vqgan", quantizer)
+            rows.append((size, quantizer, "VQGAN f4", training))
+    for config, label, setting in (("mqvae", "MQ-VAE", "model.topk_ratio=0.5"),
+                                   ("dqvae_entropy", "DQ-VAE", "model.ratios=[0.5]")):
+        for number in (1, 3, 4, 5):
+            quantizer = QUANTIZERS["2^10"][number]
+            training = with_quantizer(f"quantizer_{config}_{number}", config, quantizer, setting)
+            rows.append(("2^10", quantizer, label, training))
+    train_all([row[-1] for row in rows], args)
+    table = []
+    for size, quantizer, model, training in rows:
+        metrics = [evaluated(training, args, seed) for seed in range(args.seeds)]
+        of = {name: [m[name] for m in metrics] for name in ("psnr", "ssim", "usage_65536",
+                                                             "perplexity")}
+        table.append([model, size, f"`{quantizer}`", spread(of["psnr"]), spread(of["ssim"], 3),
+                      f"{mean(of['usage_65536']):.0%}", f"{mean(of['perplexity']):.0f}"])
+    print_table(["model", "codes", "`model.quantizer`", "PSNR (dB)", "SSIM", "usage", "perplexity"],
+                table)
+
+
+def with_quantizer(name, config, quantizer, *settings):
+    return Training(name, config, "muon", RATE, QUANTIZER_STEPS,
+                    (PLAIN[0], f"model.quantizer={quantizer}", *settings))
+
+
+# Transformers
+
+SAMPLES = 300
+
+
+def transformers(args):
+    """Bits, and how many samples a classifier gives the class that was asked for."""
+    rows = []
+    for source, config in (("vqgan", "gpt"), ("mqvae", "stackformer"), ("dqvae", "dq_transformer")):
+        for training in (former(config), autoregressive(config), masked(source), masked(source, 3)):
+            rows.append((source, training))
+    train_all([row[-1] for row in rows], args)
+    network = classifier(args)
+    table = []
+    for source, training in rows:
+        named = [named_right(network, training, args, s) for s in range(args.seeds)]
+        seconds = [training.step_seconds(args, s) * training.steps for s in range(args.seeds)]
+        table.append([source, training.config, training.optimizer, training.steps,
+                      spread(seconds, 0), spread(training.results(args), 1), spread(named, 0)])
+    print_table(["codes of", "model", "optimizer", "steps", "seconds", "bits", "named right (%)"],
+                table)
+
+
+def classifier(args):
+    """A network that names the shapes, trained for 1,500 steps of 64."""
+    channels = [3, 32, 64, 128]
+    layers = [layer for i, o in zip(channels, channels[1:])
+              for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+    path = args.runs / "classifier.pt"
+    if path.is_file():
+        network.load_state_dict(torch.load(path))
+        return network.eval()
+    torch.manual_seed(0)
+    dataset = make_dataset("shapes", image_size=32, max_objects=1, train_size=50_000)
+    batches = train_loader(dataset, 64, 0, 0, 0, 0, 1, torch.device("cpu"))
+    network(next(batches)[0])
+    adam = torch.optim.AdamW(network.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, 1500)
+    for _ in range(1500):
+        images, labels = next(batches)
+        F.cross_entropy(network(images), labels).backward()
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+    torch.save(network.state_dict(), path)
+    return network.eval()
+
+
+@torch.no_grad()
+def named_right(network, training, args, seed):
+    """The share of samples (in %) that the classifier gives their class."""
+    model, stage1, config, names = load_models(training.folder(args, seed))
+    labels = chosen_labels(None, names, SAMPLES)
+    sample = config["sample"] | {"cfg_scale": 2.0}
+    settings = sampling_arguments(model, sample, labels)
+    right = 0
+    for numbers in torch.arange(SAMPLES).split(50):
+        images = torch.from_numpy(draw(model, stage1, numbers.tolist(), labels, 0, settings))
+        images = images.permute(0, 3, 1, 2) / 127.5 - 1
+        right += (network(images).argmax(1) == labels[numbers]).sum().item()
+    return 100 * right / SAMPLES
+
+
+TABLES = {table.__name__: table
+          for table in (rates_stage1, rates_stage2, speed, codes, any_rate, quantizers,
+                        transformers)}
 
 
 def main():
