@@ -13,9 +13,9 @@ weight decay carry over.
 
 Differences: the coefficients of "The Polar Express" (Amsel et al., arXiv 2505.16932), whose results
 are nearer to orthogonal after as many steps; matrices of one shape are orthogonalized together;
-fused q, k, v are three. torch.optim.Muon has none of this, and takes 2-D parameters only. Every
-process does all the work; shards of FSDP2 are gathered first, some matrices at a time. Needs torch
-only, 2.9 or later.
+fused q, k, v are three; of several processes each does its share. torch.optim.Muon has none of
+this, and takes 2-D parameters only. Shards of FSDP2 are gathered first, some matrices at a time.
+Needs torch only, 2.9 or later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -112,7 +114,7 @@ class Muon(torch.optim.Optimizer):
             if hasattr(p, "full_tensor"):  # a DTensor
                 direction = direction.full_tensor()
             directions.append(direction.reshape(-1, rows, columns))
-        updates = orthogonalized(torch.cat(directions)).split([len(d) for d in directions])
+        updates = shared(torch.cat(directions)).split([len(d) for d in directions])
         for (p, group), update in zip(members, updates):
             update = update.reshape(p.shape)
             if hasattr(p, "full_tensor"):
@@ -141,6 +143,20 @@ def split(module: nn.Module, groups: Iterable[dict]) -> list[dict]:
             params.setdefault(parts.get(p, 0), []).append(p)
         result += [{**group, "params": params[n], "parts": n} for n in params]
     return result
+
+
+def shared(x: Tensor) -> Tensor:
+    """`orthogonalized`, but each process does a share of these matrices, which all of them have."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalized(x)
+    count = len(x)
+    share = math.ceil(count / world)
+    padded = F.pad(x, (0, 0, 0, 0, 0, share * world - count))
+    mine = orthogonalized(padded.split(share)[dist.get_rank()]).contiguous()
+    everyone = mine.new_empty(padded.shape)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone[:count]
 
 
 def orthogonalized(x: Tensor) -> Tensor:
