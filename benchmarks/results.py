@@ -1,7 +1,7 @@
 """Makes the tables of docs/results.md: trains what they need, measures it, prints them.
 
     python benchmarks/results.py TABLE [TABLE ...] --data PATH [--seeds 3] [--jobs 2]
-                                 [--runs FOLDER]
+                                 [--runs FOLDER] [--mixed_precision bf16]
 
 PATH is a folder of photographs with train/ and val/ (measured: 100 classes of Tiny ImageNet), which
 are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a run folder in --runs
@@ -65,6 +65,7 @@ class Training:
                  f"train.seed={seed}", f"train.optimizer={self.optimizer}",
                  f"train.learning_rate={self.rate}", f"train.max_train_steps={self.steps}",
                  f"train.train_batch_size={BATCH}",
+                 f"train.mixed_precision={args.mixed_precision}",
                  "train.validation_steps=250", "train.num_validation_images=1000",
                  "train.dataloader_num_workers=0", "train.log_with=null",
                  "train.checkpoints_total_limit=1"]
@@ -483,6 +484,7 @@ def main():
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/results")
     args = parser.parse_args()
     args.runs = args.runs.resolve()
