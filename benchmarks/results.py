@@ -158,6 +158,7 @@ PLAIN = ("loss.disc_weight=0", "model.quantizer.codebook_size=256")  # squared e
 GAN = ("loss.disc_weight=0.1", "loss.disc_start=200", "loss.gan_start=250", PLAIN[1])
 SHAPES = ("data.name=shapes", "data.root=null", "data.max_objects=1", PLAIN[0],
           "model.quantizer.codebook_size=128")
+RATES = {"adamw": ("1e-3", "2e-3", "4e-3"), "muon": ("2e-3", "4e-3", "8e-3")}
 RATES_STEPS = 500
 
 
@@ -172,11 +173,11 @@ def rates_stage1(args):
     table = {}
     for label, (config, settings) in models.items():
         for loss, (short, more) in losses.items():
-            for name in ("adamw", "muon"):
+            for name, rates in RATES.items():
                 table[label, loss, name] = [
                     Training(f"rates_{config}_{short}_{name}_{rate}", config, name, rate,
                              RATES_STEPS, more + settings)
-                    for rate in ("1e-3", "2e-3", "4e-3")]
+                    for rate in rates]
     compare_rates(args, table, "PSNR (dB)")
 
 
@@ -191,8 +192,7 @@ def rates_stage2(args):
     """The bits of each transformer for each learning rate."""
     table = {}
     for config, source in OF.items():
-        for name, rates in (("adamw", ("1e-3", "2e-3", "4e-3")),
-                            ("muon", ("2e-3", "4e-3", "8e-3"))):
+        for name, rates in RATES.items():
             table[config, "", name] = [
                 Training(f"rates_{config}_{name}_{rate}", config, name, rate, RATES_STEPS, (),
                          CODES[source])
