@@ -158,7 +158,7 @@ PLAIN = ("loss.disc_weight=0", "model.quantizer.codebook_size=256")  # squared e
 GAN = ("loss.disc_weight=0.1", "loss.disc_start=200", "loss.gan_start=250", PLAIN[1])
 SHAPES = ("data.name=shapes", "data.root=null", "data.max_objects=1", PLAIN[0],
           "model.quantizer.codebook_size=128")
-RATES = {"adamw": ("1e-3", "2e-3", "4e-3"), "muon": ("2e-3", "4e-3", "8e-3")}
+RATES = {"adamw": ("1e-3", "2e-3", "4e-3"), "muon": ("2e-3", "4e-3", "8e-3", "1.6e-2")}
 RATES_STEPS = 500
 
 
@@ -204,7 +204,8 @@ def compare_rates(args, table, what):
     train_all([training for row in table.values() for training in row], args)
     rows = [[*key, *(f"{t.rate}: {spread(t.results(args))}" for t in trainings)]
             for key, trainings in table.items()]
-    print_table(["model", "loss", "optimizer", what, "", ""], rows)
+    header = ["model", "loss", "optimizer", what, "", "", ""]
+    print_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
 # Quality against seconds
@@ -227,7 +228,7 @@ def speed(args):
     draw_speed(plots, args)
 
 
-RATE = "4e-3"  # of Muon in stage 1, by rates_stage1
+RATE = "6e-3"  # of Muon in stage 1, by rates_stage1
 
 
 def former(config):
