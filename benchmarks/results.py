@@ -211,15 +211,16 @@ def compare_rates(args, table, what):
 # Quality against seconds
 
 def speed(args):
-    """AdamW and Muon in both stages; the transformer with AdamW also as it was before rotary
-    embeddings and QK norm."""
+    """AdamW and Muon in both stages, AdamW also for three times as many steps: there the
+    transformer is as it was before rotary embeddings and QK norm."""
     plots = {
         "VQGAN f4, photographs 32 x 32": {
-            "AdamW": Training("speed_vqgan_adamw", "vqgan", "adamw", "2e-3", 3000, PLAIN),
+            "AdamW, long": Training("speed_vqgan_long", "vqgan", "adamw", "1e-3", 3000, PLAIN),
+            "AdamW": Training("speed_vqgan_adamw", "vqgan", "adamw", "2e-3", 1000, PLAIN),
             "Muon": Training("speed_vqgan_muon", "vqgan", "muon", RATE, 1000, PLAIN),
         },
         "DQ-Transformer, shapes": {
-            "AdamW, plain blocks": former("dq_transformer"),
+            "AdamW, long, plain blocks": former("dq_transformer"),
             "AdamW": autoregressive("dq_transformer", "adamw", "2e-3"),
             "Muon": autoregressive("dq_transformer"),
         },
