@@ -9,6 +9,8 @@
 
 stage 1   psnr (dB), ssim, lpips (VGG)    of each image in 8 bits, by torchmetrics and lpips
           rfid, rsfid                     FID and sFID between images and reconstructions
+          rfd, agreement                  (--features efficientnet_lite2) Frechet distance, and the
+                                          share of images whose class stays what the network names
           usage, perplexity               share of the codes that occur in the set, and
                                           exp(entropy) of their frequencies
           usage_65536                     expected usage among 65,536 of the set's codes, comparable
@@ -23,9 +25,16 @@ stage 2   fid, is, precision, recall      of the samples against the split, by t
           sfid                            FID with features that know places: in place of the 2,048
                                           of pool_3 the first 7 channels of mixed_6/conv, 17 x 17 x
                                           7 (Nash et al., ICML 2021), as in the ADM suite
+          fd, accuracy                    (--features efficientnet_lite2) Frechet distance; and the
+                                          share of samples that the network gives the class asked
+                                          for, if classes are named by ImageNet's WordNet numbers
           bits                            negative log-likelihood of a validation image's codes; of
                                           a MaskTransformer an upper bound
           images_per_second               of sampling, on all processes together
+
+EfficientNet-Lite2's features come with packages, where Inception's must be downloaded. A Frechet
+distance in them is no FID: compare it with others of the same features only. Its precision and
+recall are of these features, too.
 
 --reference FILE.npz takes the place of the split: FID is against its `mu`, `sigma`, sFID against
 its `mu_s`, `sigma_s`, precision and recall against its images `arr_0`. Statistics that it lacks are
@@ -52,11 +61,12 @@ from types import SimpleNamespace
 
 from harness.checkpoint import write_file
 from harness.config import UserError
-from harness.hub import run_folder
-from harness.inception import (
-    FEATURES, LOGITS, check_images, check_neighbours, distances, gaussians, inception_features,
-    load_inception, load_reference, read_npz, sample_quality, save_statistics,
+from harness.features import (
+    PARTS, check_images, check_neighbours, distances, gaussians, inception_features,
+    inception_score, lite2_features, load_inception, load_reference, precision_and_recall, read_npz,
+    save_statistics, synsets,
 )
+from harness.hub import run_folder
 from harness.launch import run_main
 from harness.metrics import compare, mean_and_spread, perplexity, usage
 from harness.models import STAGE2, class_names, load_run, run_config
@@ -75,13 +85,14 @@ from torch.utils.data import BatchSampler
 
 from data.sources import list_images
 from dataset import eval_loader, make_dataset, read_image, to_uint8
-from losses import load_lpips
+from losses import load_efficientnet_lite, load_lpips
 from vqgan import sides
 
 QUEUE = 65536
-METRICS = {  # that need networks, by stage and network
-    1: {"lpips": "lpips", "rfid": "inception", "rsfid": "inception"},
-    2: dict.fromkeys(("fid", "sfid", "is", "precision", "recall"), "inception"),
+METRICS = {  # that need networks, by network and stage
+    "lpips": {1: ["lpips"], 2: []},
+    "inception": {1: ["rfid", "rsfid"], 2: ["fid", "sfid", "is", "precision", "recall"]},
+    "efficientnet_lite2": {1: ["rfd", "agreement"], 2: ["fd", "precision", "recall"]},
 }
 
 
@@ -118,7 +129,9 @@ def parse_arguments(argv):
            help="an .npz of statistics or images (ADM suite) for FID, in place of the split")
     option("--save_statistics", metavar="FILE.npz", type=to_path,
            help="write the split's statistics there, for --reference")
-    option("--without", nargs="+", choices=("lpips", "inception"), default=[],
+    option("--features", choices=list(PARTS), default="inception",
+           help="the network that sees images for Frechet distances, precision and recall")
+    option("--without", nargs="+", choices=list(METRICS), default=[],
            help="leave out what needs these networks")
     option("--batch_size", type=int, default=32, help="images at a time, per process")
     option("--num_workers", type=int, default=min(4, os.cpu_count()),
@@ -150,6 +163,9 @@ def check_arguments(args, names):
     if args.samples and not all(in_stage2):
         raise UserError("--samples are compared with the data of a stage-2 run; give --run one")
     statistics = args.save_statistics
+    if (args.reference or statistics) and args.features != "inception":
+        raise UserError("--reference and --save_statistics are of Inception's features; leave out "
+                        f"--features {args.features}")
     if (args.reference or statistics) and "inception" in args.without:
         raise UserError("--reference and --save_statistics need Inception; leave out --without "
                         "inception")
@@ -163,10 +179,10 @@ class Evaluation:
 
     names      of the models, for each run folder
     results    the metrics, for each row of the table
-    lpips, inception    networks, if they are there
+    lpips, network    LPIPS, and that of --features, if they are there
     absent     for each of the others, why it is not
     reference  Gaussians of --reference; and `images`, if it has some
-    features   Inception's, of real images: computed once for several runs
+    seen       features and logits of real images: computed once for several runs
     """
 
     def __init__(self, args, names):
@@ -176,7 +192,8 @@ class Evaluation:
         self.absent = {}
         self.reference = load_reference(args.reference) if args.reference else {}
         self.images = self.reference.pop("images", None)
-        self.features = {}
+        self.seen = {}
+        self.parts = PARTS[args.features]
         self.state = Accelerator(kwargs_handlers=[PATIENCE])
 
     # Runs, images and networks
@@ -214,7 +231,10 @@ class Evaluation:
     def load_networks(self):
         needs_lpips = not all(name in STAGE2 for name in self.names.values())
         self.lpips = needs_lpips and self.load_network("lpips", load_lpips, "--without lpips")
-        self.inception = self.load_network("inception", load_inception)
+        if self.args.features == "inception":
+            self.network = self.load_network("inception", load_inception)
+        else:
+            self.network = self.load_network("efficientnet_lite2", load_efficientnet_lite, 2)
 
     def load_network(self, name, load, *args):
         """The network; or None, and `absent` says why."""
@@ -249,50 +269,59 @@ class Evaluation:
         mine = range(self.state.process_index, count, self.state.num_processes)
         return tqdm(BatchSampler(mine, self.args.batch_size, drop_last=False), what)
 
-    # Real images, as Inception sees them
+    # Images, as the network sees them
 
-    def real_features(self, run, images=None):
-        """Features (N, FEATURES + SPATIAL) of these images, or else of the dataset's; on the first
+    def see(self, images):
+        """Features (B, D) and logits (B, C) of uint8 images (B, 3, H, W)."""
+        is_inception = self.args.features == "inception"
+        features_of = inception_features if is_inception else lite2_features
+        return features_of(self.network, images)
+
+    def see_real(self, run, images=None):
+        """Features (N, D) and logits (N, C) of these images, or else of the dataset's; on the first
         process."""
         key = data_key(run.data) if images is None else "reference"
-        if key not in self.features:
+        if key not in self.seen:
             if images is None:
                 source = (to_uint8(batch) for batch, _ in self.batches(run.dataset, "originals"))
             else:
                 source = (as_tensor(images[numbers])
                           for numbers in self.split(len(images), "reference"))
-            self.features[key] = collect([inception_features(self.inception, batch)[0]
-                                          for batch in source])
-        return self.features[key]
+            self.seen[key] = collect_all(map(self.see, source))
+        return self.seen[key]
 
     def real_side(self, run, neighbours=False):
         """What samples and reconstructions are compared with, on the first process: Gaussians; for
-        neighbours also "features" (M, FEATURES) and where they are "from". Nothing without
-        Inception."""
-        if not self.inception:
+        neighbours also "features" (M, D) and where they are "from". Nothing without the network."""
+        if not self.network:
             return {}
         is_enough = self.reference and (self.images is None or len(self.reference) == 2)
         if is_enough and not neighbours:
             return self.reference
-        features = self.real_features(run, self.images)
+        features, _ = self.see_real(run, self.images)
         if not self.state.is_main_process:
             return {}
-        real = {} if is_enough else gaussians(features)
+        real = {} if is_enough else gaussians(features, self.parts)
         origin = self.args.split if self.images is None else self.args.reference.name
-        return real | self.reference | {"features": features[:, :FEATURES], "from": origin}
+        return real | self.reference | {"features": self.main_part(features), "from": origin}
+
+    def main_part(self, features):
+        """Those of the features by which neighbours are found."""
+        return features[:, next(iter(self.parts.values()))]
 
     def save_statistics(self):
-        if not self.inception:
+        if not self.network:
             raise UserError(self.absent["inception"])
-        features = self.real_features(self.load(self.args.run[0]))
+        features, _ = self.see_real(self.load(self.args.run[0]))
         if self.state.is_main_process:
-            save_statistics(self.args.save_statistics, gaussians(features))
+            save_statistics(self.args.save_statistics, gaussians(features, self.parts))
             print(f"statistics of {len(features)} images: {self.args.save_statistics}")
 
     # Stage 1
 
     def measure_stage1(self, run):
         """The metrics; on the first process."""
+        args = self.args
         model = run.stage1
         size = sides(run.dataset.image_size)
         if min(size) < 11:
@@ -304,7 +333,7 @@ class Evaluation:
         offsets = numbers[::model.quantizer.codebook_size]
         uses = torch.zeros_like(numbers)
         rows = []
-        features = []
+        seen = []
         for images, _ in self.batches(run.dataset, run.folder):
             codes = model.encode(images)
             reconstructions = to_uint8(model.decode(codes))
@@ -312,18 +341,23 @@ class Evaluation:
             rows.append(torch.stack([v.double() for v in values.values()], 1).cpu())
             spent = (codes["indices"] + offsets)[model.spent(codes)]
             uses += torch.bincount(spent, minlength=len(uses))
-            if self.inception:
-                features.append(inception_features(self.inception, reconstructions)[0])
+            if self.network:
+                seen.append(self.see(reconstructions))
         uses = self.state.reduce(uses, "sum").cpu().chunk(books)
         rows = collect(rows)                                            # (N, metrics)
-        features = collect(features)
+        features, logits = collect_all(seen)
         if not self.state.is_main_process:
             return {}
-        metrics = measured_images(run.data, self.args.split, len(rows), run.dataset)
+        metrics = measured_images(run.data, args.split, len(rows), run.dataset)
         for name, column in zip(values, rows.T):
             metrics |= mean_and_spread(name, column)
-        if self.inception:
-            metrics |= {f"r{name}": x for name, x in distances(features, real).items()}
+        if self.network:
+            found = distances(features, self.parts, real)
+            metrics |= {f"r{name}": distance for name, distance in found.items()}
+        if self.network and args.features == "efficientnet_lite2":
+            _, logits_of_real = self.see_real(run)
+            is_kept = logits.argmax(1) == logits_of_real.argmax(1)
+            metrics["agreement"] = is_kept.double().mean().item()
         metrics["usage"] = fmean(map(usage, uses))
         metrics[f"usage_{QUEUE}"] = fmean(usage(book, QUEUE) for book in uses)
         metrics["perplexity"] = fmean(map(perplexity, uses))
@@ -354,19 +388,22 @@ class Evaluation:
         bits = collect(bits)
 
         count = args.n or min(args.images or len(dataset), len(dataset))
-        if not self.inception:
+        if not self.network:
             count = min(count, args.batch_size * self.state.num_processes)  # for the speed alone
         elif real and not args.samples:
             check_neighbours(count, len(real["features"]))
         seconds = []
         source = self.draw_samples(run, count, seconds)
         if args.samples:
-            source = self.read_samples(sides(trained)) if self.inception else ()
-        features = []
-        for images in source:
-            if self.inception:
-                features.append(torch.cat(inception_features(self.inception, images), 1))
-        features = collect(features)
+            source = self.read_samples(sides(trained)) if self.network else ()
+        seen = []
+        asked = []  # the classes
+        for images, labels in source:
+            if self.network:
+                seen.append(self.see(images))
+                asked.append(labels)
+        features, logits = collect_all(seen)
+        asked = collect(asked) if is_conditional and not args.samples else None
         seconds = max(gather_object([sum(seconds)]))
         if not self.state.is_main_process:
             return {}
@@ -374,18 +411,22 @@ class Evaluation:
         metrics |= mean_and_spread("bits", bits)
         if not args.samples:
             metrics["images_per_second"] = count / seconds
-        if not self.inception:
+        if not self.network:
             return metrics
         if is_conditional and not args.samples:
             metrics["labels"] = f"as in {args.split}"
-        features, logits = features.tensor_split([-LOGITS], 1)
-        metrics |= sample_quality(features[:, :FEATURES], logits, real["features"])
-        metrics |= distances(features, real)
+        metrics |= precision_and_recall(self.main_part(features), real["features"])
+        metrics |= distances(features, self.parts, real)
+        if args.features == "inception":
+            metrics |= inception_score(logits)
+        elif asked is not None and (numbers := synsets(dataset.classes)) is not None:
+            is_right = logits.argmax(1) == numbers[asked]
+            metrics["accuracy"] = is_right.double().mean().item()
         return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
 
     def draw_samples(self, run, count, seconds):
-        """This process's share of new images, uint8 (B, 3, H, W); adds to the list how long each
-        batch took. Labels are as in the dataset."""
+        """This process's share of new images, uint8 (B, 3, H, W), and their labels (B,), which are
+        as in the dataset, or None; adds to the list how long each batch took."""
         labels = spread_labels(run.dataset, count) if run.model.num_classes else None
         settings = overridden(run.config, self.args.overrides, **SECTIONS)["sample"]
         settings = sampling_arguments(run.model, settings, labels)
@@ -393,10 +434,11 @@ class Evaluation:
             started = time.monotonic()
             images = draw(run.model, run.stage1, numbers, labels, self.args.seed, settings)
             seconds.append(time.monotonic() - started)
-            yield as_tensor(images)
+            yield as_tensor(images), None if labels is None else labels[numbers]
 
     def read_samples(self, size):
-        """This process's share of --samples, but for sample.py's grid.png, uint8 (B, 3, H, W)."""
+        """This process's share of --samples, but for sample.py's grid.png, uint8 (B, 3, H, W),
+        and None for their labels."""
         source = self.args.samples
         if source.suffix == ".npz":
             images = read_npz(source, "arr_0").get("arr_0")
@@ -410,7 +452,7 @@ class Evaluation:
             batch = [images[number] for number in numbers]
             if source.is_dir():
                 batch = [read_pixels(file, size) for file in batch]
-            yield as_tensor(np.stack(batch))
+            yield as_tensor(np.stack(batch)), None
 
     # Results
 
@@ -429,11 +471,11 @@ class Evaluation:
                 row = f"{Path(folder)} at {rate:g}"
                 set_rate(run.stage1, rate)
             metrics = self.measure_stage2(run) if run.model else self.measure_stage1(run)
-            if args.reference and self.inception:
+            if args.reference and self.network:
                 metrics["reference"] = args.reference.name
             metrics["missing"] = {name: self.absent.get(network, no_statistics)
-                                  for name, network in METRICS[stage].items()
-                                  if name not in metrics}
+                                  for network in ("lpips", args.features)
+                                  for name in METRICS[network][stage] if name not in metrics}
             by_rate[rate] = metrics
             self.results[row] = about | metrics
         if self.state.is_main_process:
@@ -467,6 +509,12 @@ def collect(batches):
     shares = [None] * torch.distributed.get_world_size() if is_first else None
     torch.distributed.gather_object(rows, shares)
     return torch.cat(shares) if is_first else None
+
+
+def collect_all(seen):
+    """The same of features and logits, in pairs."""
+    features, logits = zip(*seen) if (seen := list(seen)) else ((), ())
+    return collect(features), collect(logits)
 
 
 SECTIONS = {"data": make_dataset, "sample": SampleSettings}  # of stage 1: the first
@@ -538,6 +586,8 @@ ROWS = {  # of the table, and what stands in a cell; the first metric is what it
     "LPIPS": "{lpips:.4f}",
     "rFID": "{rfid:.2f}",
     "rsFID": "{rsfid:.2f}",
+    "rFD (Lite2)": "{rfd:.2f}",
+    "same class": "{agreement:.1%}",
     "codes in use": "{usage:.1%}",
     f"... of {QUEUE:,} codes": f"{{usage_{QUEUE}:.1%}}",
     "perplexity": "{perplexity:.1f}",
@@ -552,6 +602,8 @@ ROWS = {  # of the table, and what stands in a cell; the first metric is what it
     "real images": "{real_images} from {real_images_from}",
     "FID": "{fid:.2f}",
     "sFID": "{sfid:.2f}",
+    "FD (Lite2)": "{fd:.2f}",
+    "class asked for": "{accuracy:.1%}",
     "Inception Score": "{is:.2f} ± {is_std:.2f}",
     "precision": "{precision:.3f}",
     "recall": "{recall:.3f}",

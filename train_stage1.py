@@ -47,7 +47,7 @@ def main(argv=None):
     discriminator = None
     if criterion.disc_weight > 0:
         discriminator = build(PatchGAN, config["discriminator"])
-    check_image_size(config["data"]["image_size"], model, discriminator)
+    check_image_size(config["data"]["image_size"], model, discriminator, criterion.perceptual)
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
     check_gan(run, criterion, model)
@@ -142,16 +142,21 @@ def main(argv=None):
     run.finish(step, stop, validate)
 
 
-def check_image_size(size, model, discriminator):
+def check_image_size(size, model, discriminator, perceptual):
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
+    images = torch.zeros(2, 3, *sides(size))
     if discriminator is not None:
-        shapes_only = copy.deepcopy(discriminator).to("meta")
         try:
-            shapes_only(torch.zeros(2, 3, *sides(size), device="meta"))
+            copy.deepcopy(discriminator)(images)
         except (RuntimeError, ValueError):
             raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; "
                             "choose fewer") from None
+    if perceptual is not None:
+        try:
+            perceptual(images, images)
+        except (RuntimeError, ValueError):
+            raise UserError(f"images of {size} pixels are too small for loss.perceptual") from None
 
 
 def check_gan(run, criterion, model):

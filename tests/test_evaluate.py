@@ -20,7 +20,7 @@ import evaluate
 import sample
 from dataset import DataError, make_dataset, to_uint8
 from gpt import GPT
-from harness import inception
+from harness import features as inception
 from harness.config import UserError
 from harness.models import load_run
 
@@ -73,7 +73,7 @@ def in_two_processes(tmp_path, home, *words):
     """evaluate.py with images as small as in `networks`."""
     (tmp_path / "driver.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import evaluate, torch_fidelity.feature_extractor_inceptionv3 as fidelity\nfrom harness import inception, launch\n"
+        "import evaluate, torch_fidelity.feature_extractor_inceptionv3 as fidelity\nfrom harness import features as inception, launch\n"
         "fidelity.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE, inception.SPATIAL = 75, 7 * 3 * 3\nlaunch.run_main(evaluate.main)\n")
     forked(tmp_path, tmp_path / "driver.py", *words, processes=2, TORCH_HOME=str(home))
 
@@ -153,20 +153,22 @@ def test_frechet_distance_is_that_of_gaussians():
 
 def test_quality_of_samples():
     torch.manual_seed(0)
+    quality = inception.precision_and_recall
     features, logits = torch.randn(40, 8), torch.randn(40, 10)
-    own = inception.sample_quality(features, logits, features)
+    own = quality(features, features) | inception.inception_score(logits)
     assert own["precision"] == own["recall"] == 1 and own["samples"] == 40
-    assert_same(own, inception.sample_quality(features.flip(0), logits.flip(0), features))  # the order of the samples says nothing
-    far = inception.sample_quality(features[:20] + 100, logits[:20], features)
+    flipped = quality(features.flip(0), features) | inception.inception_score(logits.flip(0))
+    assert_same(own, flipped)  # the order of the samples says nothing
+    far = quality(features[:20] + 100, features)
     assert far["precision"] == far["recall"] == 0
     # By hand: a point is covered if it lies in the ball around another that reaches that one's third neighbour
     some = features[:20] + 0.5
     balls = {name: torch.cdist(x, x).sort(1).values[:, 3] for name, x in (("some", some), ("all", features))}
-    mixed = inception.sample_quality(some, logits[:20], features)
+    mixed = quality(some, features)
     assert mixed["precision"] == pytest.approx((torch.cdist(some, features) <= balls["all"]).any(1).float().mean().item())
     assert mixed["recall"] == pytest.approx((torch.cdist(features, some) <= balls["some"]).any(1).float().mean().item())
-    assert inception.sample_quality(features, 100 * torch.eye(40), features)["is"] == pytest.approx(4)  # four in each of ten splits
-    assert inception.sample_quality(features, torch.zeros(40, 10), features)["is"] == pytest.approx(1)
+    assert inception.inception_score(100 * torch.eye(40))["is"] == pytest.approx(4)  # four in each of ten splits
+    assert inception.inception_score(torch.zeros(40, 10))["is"] == pytest.approx(1)
 
 
 def test_spatial_features(random_inception, monkeypatch):
@@ -308,6 +310,39 @@ def test_stage2_of_every_model(tmp_path, measured, train2, networks, random_ince
     assert greedy["samples"] == 5 and greedy["images"] == greedy["real_images"] == 4 and greedy["fid"] != drawn["fid"]
     with pytest.raises(UserError, match="need 4 samples and 4 images; there are 3 and 4"):
         measured(run, "-n", 3)
+
+
+def test_features_of_efficientnet(tmp_path, measured, train2, capsys):
+    """The real network. Stage 1, in several batches and after more training; stage 2, with classes of ImageNet."""
+    run = save_stage1(tmp_path, "vqgan", val_size=6)
+    seen = measured(run, "--features", "efficientnet_lite2", "--without", "lpips")
+    assert seen["rfd"] > 0 and 0 <= seen["agreement"] <= 1 and set(seen["missing"]) == {"lpips"}
+    assert "rFD (Lite2)" in capsys.readouterr().out
+    assert_same(seen, measured(run, "--features", "efficientnet_lite2", "--without", "lpips", "--batch_size", 4))
+    network = evaluate.load_efficientnet_lite(2)
+    images = torch.stack([image for image, _ in make_dataset(**load_run(run)[1]["data"] | {"val_size": 6}, split="val")])
+    model, _ = load_run(run)
+    with torch.no_grad():
+        both = [to_uint8(images), to_uint8(model.decode(model.encode(images)))]
+        (real, one), (other, two) = (inception.lite2_features(network, each) for each in both)
+    assert seen["agreement"] == (one.argmax(1) == two.argmax(1)).double().mean()
+    distance = inception.frechet_distance(inception.statistics(real), inception.statistics(other))
+    assert seen["rfd"] == pytest.approx(distance, rel=1e-2, abs=1e-2)
+
+    for name in ("n02123045", "n02085620"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / "photos" / name / f"{name}_{i}.png")
+    config = write_tiny2(tmp_path, "gpt")
+    train2(config, "train.max_train_steps=1", "data.name=folder", f"data.root={tmp_path}/photos", "data.val_fraction=0.4")
+    drawn = measured(tmp_path / "run2", "--features", "efficientnet_lite2", "-n", 6)
+    assert drawn["fd"] > 0 and 0 <= drawn["precision"] <= 1 and 0 <= drawn["accuracy"] <= 1 and drawn["missing"] == {}
+    assert "fid" not in drawn and "is" not in drawn
+
+
+def test_classes_of_imagenet():
+    assert inception.synsets(["n01440764", "n15075141", "n02123045"]).tolist() == [0, 999, 281]  # tench, toilet tissue, tabby
+    assert inception.synsets(["n01440764", "cats"]) is None
 
 
 def test_labels_as_in_the_split():
@@ -507,6 +542,8 @@ def questioned(tmp_path_factory):
     ("--run {run} --reference {files}/large.npz", UserError, r"uint8 \(N, 16, 16, 3\)"),
     ("--run {stage1} --reference {files}/b.npz --without inception", UserError,
      "leave out --without inception"),
+    ("--run {stage1} --reference {files}/b.npz --features efficientnet_lite2", UserError,
+     "leave out --features efficientnet_lite2"),
     ("--run {stage1} --save_statistics {files}/nowhere/a.npz", UserError,
      "in a folder that exists"),
     ("--run {stage1} --save_statistics {files}/a.pt", UserError, "must be FILE.npz"),

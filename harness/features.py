@@ -1,27 +1,37 @@
-"""Inception's side of an evaluation: features, what is computed from them, files of statistics.
+"""The features by which evaluate.py compares images: networks, distances, files of statistics.
 
-    load_inception          the network of the TensorFlow release
-    inception_features      the features of images
-    gaussians, distances    the Gaussians of features; FID and sFID
-    sample_quality          Inception Score, precision, recall
+    load_inception          the network of FID, of the TensorFlow release
+    inception_features      its features of images
+    lite2_features          those of EfficientNet-Lite2 (losses.load_efficientnet_lite), whose
+                            weights come with a package
+    synsets                 ImageNet's numbers of classes
+    gaussians, distances    the Gaussians of features; the distances of Frechet between them
+    precision_and_recall, inception_score    of samples
     load_reference, save_statistics    .npz files in the format of the ADM suite: `mu`, `sigma`,
                             `mu_s`, `sigma_s`, `arr_0`
 
-Features (N, FEATURES + SPATIAL) are those of FID, then those of sFID. A Gaussian is {"mu": (D,),
-"sigma": (D, D)}; several are kept by the distance that they are for, {"fid": ..., "sfid": ...}.
+Inception's features (N, FEATURES + SPATIAL) are those of FID, then those of sFID. A Gaussian is
+{"mu": (D,), "sigma": (D, D)}; several are kept by the distance that they are for,
+{"fid": ..., "sfid": ...} or {"fd": ...}.
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from harness.checkpoint import write_file
 from harness.config import UserError
 
 FEATURES = 2048  # numbers for an image
 SPATIAL = 7 * 17 * 17
-LOGITS = 1008
+PARTS = {  # of the features, by network and by the distance that they are for
+    "inception": {"fid": slice(FEATURES), "sfid": slice(FEATURES, None)},
+    "efficientnet_lite2": {"fd": slice(None)},
+}
+SIDE = 192  # to which images are scaled for EfficientNet-Lite2
 ENDINGS = {"fid": "", "sfid": "_s"}  # of names in a file
 
 
@@ -47,7 +57,7 @@ def load_inception():
 
 def inception_features(network, images):
     """Of uint8 images (B, 3, H, W): features (B, FEATURES + SPATIAL) and logits without bias
-    (B, LOGITS), on the CPU.
+    (B, 1008), on the CPU.
 
     The spatial ones are of TensorFlow's mixed_6/conv, in its order (h, w, channel), or statistics
     of others would not fit.
@@ -60,9 +70,22 @@ def inception_features(network, images):
     return torch.cat([pool, spatial], 1).cpu(), logits.cpu()
 
 
-def parts(features):
-    """Features (N, FEATURES + SPATIAL) by the distance that they are for."""
-    return {"fid": features[:, :FEATURES], "sfid": features[:, FEATURES:]}
+def lite2_features(network, images):
+    """Of uint8 images (B, 3, H, W): features (B, 1280), which its last layer reads, and logits
+    (B, 1000) of ImageNet's classes, on the CPU."""
+    images = images.to(next(network.parameters()).device).float() - 127.5
+    images = F.interpolate(images / 128, (SIDE, SIDE), mode="bicubic", antialias=True)
+    features = network.extract_features(images).mean((2, 3))
+    return features.cpu(), network._fc(features).cpu()
+
+
+def synsets(names):
+    """The numbers of these classes in ImageNet, or None if one of them is not the WordNet number of
+    a class of it, such as n01440764."""
+    known = (Path(__file__).parent.parent / "data/imagenet_synsets.txt").read_text().split()
+    if not names or not {*names} <= {*known}:
+        return None
+    return torch.tensor([known.index(name) for name in names])
 
 
 def statistics(features):
@@ -74,9 +97,9 @@ def statistics(features):
     return fid_features_to_statistics(features.double())
 
 
-def gaussians(features):
-    """The Gaussians of both parts."""
-    return {name: statistics(part) for name, part in parts(features).items()}
+def gaussians(features, parts):
+    """The Gaussian of each of the parts."""
+    return {name: statistics(features[:, part]) for name, part in parts.items()}
 
 
 def frechet_distance(a, b):
@@ -86,25 +109,29 @@ def frechet_distance(a, b):
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
-def distances(features, real):
-    """FID and sFID of features (N, FEATURES + SPATIAL), as far as there are such Gaussians."""
-    return {name: frechet_distance(statistics(part), real[name])
-            for name, part in parts(features).items() if name in real}
+def distances(features, parts, real):
+    """The distance of each of the parts of features (N, D), as far as there are such Gaussians."""
+    return {name: frechet_distance(statistics(features[:, part]), real[name])
+            for name, part in parts.items() if name in real}
 
 
-def sample_quality(features, logits, real):
-    """Inception Score, precision and recall, from features (N, D) and logits (N, C) of samples, and
-    features (M, D) of real images."""
-    from torch_fidelity.metric_isc import isc_features_to_metric
+def precision_and_recall(features, real):
+    """Of features (N, D) of samples and (M, D) of real images."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    # In this order, the splits of the score do not depend on the samples' order.
-    logits = logits[np.lexsort(logits[:, :4].T.numpy())]
-    score = isc_features_to_metric(logits, splits=min(10, len(logits)))
     check_neighbours(len(features), len(real))
     balls = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
-    return {"is": score["inception_score_mean"], "is_std": score["inception_score_std"],
-            "precision": balls["precision"], "recall": balls["recall"], "samples": len(features)}
+    return {"precision": balls["precision"], "recall": balls["recall"], "samples": len(features)}
+
+
+def inception_score(logits):
+    """Of logits (N, C) of samples."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    # In this order, the splits do not depend on the samples' order.
+    logits = logits[np.lexsort(logits[:, :4].T.numpy())]
+    score = isc_features_to_metric(logits, splits=min(10, len(logits)))
+    return {"is": score["inception_score_mean"], "is_std": score["inception_score_std"]}
 
 
 def check_neighbours(samples, images):
