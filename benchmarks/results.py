@@ -9,6 +9,7 @@ are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a ru
 thread; --jobs of them run at a time.
 
     rates_stage1, rates_stage2      learning rates of AdamW and Muon for each model
+    rates_folder                    ... for networks as large as those of the folder configs
     speed                           quality against seconds of training, drawn as assets/speed.png
     codes                           what the codes of each stage-1 model are worth
     any_rate                        models for any rate, beside those for one
@@ -48,7 +49,7 @@ class Training:
     """A run of a script: a config and settings that replace its own."""
 
     name: str
-    config: str  # of configs/quickstart
+    config: str  # of configs/quickstart, or a path in configs/
     optimizer: str
     rate: str
     steps: int
@@ -60,8 +61,9 @@ class Training:
 
     def command(self, args, seed):
         script = "train_stage2.py" if self.stage1 else "train_stage1.py"
-        words = [sys.executable, script, "--config", f"configs/quickstart/{self.config}.yaml",
-                 "--resume", "auto", f"train.output_dir={self.folder(args, seed)}",
+        config = self.config if "/" in self.config else f"quickstart/{self.config}"
+        words = [sys.executable, script, "--config", f"configs/{config}.yaml", "--resume",
+                 "auto", f"train.output_dir={self.folder(args, seed)}",
                  f"train.seed={seed}", f"train.optimizer={self.optimizer}",
                  f"train.learning_rate={self.rate}", f"train.max_train_steps={self.steps}",
                  f"train.train_batch_size={BATCH}",
@@ -198,6 +200,22 @@ def rates_stage2(args):
                          CODES[source])
                 for rate in rates]
     compare_rates(args, table, "bits")
+
+
+def rates_folder(args):
+    """The same for networks of the size of configs/stage1/folder64*.yaml and stage2/folder64*.yaml,
+    in 150 steps."""
+    rates = {"adamw": ("2e-4", "5e-4", "1e-3"), "muon": ("1e-3", "2e-3", "4e-3")}
+    more = "train.lr_warmup_steps=20", "train.use_ema=false"
+    photographs = "data.image_size=64", "loss.disc_weight=0", "loss.perceptual_weight=0", *more
+    for config, settings, source in (("stage1/folder64", photographs, None),
+                                     ("stage2/folder64_dq_transformer", more, CODES["dqvae"])):
+        compare_rates(args, {
+            (config, "", name): [
+                Training(f"rates_{config[7:]}_{name}_{rate}", config, name, rate, 150, settings,
+                         source)
+                for rate in rates[name]]
+            for name in rates}, "bits" if source else "PSNR (dB)")
 
 
 def compare_rates(args, table, what):
@@ -475,7 +493,7 @@ def named_right(network, training, args, seed):
 
 
 TABLES = {table.__name__: table
-          for table in (rates_stage1, rates_stage2, speed, codes, any_rate, quantizers,
+          for table in (rates_stage1, rates_stage2, rates_folder, speed, codes, any_rate, quantizers,
                         transformers)}
 
 
