@@ -9,6 +9,7 @@ are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a ru
 thread; --jobs of them run at a time.
 
     rates_stage1, rates_stage2      learning rates of AdamW and Muon for each model
+    rates_folder                    ... for networks as large as those of the folder configs
     speed                           quality against seconds of training, drawn as assets/speed.png
     codes                           what the codes of each stage-1 model are worth
     any_rate                        models for any rate, beside those for one
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import harness  # noqa: F401  before torch, which reads its settings once
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ class Training:
     """A run of a script: a config and settings that replace its own."""
 
     name: str
-    config: str  # of configs/quickstart
+    config: str  # of configs/quickstart, or a path in configs/
     optimizer: str
     rate: str
     steps: int
@@ -60,8 +62,9 @@ class Training:
 
     def command(self, args, seed):
         script = "train_stage2.py" if self.stage1 else "train_stage1.py"
-        words = [sys.executable, script, "--config", f"configs/quickstart/{self.config}.yaml",
-                 "--resume", "auto", f"train.output_dir={self.folder(args, seed)}",
+        config = self.config if "/" in self.config else f"quickstart/{self.config}"
+        words = [sys.executable, script, "--config", f"configs/{config}.yaml", "--resume",
+                 "auto", f"train.output_dir={self.folder(args, seed)}",
                  f"train.seed={seed}", f"train.optimizer={self.optimizer}",
                  f"train.learning_rate={self.rate}", f"train.max_train_steps={self.steps}",
                  f"train.train_batch_size={BATCH}",
@@ -200,6 +203,22 @@ def rates_stage2(args):
     compare_rates(args, table, "bits")
 
 
+def rates_folder(args):
+    """The same for networks of the size of configs/stage1/folder64*.yaml and stage2/folder64*.yaml,
+    in 150 steps."""
+    rates = {"adamw": ("2e-4", "5e-4", "1e-3"), "muon": ("1e-3", "2e-3", "4e-3")}
+    more = "train.lr_warmup_steps=20", "train.use_ema=false"
+    photographs = "data.image_size=64", "loss.disc_weight=0", "loss.perceptual_weight=0", *more
+    for config, settings, source in (("stage1/folder64", photographs, None),
+                                     ("stage2/folder64_dq_transformer", more, CODES["dqvae"])):
+        compare_rates(args, {
+            (config, "", name): [
+                Training(f"rates_{config[7:]}_{name}_{rate}", config, name, rate, 150, settings,
+                         source)
+                for rate in rates[name]]
+            for name in rates}, "bits" if source else "PSNR (dB)")
+
+
 def compare_rates(args, table, what):
     train_all([training for row in table.values() for training in row], args)
     rows = [[*key, *(f"{t.rate}: {spread(t.results(args))}" for t in trainings)]
@@ -307,11 +326,16 @@ def codes(args):
             detail = [measure_detail(str(training.folder(args, seed)), options)
                       for seed in range(args.seeds)]
             row += [f"{100 * mean(values):.0f} %" for values in list(zip(*detail))[1:]]
-        scores = training.scores(args)
-        before = max(step for step in scores if step <= 0.8 * STEPS)
-        rows.append(row + [""] * (7 - len(row)) + [f"{scores[STEPS] - scores[before]:.2f}"])
+        gains = [last_fifth(training.scores(args, seed)) for seed in range(args.seeds)]
+        rows.append(row + [""] * (7 - len(row)) + [f"{mean(gains):.2f}"])
     print_table(["model", "codes", "bits", "PSNR (dB)", "SSIM", "codes on detail", "places shared",
                  "last fifth (dB)"], rows)
+
+
+def last_fifth(scores):
+    """What the last fifth of the steps gained."""
+    steps = list(scores)
+    return scores[steps[-1]] - np.interp(0.8 * steps[-1], steps, list(scores.values()))
 
 
 # One model for any rate
@@ -475,7 +499,7 @@ def named_right(network, training, args, seed):
 
 
 TABLES = {table.__name__: table
-          for table in (rates_stage1, rates_stage2, speed, codes, any_rate, quantizers,
+          for table in (rates_stage1, rates_stage2, rates_folder, speed, codes, any_rate, quantizers,
                         transformers)}
 
 
