@@ -24,6 +24,7 @@ undone by release_training=True; entropy thresholds use the router's own bins. C
 
 import math
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
@@ -122,13 +123,15 @@ class DQVAE(Tokenizer):
         recon = self._decode(z_q)                                       # (B, 3, H, W)
         if gate is not None:
             losses["budget"] = budget(gate, self.ratios, self.budget_weight)
+        router_loss = None
         if errors is not None:
-            losses["router"] = self.router_loss(errors, grain, recon, images)
+            router_loss = partial(self.router_loss, errors, grain)
+            losses["router"] = router_loss((recon.detach().float() - images).square().mean(1))
         for name, numbers in self.counts(codes).items():
             info[name] = numbers.float().mean()
         if not self.training:
             info |= self.maps(codes, images)
-        return Output(recon, codes, losses, info)
+        return Output(recon, codes, losses, info, router_loss)
 
     def encode(self, images: Tensor, ratios: list[float] | None = None) -> Codes:
         """Images (B, 3, H, W) to {"indices": int64 (B, h, w), "grain": int64 (B, h', w')}, on the
@@ -216,11 +219,10 @@ class DQVAE(Tokenizer):
             return F.gumbel_softmax(logits, tau=1, hard=True, dim=1)
         return F.one_hot(logits.argmax(1), self.grains).permute(0, 3, 1, 2).float()
 
-    def router_loss(self, errors, grain, recon, images):
-        """Regression of each region's squared error, relative to the batch's mean, at the
-        granularity that it had. (Routers that learned by straight-through gradients came to refine
-        much the same places in all images.)"""
-        error = (recon.detach().float() - images).square().mean(1)      # (B, H, W)
+    def router_loss(self, errors, grain, error):
+        """Regression of each region's error, relative to the batch's mean, at the granularity that
+        it had. error (B, H, W) is squared, or the loss that is trained. (Routers that learned by
+        straight-through gradients came to refine much the same places in all images.)"""
         error = F.avg_pool2d(error, self.factor)                        # (B, h', w')
         predicted = errors.gather(1, grain.unsqueeze(1)).squeeze(1)     # (B, h', w')
         return 0.1 * (predicted - error / error.mean().clamp(min=1e-12)).square().mean()

@@ -39,9 +39,7 @@ class Stage1Loss(nn.Module):
     """The losses of a stage-1 model and of its discriminator.
 
     reconstruction      pixel loss, on images in [-1, 1]
-    perceptual          the perceptual distance, see load_perceptual; in Python also any module that
-                        takes two batches of images in [-1, 1]
-    perceptual_weight   its weight; 0: it is not loaded
+    perceptual_weight   weight of the perceptual distance; 0: it is not loaded
     gan                 kind of GAN loss, see discriminator_loss and generator_loss
     disc_weight         weight of the generator's GAN loss; 0: no discriminator
     adaptive_weight     multiply disc_weight by ||grad reconstruction|| / ||grad GAN|| at the last
@@ -52,14 +50,15 @@ class Stage1Loss(nn.Module):
                         it an untrained discriminator
     disc_loss_weight    weight of the discriminator's loss
     lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
+    perceptual          the perceptual distance, see load_perceptual; in Python also any module like
+                        those
     """
 
-    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1",
-                 perceptual: PERCEPTUAL = "lpips", perceptual_weight: float = 1.0,
+    def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0,
                  gan: GAN = "hinge", disc_weight: float = 0.8, adaptive_weight: bool = True,
                  disc_weight_max: float | None = None, disc_start: Step = 0,
                  gan_start: Step | None = None, disc_loss_weight: float = 1.0,
-                 lecam_weight: float = 0.0):
+                 lecam_weight: float = 0.0, perceptual: PERCEPTUAL = "lpips"):
         super().__init__()
         self.reconstruction = reconstruction
         self.perceptual_weight = perceptual_weight
@@ -99,13 +98,21 @@ class Stage1Loss(nn.Module):
         """
         recon = out.images.float()
         error = recon - images
-        reconstruction = (error.abs() if self.reconstruction == "l1" else error.square()).mean()
+        error = error.abs() if self.reconstruction == "l1" else error.square()
+        reconstruction = error.mean()
         parts = {self.reconstruction: reconstruction}
+        error = error.detach().mean(1)                                  # (B, H, W)
         if self.perceptual is not None:
-            parts["perceptual"] = self.perceptual(recon, images).mean()
+            distance = self.perceptual(recon, images)  # of images or places
+            parts["perceptual"] = distance.mean()
             reconstruction = reconstruction + self.perceptual_weight * parts["perceptual"]
-        parts |= out.losses
-        of_model = sum(out.losses.values())
+            distance = distance.detach().view(len(error), *distance.shape[-2:])
+            error = error + self.perceptual_weight * distance
+        of_model = dict(out.losses)
+        if out.router_loss is not None:
+            of_model["router"] = out.router_loss(error)
+        parts |= of_model
+        of_model = sum(of_model.values())
         loss = reconstruction + of_model
         value = loss
         if self.generator_hears(step):
@@ -215,7 +222,8 @@ class PatchGAN(nn.Sequential):
 
 
 def load_perceptual(name: PERCEPTUAL) -> nn.Module:
-    """A frozen perceptual distance: two batches of images (B, 3, H, W) in [-1, 1] to (B, ...).
+    """A frozen perceptual distance: two batches of images (B, 3, H, W) in [-1, 1] to distances
+    (B, 1, 1, 1), or (B, 1, H, W) at each pixel, whose mean is meant.
 
     FileNotFoundError if its package or its weights are neither on disk nor downloadable.
     """
@@ -230,7 +238,7 @@ def load_perceptual(name: PERCEPTUAL) -> nn.Module:
 
 class LogitDistance(nn.Module):
     """Mean squared difference between a classifier's logits for two batches of images in [-1, 1],
-    scaled to 224 x 224: (B,)."""
+    scaled to 224 x 224: (B, 1, 1, 1)."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()
@@ -239,7 +247,7 @@ class LogitDistance(nn.Module):
         self.register_buffer("mean_and_std", of_imagenet.view(2, 3, 1, 1))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return (self.logits(a) - self.logits(b)).square().mean(1)
+        return (self.logits(a) - self.logits(b)).square().mean(1)[:, None, None, None]
 
     def logits(self, images):
         mean, std = self.mean_and_std
@@ -249,8 +257,8 @@ class LogitDistance(nn.Module):
 
 class FeatureDistance(nn.Module):
     """Squared differences between unit feature vectors of EfficientNet-Lite (Tan and Le, ICML 2019)
-    for two batches of images in [-1, 1], summed over channels, averaged over places and over the
-    outputs of five blocks: (B,)."""
+    for two batches of images in [-1, 1], summed over channels, averaged over the outputs of five
+    blocks: at each pixel, (B, 1, H, W)."""
 
     blocks = 0, 2, 4, 10, 15  # the last ones at a half, a quarter, ... of the size
 
@@ -259,9 +267,9 @@ class FeatureDistance(nn.Module):
         self.network = network
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        distances = [(x - y).square().sum(1).mean((1, 2))
+        distances = [(x - y).square().sum(1, keepdim=True)              # (B, 1, H', W')
                      for x, y in zip(self.features(a), self.features(b))]
-        return torch.stack(distances).mean(0)
+        return sum(F.interpolate(distance, a.shape[-2:]) for distance in distances) / len(distances)
 
     def features(self, images):
         """Of each of the blocks, unit vectors (B, C, H', W')."""

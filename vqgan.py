@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Output(NamedTuple):
     codes: Codes
     losses: dict[str, Tensor]  # scalars to add to the reconstruction loss
     info: dict[str, Tensor]  # scalars to log; maps (B, 1 or 3, h, w) in [-1, 1] to draw
+    router_loss: Callable[[Tensor], Tensor] | None = None  # of each pixel's loss (B, H, W); DQ-VAE
 
 
 class Tokenizer(nn.Module):

@@ -58,7 +58,7 @@ for name in set(sys.modules) - {"__main__"}:
 
 def test_models_need_torch_alone():
     """And little of the standard library."""
-    plain = {"__future__", "collections", "contextlib", "math", "typing", "warnings", "torch"} | set(FILES)
+    plain = {"__future__", "collections", "contextlib", "functools", "math", "typing", "warnings", "torch"} | set(FILES)
     used = {name: {(node.module if isinstance(node, ast.ImportFrom) else a.name).split(".")[0]
                    for node in ast.walk(FILES[name]) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
             for name in COPIED}

@@ -10,6 +10,7 @@ from skimage.data import astronaut
 from torchvision import transforms
 
 import losses
+from dqvae import DQVAE
 from losses import LeCam, PatchGAN, Stage1Loss, discriminator_loss, generator_loss
 
 
@@ -18,7 +19,8 @@ def setup(**settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1))
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    out = SimpleNamespace(images=model(images), losses={"codebook": model[0].weight.square().mean()}, info={})
+    out = SimpleNamespace(images=model(images), losses={"codebook": model[0].weight.square().mean()}, info={},
+                          router_loss=None)
     return model, PatchGAN(8, 2), images, out, Stage1Loss(perceptual_weight=0, **settings)
 
 
@@ -125,12 +127,38 @@ def test_perceptual_loss(monkeypatch):
     assert criterion.perceptual(images, images).abs().max() == 0
 
 
+class Left(nn.Module):
+    """A perceptual distance that sees only the left half."""
+
+    def forward(self, a, b):
+        places = (a - b).square().mean(1, keepdim=True)
+        return places * (torch.arange(a.shape[-1]) < a.shape[-1] // 2)
+
+
 def test_perceptual_distance_of_any_module():
     model, discriminator, images, out, _ = setup()
-    criterion = Stage1Loss(perceptual=nn.PairwiseDistance(), perceptual_weight=2.0, disc_weight=0)
+    criterion = Stage1Loss(perceptual=Left(), perceptual_weight=2.0, disc_weight=0)
     loss, parts = criterion.generator(images, out, model[2].weight, discriminator, 0)
-    torch.testing.assert_close(
-        loss, parts["l1"] + 2 * F.pairwise_distance(out.images, images).mean() + parts["codebook"])
+    left = (out.images - images)[..., :16].square().mean() / 2
+    torch.testing.assert_close(loss, parts["l1"] + 2 * left + parts["codebook"])
+
+
+@pytest.mark.parametrize("distance", [Left(), None, "lpips"])
+def test_router_predicts_the_loss_that_is_trained(distance, monkeypatch):
+    monkeypatch.setattr(losses, "load_lpips", lpips_without_weights)
+    torch.manual_seed(0)
+    model = DQVAE(32, [8, 4], [0.5], ch=32, ch_mult=[1, 1, 1, 1], num_res_blocks=1, attn_resolutions=[], z_channels=32,
+                  decoder_ch_mult=[1, 1, 1], decoder_attn_resolutions=[])
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    out = model(images)
+    weight = 0.0 if distance is None else 3.0
+    criterion = Stage1Loss(perceptual=distance or "lpips", perceptual_weight=weight, disc_weight=0)
+    _, parts = criterion.generator(images, out, model.last_layer, None, 0)
+    error = (out.images - images).abs().mean(1, keepdim=True).detach()
+    if weight:
+        error = error + weight * criterion.perceptual(out.images, images).detach()
+    torch.testing.assert_close(parts["router"], out.router_loss(error.squeeze(1)).detach())
+    assert (parts["router"] - out.losses["router"]).abs() > 1e-4
 
 
 def test_distance_of_logits(monkeypatch):
@@ -144,7 +172,7 @@ def test_distance_of_logits(monkeypatch):
     resize = transforms.Resize((224, 224), antialias=True)
     normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     x, y = (small(normalize(resize(images / 2 + 0.5))) for images in (a, b))
-    torch.testing.assert_close(distance(a, b), (x - y).square().mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distance(a, b).flatten(), (x - y).square().mean(1), rtol=1e-4, atol=1e-6)
     assert asked == ["resnet50"]
     assert not distance.training
     assert not any(p.requires_grad for p in distance.parameters())
@@ -163,7 +191,7 @@ def test_distance_of_features():
     layers = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
               for x, y in seen.values()]
     assert len(layers) == 5
-    torch.testing.assert_close(found, sum(layers) / 5)
+    torch.testing.assert_close(found.mean((1, 2, 3)), sum(layers) / 5)
     assert distance(a, a).abs().max() == 0
     reconstruction = (a + 0.1 * b).requires_grad_()
     distance(reconstruction, a).sum().backward()
@@ -172,7 +200,7 @@ def test_distance_of_features():
     photo = F.interpolate(photo, (64, 64), mode="bicubic", antialias=True)
     blurred = F.avg_pool2d(photo, 5, 1, 2)
     brighter = photo + (blurred - photo).abs().mean()
-    assert distance(blurred, photo) > 2 * distance(brighter, photo)
+    assert distance(blurred, photo).mean() > 2 * distance(brighter, photo).mean()
 
 
 def test_missing_perceptual_networks_are_one_sentence(monkeypatch, tmp_path):
