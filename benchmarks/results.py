@@ -15,6 +15,8 @@ thread; --jobs of them run at a time.
     any_rate                        models for any rate, beside those for one
     quantizers                      at 2^10, 2^14 and 2^18 codes, and in each model
     transformers                    all transformers on all codes, as a classifier sees the samples
+    claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
+                                    another network's features; drawn as assets/claims.png
 """
 
 import argparse
@@ -132,13 +134,14 @@ def train_all(trainings, args, seeds=None):
                 job.result()
 
 
-def evaluated(training, args, seed=0, rates=None):
-    """evaluate.py's metrics of a stage-1 run on 2,000 validation images; with rates, at each."""
+def evaluated(training, args, seed=0, rates=None, features="inception"):
+    """evaluate.py's metrics of a stage-1 run on 2,000 validation images; with rates, at each.
+    Inception itself is left out."""
     folder = training.folder(args, seed)
     path = folder / "metrics.json"
     if not path.is_file():
         words = [sys.executable, "evaluate.py", "--run", str(folder), "--images", "2000",
-                 "--num_workers", "0", "--without", "lpips", "inception"]
+                 "--num_workers", "0", "--features", features, "--without", "lpips", "inception"]
         run_logged(words + (["--rates", rates] if rates else []), folder)
     metrics = json.loads(path.read_text())
     return list(metrics["rates"].values()) if rates else metrics
@@ -498,9 +501,92 @@ def named_right(network, training, args, seed):
     return 100 * right / SAMPLES
 
 
+# The papers' claims
+
+CLAIM_STEPS = 3000
+CLAIM = (
+    "data.image_size=64", "model.quantizer.codebook_size=1024", "loss.reconstruction=l1",
+    "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=1", "loss.disc_weight=0.1",
+    f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 100}")
+FIVE = "0.1,0.3,0.5,0.7,0.9"
+
+
+def claim(name, config, *settings):
+    return Training(f"claim_{name}", config, "muon", CLAIM_RATE, CLAIM_STEPS, CLAIM + settings)
+
+
+CLAIM_RATE = "4e-3"
+CLAIMS = {  # models for one rate, and the number of seeds
+    "VQGAN f8": (claim("f8", "vqgan", "model.ch_mult=[1,1,2,2]"), 3),
+    "VQGAN f8, 8,192 codes": (claim("f8_8192", "vqgan", "model.ch_mult=[1,1,2,2]",
+                                    "model.quantizer.codebook_size=8192"), 1),
+    "MQ-VAE f4, 25 %": (claim("mqvae_25", "mqvae", "model.topk_ratio=0.25"), 3),
+    "MQ-VAE f4, 50 %": (claim("mqvae_50", "mqvae", "model.topk_ratio=0.5"), 1),
+    "DQ-VAE f8/f4, feature router, 30 %": (claim("dqvae_30", "dqvae", "model.ratios=[0.3]"), 3),
+    "DQ-VAE f8/f4, feature router, 50 %": (claim("dqvae_50", "dqvae", "model.ratios=[0.5]"), 1),
+    "DQ-VAE f8/f4, entropy router, 30 %":
+        (claim("entropy_30", "dqvae_entropy", "model.ratios=[0.3]"), 1),
+    "DQ-VAE f8/f4, entropy router, 50 %":
+        (claim("entropy_50", "dqvae_entropy", "model.ratios=[0.5]"), 1),
+    "VQGAN f4": (claim("f4", "vqgan"), 1),
+}
+ANY_CLAIMS = {
+    "MQ-VAE f4, any rate": claim("mqvae_any", "mqvae", "model.topk_ratio=[0.1,0.9]"),
+    "DQ-VAE f8/f4, feature router, any rate":
+        claim("dqvae_any", "dqvae", "model.ratios=[[0.1,0.9]]"),
+    "DQ-VAE f8/f4, entropy router, any rate":
+        claim("entropy_any", "dqvae_entropy", "model.ratios=[[0.1,0.9]]"),
+}
+CLAIM_METRICS = {"codes": 1, "bits": 0, "psnr": 2, "ssim": 3, "rfd": 1, "agreement": 3}
+
+
+def claims_stage1(args):
+    """One seed of all first, then three of the models at the centre."""
+    first = [training for training, _ in CLAIMS.values()]
+    train_all(first, args, seeds=1)
+    train_all(list(ANY_CLAIMS.values()), args, seeds=1)
+    train_all([training for training, seeds in CLAIMS.values() if seeds == 3], args, seeds=3)
+    options = {"features": "efficientnet_lite2"}
+    points = {label: [[evaluated(training, args, seed, **options) for seed in range(seeds)]]
+              for label, (training, seeds) in CLAIMS.items()}
+    points |= {label: [[metrics] for metrics in evaluated(training, args, 0, FIVE, **options)]
+               for label, training in ANY_CLAIMS.items()}
+    print_table(["model", "codes", "bits", "PSNR (dB)", "SSIM", "rFD (Lite2)", "same class"],
+                [[label] + [spread([m[name] for m in runs], digits)
+                            for name, digits in CLAIM_METRICS.items()]
+                 for label, rows in points.items() for runs in rows])
+    draw_claims({label: [{name: mean(m[name] for m in runs) for name in CLAIM_METRICS}
+                         for runs in rows] for label, rows in points.items()})
+
+
+def draw_claims(points):
+    """rFD against codes and against bits, with the line between the VQGANs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    colours = {"VQGAN": "black", "MQ-VAE": "tab:red", "feature": "tab:blue",
+               "entropy": "tab:green"}
+    for ax, axis in zip(axes, ("codes", "bits")):
+        ends = [points["VQGAN f8"][0], points["VQGAN f4"][0]]
+        ax.plot([end[axis] for end in ends], [end["rfd"] for end in ends], "k--", lw=1)
+        for label, rows in points.items():
+            colour = next(value for word, value in colours.items() if word in label)
+            style = "-o" if len(rows) > 1 else "s"
+            ax.plot([row[axis] for row in rows], [row["rfd"] for row in rows], style, ms=5,
+                    color=colour, alpha=0.6 if len(rows) > 1 else 1, label=label)
+        ax.set_xlabel(f"{axis} per image")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("Frechet distance (EfficientNet-Lite2)")
+    axes[1].legend(fontsize=7)
+    figure.savefig(ROOT / "assets/claims.png", dpi=110)
+
+
 TABLES = {table.__name__: table
           for table in (rates_stage1, rates_stage2, rates_folder, speed, codes, any_rate, quantizers,
-                        transformers)}
+                        transformers, claims_stage1)}
 
 
 def main():
