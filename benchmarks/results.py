@@ -17,6 +17,7 @@ thread; --jobs of them run at a time.
     transformers                    all transformers on all codes, as a classifier sees the samples
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
+    claims_stage2                   ... new ones, by transformers that train for equal seconds
 """
 
 import argparse
@@ -25,7 +26,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, quantiles, stdev
 from types import SimpleNamespace
@@ -584,9 +585,94 @@ def draw_claims(points):
     figure.savefig(ROOT / "assets/claims.png", dpi=110)
 
 
+SECONDS = 1800  # of training, on one core
+
+
+def draws(name, config, source, *settings):
+    small = "model.n_head=4", "model.n_embd=192", "sample.top_p=null"
+    return Training(f"claim_{name}", config, "muon", "2e-3", 0, small + settings,
+                    CLAIMS[source][0])
+
+
+MASKED = "model.layout_layers=1", "model.content_layers=5"
+DRAWN = {
+    "GPT on VQGAN f8": draws("gpt_f8", "gpt", "VQGAN f8", "model.n_layer=6"),
+    "GPT on VQGAN f4": draws("gpt_f4", "gpt", "VQGAN f4", "model.n_layer=6"),
+    "Stackformer on MQ-VAE 25 %": draws("stackformer", "stackformer", "MQ-VAE f4, 25 %",
+                                        "model.code_layers=4", "model.position_layers=2"),
+    "DQ-Transformer on DQ-VAE 30 %":
+        draws("dq_transformer", "dq_transformer", "DQ-VAE f8/f4, feature router, 30 %",
+              "model.position_layers=2", "model.content_layers=4"),
+    "MaskTransformer on VQGAN f8": draws("mask_f8", "mask_transformer", "VQGAN f8", *MASKED),
+    "MaskTransformer on VQGAN f4": draws("mask_f4", "mask_transformer", "VQGAN f4", *MASKED),
+    "MaskTransformer on MQ-VAE 25 %":
+        draws("mask_mqvae", "mask_transformer", "MQ-VAE f4, 25 %", *MASKED),
+    "MaskTransformer on DQ-VAE 30 %":
+        draws("mask_dqvae", "mask_transformer", "DQ-VAE f8/f4, feature router, 30 %", *MASKED),
+}
+SCALES = 1.0, 1.5, 2.0, 3.0  # of guidance
+DRAWN_METRICS = {"fd": 1, "precision": 3, "recall": 3, "accuracy": 3, "bits": 0,
+                 "images_per_second": 1}
+
+
+def claims_stage2(args):
+    """Samples after equal seconds of training; of autoregressive models also after half of them,
+    and a quarter. Guidance is chosen on a tenth of the validation images, measured on the others.
+    """
+    tenth, others = split_validation(args)
+    table = {(label, share): for_seconds(training, args, SECONDS // share)
+             for label, training in DRAWN.items()
+             for share in ((1,) if "Mask" in label else (1, 2, 4))}
+    train_all(list(table.values()), args, seeds=1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(lambda training: row_of(training, args, tenth, others),
+                             table.values()))
+    print_table(["", "seconds", "steps", "guidance", "FD (Lite2)", "precision", "recall",
+                 "class right", "bits", "images/s"],
+                [[label, SECONDS // share, training.steps, *row]
+                 for ((label, share), training), row in zip(table.items(), rows)])
+
+
+def split_validation(args):
+    """Two folders of links: a tenth of the validation images of each class, and the others."""
+    folders = args.runs / "tenth", args.runs / "others"
+    for number, file in enumerate(sorted((args.data / "val").resolve().glob("*/*"))):
+        link = folders[number % 10 > 0] / "val" / file.parent.name / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(file)
+    return folders
+
+
+def for_seconds(training, args, seconds):
+    """The training with as many steps as take these seconds, by the speed of 100 steps."""
+    trial = replace(training, name=f"{training.name}_trial", steps=100)
+    train_all([trial], args, seeds=1)
+    steps = round(seconds / trial.step_seconds(args, 0))
+    return replace(training, name=f"{training.name}_{seconds}s", steps=steps)
+
+
+def row_of(training, args, tenth, others):
+    scale = min(SCALES, key=lambda scale: drawn(training, args, scale, tenth, 500)["fd"])
+    metrics = drawn(training, args, scale, others, 2000)
+    return [scale, *(f"{metrics[name]:.{digits}f}" for name, digits in DRAWN_METRICS.items())]
+
+
+def drawn(training, args, scale, data, count):
+    """evaluate.py's metrics of samples that are drawn with guidance of this scale."""
+    folder = training.folder(args)
+    path = folder / f"{data.name}_{scale}.json"
+    if not path.is_file():
+        run_logged([sys.executable, "evaluate.py", "--run", str(folder), "-n", str(count),
+                    "--images", str(count), "--num_workers", "0", "--features",
+                    "efficientnet_lite2", f"data.root={data}", f"sample.cfg_scale={scale}"], folder)
+        (folder / "metrics.json").rename(path)
+    return json.loads(path.read_text())
+
+
 TABLES = {table.__name__: table
           for table in (rates_stage1, rates_stage2, rates_folder, speed, codes, any_rate, quantizers,
-                        transformers, claims_stage1)}
+                        transformers, claims_stage1, claims_stage2)}
 
 
 def main():
