@@ -75,7 +75,7 @@ from harness.sampling import (
     draw, load_models, model_parser, parse_with_overrides, sampling_arguments, to_path,
 )
 from harness.settings_stage2 import SampleSettings
-from harness.use import in_precision, overridden, run_dataset, set_rate
+from harness.use import in_precision, overridden, run_dataset, set_rate, to_rates
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def parse_arguments(argv):
     option = parser.add_argument
     option("--run", action="append", required=True, type=run_folder,
            help="a run folder; several times for a comparison")
-    option("--rates", type=rates,
+    option("--rates", type=to_rates,
            help="(stage 1, trained for a range) several rates, such as 0.1,0.5,0.9: a result for "
                 "each")
     option("--split", choices=("train", "val"), default="val",
@@ -139,14 +139,6 @@ def parse_arguments(argv):
     option("--markdown", action="store_true",
            help="print the table as Markdown, a row for each run")
     return parse_with_overrides(parser, argv)
-
-
-def rates(text):
-    try:
-        return [float(rate) for rate in text.split(",")]
-    except ValueError:
-        raise UserError("--rates must be numbers with commas between them; they are "
-                        f"{text!r}") from None
 
 
 def check_arguments(args, names):

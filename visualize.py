@@ -11,8 +11,8 @@
     python visualize.py rate --run A [--run B ...]
         quality against bits per pixel: a point for each run, several for those that were trained
         for a range of rates
-    python visualize.py ladder --run R [-n 4]
-        images at five rates of such a run, with bits and PSNR
+    python visualize.py ladder --run R [-n 4] [--rates 0.2,0.6]
+        images at five rates of such a run, or at these, with codes, bits and PSNR
     python visualize.py interactive --run R [-n 16]
         one HTML file, no server: point at a cell, see its code
 
@@ -49,7 +49,7 @@ from harness.sampling import (
     GRAINS, chosen_labels, load_models, parse_with_overrides, sample_codes, sampling_arguments,
     to_path,
 )
-from harness.use import set_rate
+from harness.use import set_rate, to_rates
 
 import numpy as np
 import torch
@@ -120,6 +120,8 @@ def make_parser():
         if draw in (codes, codebook, rate):
             option("--images", type=int, default=1000,
                    help="at most this many images for the statistics (default 1000)")
+        if draw is ladder:
+            option("--rates", type=to_rates, help="which rates (default: five of the run's range)")
         if draw is codebook:
             option("--history", action="store_true",
                    help="fail if there is no record over training")
@@ -205,35 +207,39 @@ def mean_quality(model, batches, lpips):
     return torch.cat(values, 1).double().mean(1).tolist()
 
 
-def each_rate(model):
-    """Sets a model to five rates of its range, one after the other; None: its only rate."""
+def each_rate(model, rates=None):
+    """Sets a model to these rates, or to five of its range, one after the other; None: its only
+    rate."""
     if model.rate_range is None:
         yield None
     else:
-        for share in np.linspace(*model.rate_range, 5).round(6).tolist():
+        for share in rates or np.linspace(*model.rate_range, 5).round(6).tolist():
             set_rate(model, share)
             yield share
 
 
 def ladder(args):
-    """images at five rates of a stage-1 run that was trained for a range, under their maps"""
+    """images at several rates of a stage-1 run that was trained for a range, under their maps"""
     [(model, name)], dataset = load(args)
     if model.rate_range is None:
         raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as "
                         "model.topk_ratio=[0.1,0.9] for an MQ-VAE")
     images = pick_images(dataset, args.n)
-    figure, axes = tiles(2 * len(images), 6, images, height=1.32)
+    number = len(args.rates or range(5))
+    figure, axes = tiles(2 * len(images), 1 + number, images, height=1.45)
     for ax in axes[::2, 0]:
         ax.axis("off")
     row(axes[1::2, 0], pixels(images), "", ["original"] * len(images))
-    for column, share in zip(axes.T[1:], each_rate(model)):
+    for column, share in zip(axes.T[1:], each_rate(model, args.rates)):
         out = model(images)
-        quality = zip(model.bits(out.codes), psnr(images, out.images))
+        quality = zip(model.counts(out.codes)["codes"], model.bits(out.codes),
+                      psnr(images, out.images))
         row(column[::2], pixels(map_of(model, out.codes, images)), "", [f"{share:.0%}"])
         row(column[1::2], pixels(out.images), "",
-            [f"{bits:.0f} bits, {decibels:.1f} dB" for bits, decibels in quality])
+            [f"{codes:.0f} codes, {bits:.0f} bits\n{decibels:.1f} dB"
+             for codes, bits, decibels in quality])
     what = "regions refined" if "grain" in model.code_names else "cells kept"
-    save(figure, args, f"{name} at five rates: share of {what} (maps above, reconstructions "
+    save(figure, args, f"{name} at {number} rates: share of {what} (maps above, reconstructions "
                        "below)")
 
 

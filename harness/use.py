@@ -2,6 +2,7 @@
 
     in_precision    a model that computes in the precision that it was trained in, or in another
     run_dataset     the images that a run was trained on, or others
+    to_rates        the option --rates
     set_rate        the rate of a stage-1 model that knows several
 """
 
@@ -46,6 +47,15 @@ def overridden(config, overrides, **sections):
     settings = {name: dict(config[name]) for name in sections}
     override(settings, overrides, sections)
     return check_config(settings, sections, "the command line")
+
+
+def to_rates(text):
+    """A list of numbers from an option."""
+    try:
+        return [float(rate) for rate in text.split(",")]
+    except ValueError:
+        raise UserError("--rates must be numbers with commas between them; they are "
+                        f"{text!r}") from None
 
 
 def set_rate(model, rate):
