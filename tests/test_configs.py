@@ -134,9 +134,8 @@ STAGE2_CONFIGS = [p for p in CONFIGS if "\ncodes:" in p.read_text()]
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p not in STAGE2_CONFIGS], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_stage1_config_of_the_repo_builds(path):
     config = load_config(str(path), [], STAGE1_SECTIONS)
-    settings = dict(config["model"])
     with torch.device("meta"):  # shapes only
-        model = build(model_class(settings.pop("name")), settings)
+        model = make_model(config)
     assert config["train"]["output_dir"] == f"runs/{path.stem}"
     assert config["data"]["image_size"] % model.factor == 0
 
