@@ -16,7 +16,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with new images (5 to 6 minutes on 2 cores)
+demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with new images (5 minutes on 2 cores)
 	$(BIN)/python train_stage1.py --config configs/quickstart/demo_dqvae.yaml --resume auto
 	$(BIN)/python train_stage2.py --config configs/quickstart/demo_dq_transformer.yaml --resume auto
 	$(BIN)/python evaluate.py --run runs/demo_dqvae --images 200 --features efficientnet_lite2 --without lpips --markdown
