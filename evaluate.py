@@ -68,7 +68,7 @@ from harness.features import (
 )
 from harness.hub import run_folder
 from harness.launch import run_main
-from harness.metrics import compare, mean_and_spread, perplexity, usage
+from harness.metrics import collect, compare, mean_and_spread, perplexity, usage
 from harness.models import STAGE2, class_names, load_run, run_config
 from harness.run import PATIENCE
 from harness.sampling import (
@@ -490,17 +490,6 @@ class Evaluation:
                           if re.split(r"\W", template)[1] in names]
                 print(f"without {', '.join(labels)}: {reason}")
         self.state.wait_for_everyone()
-
-
-def collect(batches):
-    """The rows of all batches of all processes, on the first one."""
-    rows = torch.cat(batches) if batches else torch.empty(0)
-    if not torch.distributed.is_initialized():
-        return rows
-    is_first = torch.distributed.get_rank() == 0
-    shares = [None] * torch.distributed.get_world_size() if is_first else None
-    torch.distributed.gather_object(rows, shares)
-    return torch.cat(shares) if is_first else None
 
 
 def collect_all(seen):

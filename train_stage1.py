@@ -23,7 +23,7 @@ from harness.settings import STAGE1_SECTIONS
 import torch
 from tqdm import tqdm
 
-from dataset import eval_loader, make_dataset, train_loader
+from dataset import eval_loader, make_dataset, to_uint8, train_loader
 from losses import PatchGAN, Stage1Loss
 from vqgan import sides
 
@@ -51,6 +51,13 @@ def main(argv=None):
     init_from(run, model=model, discriminator=discriminator)
     freeze(model, train["freeze"])
     check_gan(run, criterion, model)
+    fidelity = None
+    if train["validation_features"]:
+        from harness.features import Reconstructions
+
+        with accelerator.local_main_process_first():
+            fidelity = build(Reconstructions, {}, features=train["validation_features"],
+                             device=device)
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)
     criterion = criterion.to(device, memory_format=memory_format)
@@ -83,7 +90,7 @@ def main(argv=None):
         start * accumulate, accelerator.process_index, run.world, device)
 
     # Loop
-    validate = partial(report, run, ema or raw_model, val_set)
+    validate = partial(report, run, ema or raw_model, val_set, fidelity)
     bar = run.start(start)
     step = start
     stop = None
@@ -209,9 +216,10 @@ def read_thresholds(path, model):
 
 
 @torch.no_grad()
-def report(run, model, dataset, step):
-    """Logs the mean PSNR over the validation images, keeps the best weights so far, and draws some
-    of the images, their maps and reconstructions. Returns a sentence about it."""
+def report(run, model, dataset, fidelity, step):
+    """Logs the mean PSNR over the validation images and the Frechet distance, keeps the best
+    weights so far, and draws some of the images, their maps and reconstructions. Returns a sentence
+    about it."""
     accelerator = run.accelerator
     limit = run.train["num_validation_images"]
     run.average_batchnorm()
@@ -232,6 +240,8 @@ def report(run, model, dataset, step):
         values["psnr"] = psnr.mean()
         for key, value in values.items():
             sums[key] = sums.get(key, 0) + value.float() * len(images)
+        if fidelity:
+            fidelity.add(to_uint8(images), to_uint8(out.images))
         maps = [v for v in out.info.values() if v.ndim == 4]
         for i, cells in enumerate(zip(images, *maps, out.images), seen):
             if i in drawn:
@@ -240,6 +250,8 @@ def report(run, model, dataset, step):
     model.train()
     means = {f"val_{key}": mean for key, mean in run.mean_over_images(sums, seen).items()
              if key not in ("usage", "perplexity")}  # which are of the training codes, or a batch's
+    if fidelity:
+        means[f"val_{fidelity.name}"] = fidelity.distance()
     run.log.write(step, means)
     run.save_best(step, means["val_psnr"], model)
     grid = run.log.picture(step, "reconstructions", pictures)

@@ -13,6 +13,8 @@
         for a range of rates
     python visualize.py ladder --run R [-n 4] [--rates 0.2,0.6]
         images at five rates of such a run, or at these, with codes, bits and PSNR
+    python visualize.py curves --run A [--run B ...]
+        what training logged: losses, GAN, usage, validation
     python visualize.py interactive --run R [-n 16]
         one HTML file, no server: point at a cell, see its code
 
@@ -44,7 +46,7 @@ from harness.hub import run_folder
 from harness.launch import run_main
 from harness.log import printable
 from harness.metrics import compare
-from harness.models import own_folder
+from harness.models import STAGE1, own_folder, run_config
 from harness.sampling import (
     GRAINS, chosen_labels, load_models, parse_with_overrides, sample_codes, sampling_arguments,
     to_path,
@@ -77,6 +79,23 @@ METRICS = {
     "ssim": "SSIM, higher is better",
     "lpips": "LPIPS (VGG), lower is better",
 }
+STAGE1_CURVES = {  # of metrics.jsonl; the second of two is drawn dashed
+    "L1": ["l1"],
+    "L2": ["l2"],
+    "perceptual distance": ["perceptual"],
+    "weight of the GAN's gradient": ["gan_weight"],
+    "discriminator: real, fake (dashed)": ["d_real", "d_fake"],
+    "share of the codes in use": ["usage"],
+    "gradient's norm": ["grad_norm"],
+    "validation: PSNR (dB)": ["val_psnr"],
+    "validation: Frechet distance": ["val_rfd"],
+}
+STAGE2_CURVES = {
+    "loss": ["loss"],
+    "gradient's norm": ["grad_norm"],
+    "validation: bits per image": ["val_bits"],
+}
+COLOURS = "C0", "C1", "C2", "C3", "C4"
 GREY = 0.0  # for cells without a code, in images in [-1, 1]
 
 
@@ -84,7 +103,7 @@ GREY = 0.0  # for cells without a code, in images in [-1, 1]
 def main(argv=None):
     parser = make_parser()
     args = parse_with_overrides(parser, argv)
-    if args.overrides and args.draw is sequence:
+    if args.overrides and args.draw in (sequence, curves):
         parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
     if min(args.n, args.images, args.dpi) < 1:
         raise UserError("-n, --images and --dpi must be at least 1")
@@ -102,16 +121,17 @@ def make_parser():
     parser.set_defaults(n=1, images=1, dpi=1)  # where a command has none
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     numbers = {recon: 6, codes: 8, sequence: 4, ladder: 4, interactive: 16}
-    for draw in (recon, codes, codebook, sequence, rate, ladder, interactive):
+    for draw in (recon, codes, codebook, sequence, rate, ladder, curves, interactive):
         sub = commands.add_parser(draw.__name__, help=draw.__doc__)
         sub.set_defaults(draw=draw)
         option = sub.add_argument
         option("--run", required=True, type=run_folder, nargs=1,
-               action="extend" if draw in (recon, rate) else "store",
-               help="a run folder; of recon and rate several times, for a comparison")
-        option("--which", choices=("latest", "best"), default="latest",
-               help="which of the run's weights")
+               action="extend" if draw in (recon, rate, curves) else "store",
+               help="a run folder; of recon, rate and curves several times, for a comparison")
         option("--out", type=to_path, help="a file (default: in RUN/figures)")
+        if draw is not curves:
+            option("--which", choices=("latest", "best"), default="latest",
+                   help="which of the run's weights")
         if draw is not interactive:
             option("--dpi", type=int, default=150, help="pixels per inch (default 150)")
         if draw in numbers:
@@ -130,7 +150,7 @@ def make_parser():
                    help="image i is image i of sample.py with this seed")
             option("--classes", "--class",
                    help="class numbers or names, separated by commas (default: all, in turn)")
-        else:
+        elif draw is not curves:
             option("--split", choices=("train", "val"), default="val")
     return parser
 
@@ -241,6 +261,43 @@ def ladder(args):
     what = "regions refined" if "grain" in model.code_names else "cells kept"
     save(figure, args, f"{name} at {number} rates: share of {what} (maps above, reconstructions "
                        "below)")
+
+
+def curves(args):
+    """losses, GAN, usage and validation over training, of one or several runs of a stage"""
+    in_stage1 = {run_config(folder)["model"]["name"] in STAGE1 for folder in args.run}
+    if len(in_stage1) == 2:
+        raise UserError("runs of stage 1 and of stage 2 have no curves in common; draw them apart")
+    logs = [read_log(Path(folder)) for folder in args.run]
+    panels = {title: keys for title, keys in
+              (STAGE1_CURVES if in_stage1 == {True} else STAGE2_CURVES).items()
+              if any(key in line for log in logs for line in log for key in keys)}
+    columns = math.ceil(len(panels) / 2)
+    figure, axes = new_figure(2, columns, 2.4 * columns, 3.8)
+    names = distinct(args.run)
+    for ax, (title, keys) in zip(axes.flat, panels.items()):
+        marker = "." if "validation" in title else ""
+        for log, colour in zip(logs, cycle(COLOURS)):
+            for key, style in zip(keys, ("-", "--")):
+                points = [(line["step"], line[key]) for line in log if key in line]
+                ax.plot(*np.reshape(points, (-1, 2)).T, style, marker=marker, color=colour, lw=1)
+        ax.set(title=title, xlabel="step", xlim=(0, max(log[-1]["step"] for log in logs)))
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    if len(logs) > 1:
+        lines = axes[0, 0].get_lines()
+        figure.legend(lines[::len(lines) // len(logs)], names, loc="outside lower center",
+                      ncols=len(logs), frameon=False)
+    save(figure, args, f"Training of {', '.join(names)}")
+
+
+def read_log(folder):
+    """The lines of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} has no metrics.jsonl yet")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Codes

@@ -1,5 +1,6 @@
 """The features by which evaluate.py compares images: networks, distances, files of statistics.
 
+    Reconstructions         how far they are from the images, while a model learns
     load_inception          the network of FID, of the TensorFlow release
     inception_features      its features of images
     lite2_features          those of EfficientNet-Lite2 (losses.load_efficientnet_lite), whose
@@ -16,6 +17,8 @@ Inception's features (N, FEATURES + SPATIAL) are those of FID, then those of sFI
 """
 
 import io
+import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,8 @@ import torch.nn.functional as F
 
 from harness.checkpoint import write_file
 from harness.config import UserError
+from harness.metrics import collect
+from losses import load_efficientnet_lite
 
 FEATURES = 2048  # numbers for an image
 SPATIAL = 7 * 17 * 17
@@ -35,15 +40,52 @@ SIDE = 192  # to which images are scaled for EfficientNet-Lite2
 ENDINGS = {"fid": "", "sfid": "_s"}  # of names in a file
 
 
-def load_inception():
+class Reconstructions:
+    """The Frechet distance of reconstructions from the images, of all processes, measured again and
+    again: the images' features are computed once. `name` is the metric's, rfid or rfd."""
+
+    def __init__(self, features, device):
+        if features == "inception":
+            network = load_inception("train.validation_features=null")
+            features_of = inception_features
+        else:
+            network = load_efficientnet_lite(2)
+            features_of = lite2_features
+        self.see = partial(features_of, network.to(device))
+        distance, self.part = next(iter(PARTS[features].items()))
+        self.name = f"r{distance}"
+        self.of_images = []
+        self.of_reconstructions = []
+        self.knows_images = False
+
+    def add(self, images, reconstructions):
+        """Two batches, uint8 (B, 3, H, W)."""
+        if not self.knows_images:
+            self.of_images.append(self.see(images)[0][:, self.part])
+        self.of_reconstructions.append(self.see(reconstructions)[0][:, self.part])
+
+    def distance(self):
+        """Of all batches since the last call; on the first process (others: nan)."""
+        if not self.knows_images:
+            self.of_images = collect(self.of_images)
+            self.knows_images = True
+        features = collect(self.of_reconstructions)
+        self.of_reconstructions = []
+        if features is None:
+            return math.nan
+        return frechet_distance(statistics(features), statistics(self.of_images))
+
+
+def load_inception(instead="--without inception"):
     """The network of FID and the Inception Score, with the weights of the TensorFlow release.
-    FileNotFoundError if they are neither on disk nor to be downloaded."""
+    FileNotFoundError if they are neither on disk nor to be downloaded; the message suggests
+    `instead`."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (
             URL_INCEPTION_V3, FeatureExtractorInceptionV3)
     except ImportError as error:
         raise FileNotFoundError(f"the package torch-fidelity is missing ({error}); install it, or "
-                                "do without by --without inception") from error
+                                f"do without by {instead}") from error
     folder, _, name = URL_INCEPTION_V3.rpartition("/")
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
@@ -51,8 +93,8 @@ def load_inception():
     except (OSError, RuntimeError) as error:  # no network, or a file that was cut short
         raise FileNotFoundError(
             f"Inception's weights could not be downloaded ({error}); put the file {name} "
-            f"({folder}) into {torch.hub.get_dir()}/checkpoints, or do without by --without "
-            "inception") from error
+            f"({folder}) into {torch.hub.get_dir()}/checkpoints, or do without by {instead}"
+        ) from error
 
 
 def inception_features(network, images):

@@ -3,9 +3,12 @@
     compare             PSNR, SSIM and LPIPS of each image
     usage, perplexity   of a codebook, from how often each code was used
     mean_and_spread     of a metric over the images
+    collect             what all processes measured
 """
 
 import math
+
+import torch
 
 from dataset import to_float
 
@@ -44,3 +47,14 @@ def perplexity(uses):
 
 def mean_and_spread(name, values):
     return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
+
+
+def collect(batches):
+    """The rows of all batches of all processes, on the first one."""
+    rows = torch.cat(batches) if batches else torch.empty(0)
+    if not torch.distributed.is_initialized():
+        return rows
+    is_first = torch.distributed.get_rank() == 0
+    shares = [None] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(rows, shares)
+    return torch.cat(shares) if is_first else None

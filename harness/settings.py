@@ -71,6 +71,8 @@ class TrainSettings:
 class Stage1Settings(TrainSettings):
     # The memory layout that GPUs' convolutions like; needs compile, or each GroupNorm undoes it.
     channels_last: bool = False
+    # Log the Frechet distance of the validation images' reconstructions, in these features.
+    validation_features: Literal["inception", "efficientnet_lite2"] | None = None
     # How many training images the thresholds of an entropy router are computed from.
     calibration_images: int = 2000
     calibration_file: str | None = None  # thresholds.json of another run, to use instead

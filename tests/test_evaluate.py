@@ -590,3 +590,13 @@ def test_results_that_cannot_be_kept_are_printed(train, tmp_path, monkeypatch, c
     evaluate.main(["--run", str(tmp_path / "run"), "--images", "2", "--without", "lpips", "inception"])
     told = capsys.readouterr().out
     assert "metrics.json could not be written (No space left on device)" in told and "PSNR" in told
+
+
+def test_the_distance_while_a_model_learns(tmp_path, measured, tiny):
+    """In two processes, it is what evaluate.py says afterwards."""
+    forked(tmp_path, "train_stage1.py", "--config", tiny, "data.val_size=6", "train.validation_features=efficientnet_lite2",
+           "train.max_train_steps=2", "train.validation_steps=1", processes=2)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first, last = [line["val_rfd"] for line in lines if "val_rfd" in line]
+    after = measured(tmp_path / "run", "--features", "efficientnet_lite2", "--without", "lpips")
+    assert first != last == pytest.approx(after["rfd"], rel=1e-2)

@@ -66,6 +66,23 @@ def test_stage2_pictures(stage2, name):
     assert last < 8 < first
 
 
+def test_curves(tmp_path, stage2, capsys):
+    """A panel for what the run has logged, a line for each run."""
+    runs = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text("model:\n  name: vqgan\n")
+        lines = [{"step": step, "l1": 1 / step, "d_real": 0.1, "d_fake": -0.1} for step in (1, 2, 3)] + [{"step": 3, "val_psnr": 20.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs += ["--run", str(folder)]
+    visualize.main(["curves", *runs, "--dpi", "50"])
+    assert colours(tmp_path / "one/figures/curves.png") > 50
+    run = stage2("gpt")
+    visualize.main(["curves", "--run", str(run), "--dpi", "50"])
+    assert colours(run / "figures/curves.png") > 50
+
+
 def test_runs_are_compared(tmp_path, capsys):
     runs = [str(save_stage1(tmp_path, name)) for name in ("vqgan", "mqvae")]
     both = ["--run", runs[0], "--run", runs[1]]
@@ -276,6 +293,8 @@ def test_the_page_in_a_browser(tmp_path):
     ("codes --run {vq} data.name=folder data.root={tmp}/nowhere", DataError, "there is no folder"),
     ("codes --run {vq} data.image_size=17", UserError, "data.image_size must be divisible by 2"),
     ("sequence --run {run2} --class heptagon", UserError, "there is no class 'heptagon'"),
+    ("curves --run {vq}", UserError, "stage1_vqgan has no metrics.jsonl yet"),
+    ("curves --run {vq} --run {run2}", UserError, "have no curves in common"),
     ("recon --run {run2}", UserError,
      "holds a stage-2 model .gpt.; use `visualize.py sequence`, or a stage-1 run such as .*run2/stage1"),
 ])
