@@ -519,7 +519,7 @@ def claim(name, config, *settings):
     return Training(f"claim_{name}", config, "muon", CLAIM_RATE, CLAIM_STEPS, CLAIM + settings)
 
 
-CLAIM_RATE = "4e-3"
+CLAIM_RATE = "8e-3"
 CLAIMS = {  # models for one rate, and the number of seeds
     "VQGAN f8": (claim("f8", "vqgan", "model.ch_mult=[1,1,2,2]"), 3),
     "VQGAN f8, 8,192 codes": (claim("f8_8192", "vqgan", "model.ch_mult=[1,1,2,2]",
