@@ -637,8 +637,13 @@ def claims_stage2(args):
 
 
 def split_validation(args):
-    """Two folders of links: a tenth of the validation images of each class, and the others."""
+    """Two folders of links: a tenth of the validation images of each class, and the others; each
+    beside the training images."""
     folders = args.runs / "tenth", args.runs / "others"
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        if not (folder / "train").exists():
+            (folder / "train").symlink_to((args.data / "train").resolve())
     for number, file in enumerate(sorted((args.data / "val").resolve().glob("*/*"))):
         link = folders[number % 10 > 0] / "val" / file.parent.name / file.name
         link.parent.mkdir(parents=True, exist_ok=True)
