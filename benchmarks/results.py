@@ -512,6 +512,7 @@ CLAIM = (
     "loss.reconstruction=l1",
     "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=1", "loss.disc_weight=0.1",
     f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 100}")
+CURVES = "train.validation_features=efficientnet_lite2", "train.validation_steps=500"
 FIVE = "0.1,0.3,0.5,0.7,0.9"
 
 
@@ -524,7 +525,7 @@ CLAIMS = {  # models for one rate, and the number of seeds
     "VQGAN f8": (claim("f8", "vqgan", "model.ch_mult=[1,1,2,2]"), 3),
     "VQGAN f8, 8,192 codes": (claim("f8_8192", "vqgan", "model.ch_mult=[1,1,2,2]",
                                     "model.quantizer.codebook_size=8192"), 1),
-    "MQ-VAE f4, 25 %": (claim("mqvae_25", "mqvae", "model.topk_ratio=0.25"), 3),
+    "MQ-VAE f4, 25 %": (claim("mqvae_25", "mqvae", "model.topk_ratio=0.25", *CURVES), 3),
     "MQ-VAE f4, 50 %": (claim("mqvae_50", "mqvae", "model.topk_ratio=0.5"), 1),
     "DQ-VAE f8/f4, feature router, 30 %": (claim("dqvae_30", "dqvae", "model.ratios=[0.3]"), 3),
     "DQ-VAE f8/f4, feature router, 50 %": (claim("dqvae_50", "dqvae", "model.ratios=[0.5]"), 1),
