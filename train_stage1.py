@@ -152,16 +152,16 @@ def main(argv=None):
 def check_image_size(size, model, discriminator, perceptual):
     """Finds sizes that do not fit before the first step, or the discriminator's first."""
     set_image_size(model, size)
-    images = torch.zeros(2, 3, *sides(size))
+    images = torch.zeros(2, 3, *sides(size), device="meta")  # shapes alone
     if discriminator is not None:
         try:
-            copy.deepcopy(discriminator)(images)
+            copy.deepcopy(discriminator).to("meta")(images)
         except (RuntimeError, ValueError):
             raise UserError(f"images of {size} pixels are too small for discriminator.num_layers; "
                             "choose fewer") from None
     if perceptual is not None:
         try:
-            perceptual(images, images)
+            copy.deepcopy(perceptual).to("meta")(images, images)
         except (RuntimeError, ValueError):
             raise UserError(f"images of {size} pixels are too small for loss.perceptual") from None
 

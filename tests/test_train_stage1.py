@@ -17,7 +17,7 @@ import train_stage1
 from dataset import DataError
 from harness.config import UserError
 from harness.models import load_run
-from losses import PatchGAN
+from losses import PatchGAN, load_perceptual
 from mqvae import MQVAE
 
 EVERYTHING = ["train.use_ema=true", "train.ema_decay=0.9", "loss.lecam_weight=0.01", "loss.disc_start=1", "loss.gan_start=3",
@@ -371,9 +371,9 @@ say("train.adam_beta2=1")
 
 def test_the_size_of_images_is_checked_without_memory():
     model, discriminator = SimpleNamespace(set_image_size=lambda size: None), PatchGAN()
-    train_stage1.check_image_size(2**20, model, discriminator)
+    train_stage1.check_image_size(2**20, model, discriminator, load_perceptual("efficientnet_lite0"))
     with pytest.raises(UserError, match="too small for discriminator.num_layers"):
-        train_stage1.check_image_size(8, model, discriminator)
+        train_stage1.check_image_size(8, model, discriminator, None)
 
 
 def test_a_run_of_any_rate_resumes_exactly(train, tmp_path):
