@@ -19,7 +19,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt constraints.txt
 demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with new images (5 minutes on 2 cores)
 	$(BIN)/python train_stage1.py --config configs/quickstart/demo_dqvae.yaml --resume auto
 	$(BIN)/python train_stage2.py --config configs/quickstart/demo_dq_transformer.yaml --resume auto
-	$(BIN)/python evaluate.py --run runs/demo_dqvae --images 200 --features efficientnet_lite2 --without lpips --markdown
+	$(BIN)/python evaluate.py --run runs/demo_dqvae --images 100 --features efficientnet_lite2 --without lpips --markdown
 
 test: install  ## run the tests, one process per core (6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n logical --dist loadgroup
