@@ -88,14 +88,14 @@ STAGE1_CURVES = {  # of metrics.jsonl; the second of two is drawn dashed
     "share of the codes in use": ["usage"],
     "gradient's norm": ["grad_norm"],
     "validation: PSNR (dB)": ["val_psnr"],
-    "validation: Frechet distance": ["val_rfd"],
+    "validation: rFD (Lite2)": ["val_rfd"],
+    "validation: rFID": ["val_rfid"],
 }
 STAGE2_CURVES = {
     "loss": ["loss"],
     "gradient's norm": ["grad_norm"],
     "validation: bits per image": ["val_bits"],
 }
-COLOURS = "C0", "C1", "C2", "C3", "C4"
 GREY = 0.0  # for cells without a code, in images in [-1, 1]
 
 
@@ -277,10 +277,11 @@ def curves(args):
     names = distinct(args.run)
     for ax, (title, keys) in zip(axes.flat, panels.items()):
         marker = "." if "validation" in title else ""
-        for log, colour in zip(logs, cycle(COLOURS)):
+        for number, log in enumerate(logs):
             for key, style in zip(keys, ("-", "--")):
                 points = [(line["step"], line[key]) for line in log if key in line]
-                ax.plot(*np.reshape(points, (-1, 2)).T, style, marker=marker, color=colour, lw=1)
+                ax.plot(*np.reshape(points, (-1, 2)).T, style, marker=marker, lw=1,
+                        color=f"C{number}")
         ax.set(title=title, xlabel="step", xlim=(0, max(log[-1]["step"] for log in logs)))
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(panels):]:
@@ -295,9 +296,10 @@ def curves(args):
 def read_log(folder):
     """The lines of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl yet")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(f"{folder} has logged nothing yet")
+    return [json.loads(line) for line in lines]
 
 
 # Codes

@@ -117,7 +117,7 @@ def lite2_features(network, images):
     (B, 1000) of ImageNet's classes, on the CPU."""
     images = images.to(next(network.parameters()).device).float() - 127.5
     images = F.interpolate(images / 128, (SIDE, SIDE), mode="bicubic", antialias=True)
-    images = images.contiguous(memory_format=torch.channels_last)  # 1.8 times faster on CPUs
+    images = images.contiguous(memory_format=torch.channels_last)  # 1.7 times faster on CPUs
     features = network.extract_features(images).mean((2, 3))
     return features.cpu(), network._fc(features).cpu()
 

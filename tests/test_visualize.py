@@ -66,21 +66,30 @@ def test_stage2_pictures(stage2, name):
     assert last < 8 < first
 
 
-def test_curves(tmp_path, stage2, capsys):
-    """A panel for what the run has logged, a line for each run."""
+def test_curves(tmp_path, stage2, monkeypatch):
+    """A panel for what a run has logged, with a line for each run and key."""
+    drawn, save = [], visualize.save
+
+    def kept(figure, *args):
+        drawn.append({ax.get_title(): [line.get_xydata().tolist() for line in ax.get_lines()] for ax in figure.axes if ax.get_title()})
+        save(figure, *args)
+
+    monkeypatch.setattr(visualize, "save", kept)
     runs = []
-    for name in ("one", "two"):
+    for name, last in (("one", {"val_psnr": 20.0}), ("two", {"val_rfid": 9.0})):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.yaml").write_text("model:\n  name: vqgan\n")
-        lines = [{"step": step, "l1": 1 / step, "d_real": 0.1, "d_fake": -0.1} for step in (1, 2, 3)] + [{"step": 3, "val_psnr": 20.0}]
+        lines = [{"step": step, "l1": 1 / step, "d_real": 0.1, "d_fake": -0.1} for step in (1, 2)] + [{"step": 2, **last}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         runs += ["--run", str(folder)]
     visualize.main(["curves", *runs, "--dpi", "50"])
-    assert colours(tmp_path / "one/figures/curves.png") > 50
-    run = stage2("gpt")
-    visualize.main(["curves", "--run", str(run), "--dpi", "50"])
-    assert colours(run / "figures/curves.png") > 50
+    assert (tmp_path / "one/figures/curves.png").is_file()
+    l1, real, fake = ([[1, a], [2, b]] for a, b in ((1, 0.5), (0.1, 0.1), (-0.1, -0.1)))
+    assert drawn.pop() == {"L1": [l1, l1], "discriminator: real, fake (dashed)": [real, fake, real, fake],
+                           "validation: PSNR (dB)": [[[2, 20]], []], "validation: rFID": [[], [[2, 9]]]}
+    visualize.main(["curves", "--run", str(stage2("gpt")), "--dpi", "50"])
+    assert set(drawn.pop()) == {"loss", "gradient's norm", "validation: bits per image"}
 
 
 def test_runs_are_compared(tmp_path, capsys):
@@ -293,7 +302,7 @@ def test_the_page_in_a_browser(tmp_path):
     ("codes --run {vq} data.name=folder data.root={tmp}/nowhere", DataError, "there is no folder"),
     ("codes --run {vq} data.image_size=17", UserError, "data.image_size must be divisible by 2"),
     ("sequence --run {run2} --class heptagon", UserError, "there is no class 'heptagon'"),
-    ("curves --run {vq}", UserError, "stage1_vqgan has no metrics.jsonl yet"),
+    ("curves --run {vq}", UserError, "stage1_vqgan has logged nothing yet"),
     ("curves --run {vq} --run {run2}", UserError, "have no curves in common"),
     ("recon --run {run2}", UserError,
      "holds a stage-2 model .gpt.; use `visualize.py sequence`, or a stage-1 run such as .*run2/stage1"),
