@@ -510,7 +510,7 @@ CLAIM_STEPS = 3000
 CLAIM = (
     "data.image_size=64", "model.quantizer={name: simvq, codebook_size: 1024, dim: 64}",
     "loss.reconstruction=l1",
-    "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=0.3", "loss.disc_weight=0.1",
+    "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=0.3", "loss.disc_weight=0.5",
     f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 100}")
 CURVES = "train.validation_features=efficientnet_lite2", "train.validation_steps=500"
 FIVE = "0.1,0.3,0.5,0.7,0.9"
