@@ -18,6 +18,8 @@ thread; --jobs of them run at a time.
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
     claims_stage2                   ... new ones, by transformers that train for equal seconds
+    photos                          models for any rate, on crops of photographs of 256 pixels or more:
+                                    those of the README's pictures
 """
 
 import argparse
@@ -564,6 +566,15 @@ def claims_stage1(args):
                          for runs in rows] for label, rows in points.items()})
 
 
+CROPS = "data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=8"
+PHOTOS = [claim("photos_dqvae", "dqvae", "model.ratios=[[0.1,0.9]]", *CROPS),
+          claim("photos_mqvae", "mqvae", "model.topk_ratio=[0.1,0.9]", *CROPS)]
+
+
+def photos(args):
+    train_all(PHOTOS, args, seeds=1)
+
+
 def draw_claims(points):
     """rFD against codes and against bits, with the line between the VQGANs."""
     import matplotlib
@@ -681,7 +692,7 @@ def drawn(training, args, scale, data, count):
 
 TABLES = {table.__name__: table
           for table in (rates_stage1, rates_stage2, rates_folder, speed, codes, any_rate, quantizers,
-                        transformers, claims_stage1, claims_stage2)}
+                        transformers, claims_stage1, claims_stage2, photos)}
 
 
 def main():
