@@ -10,9 +10,9 @@ weight, LeCam.
     load_perceptual     a perceptual distance by its name:
         lpips               features of VGG-16 (Zhang et al., CVPR 2018)
         resnet50            logits, as VQGAN+ has it (Weber et al., "MaskBit", TMLR 2024; weight 0.1
-                            beside 4 x L2)
-        convnext_small      logits, as TiTok has it (Yu et al., NeurIPS 2024; weight 0.1 beside
-                            LPIPS of weight 1 in its release)
+                            beside 4 x L2 of images in [0, 1], so 0.1 beside our L2)
+        convnext_small      logits, as TiTok has it (Yu et al., NeurIPS 2024; weight 0.1 beside L2
+                            of images in [0, 1], so 0.4 beside our L2)
         efficientnet_lite0  features, small and fast; the weights come with a package
 
 Differences from the Taming Transformers release: LPIPS without dropout; an adaptive weight from
@@ -50,8 +50,9 @@ class Stage1Loss(nn.Module):
                         it an untrained discriminator
     disc_loss_weight    weight of the discriminator's loss
     lecam_weight        weight of LeCam in the discriminator's loss (MAGVIT: 0.001); 0: none
-    perceptual          the perceptual distance, see load_perceptual; in Python also any module like
-                        those
+    perceptual          the perceptual distance, see load_perceptual; in Python also any module that
+                        takes two batches of images in [-1, 1] and returns distances (B,), (B, 1, 1,
+                        1) or (B, 1, H, W). It is frozen, and stays in eval mode
     """
 
     def __init__(self, reconstruction: Literal["l1", "l2"] = "l1", perceptual_weight: float = 1.0,
@@ -77,7 +78,14 @@ class Stage1Loss(nn.Module):
         if perceptual_weight > 0:
             is_name = isinstance(perceptual, str)
             self.perceptual = load_perceptual(perceptual) if is_name else perceptual
+            self.perceptual.eval().requires_grad_(False)
         self.lecam = LeCam()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.perceptual is not None:
+            self.perceptual.eval()
+        return self
 
     def discriminator_learns(self, step: int) -> bool:
         return self.disc_weight > 0 and step >= self.disc_start
@@ -106,8 +114,8 @@ class Stage1Loss(nn.Module):
             distance = self.perceptual(recon, images)  # of images or places
             parts["perceptual"] = distance.mean()
             reconstruction = reconstruction + self.perceptual_weight * parts["perceptual"]
-            distance = distance.detach().view(len(error), *distance.shape[-2:])
-            error = error + self.perceptual_weight * distance
+            of_place = distance.detach().reshape(len(error), *(distance.shape[2:] or (1, 1)))
+            error = error + self.perceptual_weight * of_place
         of_model = dict(out.losses)
         if out.router_loss is not None:
             of_model["router"] = out.router_loss(error)

@@ -1,3 +1,4 @@
+import copy
 import sys
 import warnings
 from types import SimpleNamespace
@@ -143,7 +144,29 @@ def test_perceptual_distance_of_any_module():
     torch.testing.assert_close(loss, parts["l1"] + 2 * left + parts["codebook"])
 
 
-@pytest.mark.parametrize("distance", [Left(), None, "lpips"])
+class Learned(nn.Module):
+    """A distance (B,) by a network with statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, a, b):
+        return (self.network(a) - self.network(b)).square().mean((1, 2, 3))
+
+
+def test_a_perceptual_network_does_not_learn():
+    model, discriminator, images, out, _ = setup()
+    criterion = Stage1Loss(perceptual=Learned(), disc_weight=0).train()
+    before = copy.deepcopy(criterion.perceptual.state_dict())
+    loss, parts = criterion.generator(images, out, model[2].weight, discriminator, 0)
+    loss.backward()
+    assert parts["perceptual"] == criterion.perceptual(out.images, images).mean()
+    assert all(torch.equal(before[k], v) for k, v in criterion.perceptual.state_dict().items())
+    assert all(p.grad is None for p in criterion.perceptual.parameters()) and model[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("distance", [Left(), Learned(), None, "lpips"])
 def test_router_predicts_the_loss_that_is_trained(distance, monkeypatch):
     monkeypatch.setattr(losses, "load_lpips", lpips_without_weights)
     torch.manual_seed(0)
@@ -156,7 +179,8 @@ def test_router_predicts_the_loss_that_is_trained(distance, monkeypatch):
     _, parts = criterion.generator(images, out, model.last_layer, None, 0)
     error = (out.images - images).abs().mean(1, keepdim=True).detach()
     if weight:
-        error = error + weight * criterion.perceptual(out.images, images).detach()
+        far = criterion.perceptual(out.images, images).detach()
+        error = error + weight * (far.view(2, 1, 1, 1) if far.ndim == 1 else far)
     torch.testing.assert_close(parts["router"], out.router_loss(error.squeeze(1)).detach())
     assert (parts["router"] - out.losses["router"]).abs() > 1e-4
 
