@@ -243,7 +243,8 @@ def ladder(args):
     [(model, name)], dataset = load(args)
     if model.rate_range is None:
         raise UserError(f"{args.run[0]} was trained for one rate; ladder needs a range, such as "
-                        "model.topk_ratio=[0.1,0.9] for an MQ-VAE")
+                        "model.topk_ratio=[0.1,0.9] of an MQ-VAE, model.ratios=[[0.1,0.9]] of a "
+                        "DQ-VAE")
     images = pick_images(dataset, args.n)
     number = len(args.rates or range(5))
     figure, axes = tiles(2 * len(images), 1 + number, images, height=1.45)
@@ -296,7 +297,8 @@ def curves(args):
 def read_log(folder):
     """The lines of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    text = path.read_text() if path.is_file() else ""
+    lines = text.rpartition("\n")[0].splitlines()  # but for one that is being written
     if not lines:
         raise UserError(f"{folder} has logged nothing yet")
     return [json.loads(line) for line in lines]

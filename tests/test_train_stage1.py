@@ -357,6 +357,7 @@ say("train.train_batch_size=0")
 say("data.image_size=17")
 say("discriminator.num_layers=5")
 say("train.adam_beta2=1")
+say("train.validation_features=efficientnet_lite2", "train.num_validation_images=1")
 """)
     # No network: the proxy does not exist.
     env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
@@ -365,7 +366,8 @@ say("train.adam_beta2=1")
     for line, words in zip(lines, [
             "unknown key train.lr;", "train.seed must be int", "there is no folder", "no images for the train split",
             "vgg16-397923af.pth", "fp16", "multiple of 32", "nothing", "max_train_steps", "batch_size must be between 1", "divisible by 2",
-            "too small for discriminator.num_layers", "train.adam_beta2 must be between"], strict=True):
+            "too small for discriminator.num_layers", "train.adam_beta2 must be between",
+            "needs two validation images or more"], strict=True):
         assert line.startswith("error: ") and words in line, line
 
 

@@ -81,7 +81,8 @@ def test_curves(tmp_path, stage2, monkeypatch):
         folder.mkdir()
         (folder / "config.yaml").write_text("model:\n  name: vqgan\n")
         lines = [{"step": step, "l1": 1 / step, "d_real": 0.1, "d_fake": -0.1} for step in (1, 2)] + [{"step": 2, **last}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        being_written = '{"step": 3, "l'
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + being_written)
         runs += ["--run", str(folder)]
     visualize.main(["curves", *runs, "--dpi", "50"])
     assert (tmp_path / "one/figures/curves.png").is_file()
