@@ -28,6 +28,8 @@ stage 2   fid, is, precision, recall      of the samples against the split, by t
           fd, accuracy                    (--features efficientnet_lite2) Frechet distance; and the
                                           share of samples that the network gives the class asked
                                           for, if classes are named by ImageNet's WordNet numbers
+          accuracy_of_images              ... and of the split's images, their own: the most that
+                                          samples can be expected to reach
           bits                            negative log-likelihood of a validation image's codes; of
                                           a MaskTransformer an upper bound
           images_per_second               of sampling, on all processes together
@@ -46,8 +48,9 @@ compare equal numbers only. But for rounding, results do not depend on the batch
 of processes. Images are not augmented, in --split train either. Of a class-conditional run, samples
 are of each class as often as the split's images (`labels`: as in val). All is kept in each run's
 metrics.json, with the `images` of `images_in_split` of `split` of `dataset` that were measured (in
-stage 2 for `bits`), and with the `real_images` of precision and recall from `real_images_from`, a
-split or the reference.
+stage 2 for `bits`), the `features` of Frechet distance, precision and recall, and the `real_images`
+of the latter from `real_images_from`, a split or the reference. evaluations.jsonl keeps the results
+of every call, a line each.
 """
 
 import json
@@ -62,9 +65,9 @@ from types import SimpleNamespace
 from harness.checkpoint import write_file
 from harness.config import UserError
 from harness.features import (
-    PARTS, check_images, check_neighbours, distances, gaussians, inception_features,
-    inception_score, lite2_features, load_inception, load_reference, precision_and_recall, read_npz,
-    save_statistics, synsets,
+    PARTS, check_images, check_neighbours, distances, gaussians, imagenet_numbers,
+    inception_features, inception_score, lite2_features, load_inception, load_reference,
+    precision_and_recall, read_npz, save_statistics,
 )
 from harness.hub import run_folder
 from harness.launch import run_main
@@ -84,7 +87,7 @@ from accelerate.utils import gather_object, tqdm
 from torch.utils.data import BatchSampler
 
 from data.sources import list_images
-from dataset import eval_loader, make_dataset, read_image, to_uint8
+from dataset import eval_loader, make_dataset, read_image, spread, to_uint8
 from losses import load_efficientnet_lite, load_lpips
 from vqgan import sides
 
@@ -383,7 +386,7 @@ class Evaluation:
         if not self.network:
             count = min(count, args.batch_size * self.state.num_processes)  # for the speed alone
         elif real and not args.samples:
-            check_neighbours(count, len(real["features"]))
+            check_neighbours(count, len(real["features"]), args.features)
         seconds = []
         source = self.draw_samples(run, count, seconds)
         if args.samples:
@@ -407,14 +410,26 @@ class Evaluation:
             return metrics
         if is_conditional and not args.samples:
             metrics["labels"] = f"as in {args.split}"
-        metrics |= precision_and_recall(self.main_part(features), real["features"])
+        metrics |= precision_and_recall(self.main_part(features), real["features"], args.features)
         metrics |= distances(features, self.parts, real)
         if args.features == "inception":
             metrics |= inception_score(logits)
-        elif asked is not None and (numbers := synsets(dataset.classes)) is not None:
-            is_right = logits.argmax(1) == numbers[asked]
-            metrics["accuracy"] = is_right.double().mean().item()
+        elif asked is not None:
+            metrics |= self.accuracy(run, logits, asked)
         return metrics | {"real_images": len(real["features"]), "real_images_from": real["from"]}
+
+    def accuracy(self, run, logits, asked):
+        """How often the network gives samples with these logits (N, 1000) the classes (N,) that
+        were asked for, and the dataset's images their own."""
+        dataset = run.dataset
+        numbers = imagenet_numbers(dataset)
+        if numbers is None:
+            return {"missing": {"accuracy": "the classes are not named by WordNet numbers"}}
+        _, logits_of_real = self.see_real(run)
+        own = [dataset.label(i) for i in spread(len(dataset), self.args.images)]
+        pairs = {"accuracy": (logits, asked), "accuracy_of_images": (logits_of_real, own)}
+        return {name: (logits.argmax(1) == numbers[labels]).double().mean().item()
+                for name, (logits, labels) in pairs.items()}
 
     def draw_samples(self, run, count, seconds):
         """This process's share of new images, uint8 (B, 3, H, W), and their labels (B,), which are
@@ -465,9 +480,12 @@ class Evaluation:
             metrics = self.measure_stage2(run) if run.model else self.measure_stage1(run)
             if args.reference and self.network:
                 metrics["reference"] = args.reference.name
-            metrics["missing"] = {name: self.absent.get(network, no_statistics)
-                                  for network in ("lpips", args.features)
-                                  for name in METRICS[network][stage] if name not in metrics}
+            missing = {name: self.absent.get(network, no_statistics)
+                       for network in ("lpips", args.features)
+                       for name in METRICS[network][stage] if name not in metrics}
+            metrics["missing"] = metrics.get("missing", {}) | missing
+            if self.network:
+                metrics["features"] = args.features
             by_rate[rate] = metrics
             self.results[row] = about | metrics
         if self.state.is_main_process:
@@ -475,6 +493,8 @@ class Evaluation:
             about |= {"rates": by_rate} if args.rates else metrics
             try:
                 write_file(Path(folder) / "metrics.json", json.dumps(about, indent=1) + "\n")
+                with (Path(folder) / "evaluations.jsonl").open("a") as file:
+                    file.write(json.dumps(about) + "\n")
             except OSError as error:  # somebody else's run, a full disk: the table follows
                 print(f"{folder}/metrics.json could not be written ({error.strerror})")
 
@@ -585,6 +605,8 @@ ROWS = {  # of the table, and what stands in a cell; the first metric is what it
     "sFID": "{sfid:.2f}",
     "FD (Lite2)": "{fd:.2f}",
     "class asked for": "{accuracy:.1%}",
+    "... images' own class": "{accuracy_of_images:.1%}",
+    "features": "{features}",
     "Inception Score": "{is:.2f} ± {is_std:.2f}",
     "precision": "{precision:.3f}",
     "recall": "{recall:.3f}",

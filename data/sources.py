@@ -9,7 +9,7 @@
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,12 +45,14 @@ def find_source(name, root, split, *settings):
 
 @dataclass
 class Files:
-    """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first."""
+    """The images at some paths; `crop` (left, top, right, bottom) in pixels is cut out first.
+    `synsets`: the WordNet numbers of classes that have other names."""
 
     paths: list
     labels: list
     classes: list
     crop: tuple | None = None
+    synsets: dict = field(default_factory=dict)
 
     def load(self, index):
         return read_image(self.paths[index]).crop(self.crop) if self.crop else self.paths[index]
@@ -119,6 +121,7 @@ def imagenet(root, train):
     names = [words.get(synset, synset) for synset in synsets]
     source.classes = [name if names.count(name) == 1 else f"{name} ({synset})"  # two are "crane"
                       for name, synset in zip(names, synsets)]
+    source.synsets = dict(zip(source.classes, synsets))
     return source
 
 

@@ -122,9 +122,11 @@ def lite2_features(network, images):
     return features.cpu(), network._fc(features).cpu()
 
 
-def synsets(names):
-    """The numbers of these classes in ImageNet, or None if one of them is not the WordNet number of
-    a class of it, such as n01440764."""
+def imagenet_numbers(dataset):
+    """The numbers of a dataset's classes in ImageNet, or None if one of them is not the WordNet
+    number of a class of it, such as n01440764."""
+    known_as = getattr(dataset.source, "synsets", {})
+    names = [known_as.get(name, name) for name in dataset.classes]
     known = (Path(__file__).parent.parent / "data/imagenet_synsets.txt").read_text().split()
     if not names or not {*names} <= {*known}:
         return None
@@ -158,11 +160,11 @@ def distances(features, parts, real):
             for name, part in parts.items() if name in real}
 
 
-def precision_and_recall(features, real):
-    """Of features (N, D) of samples and (M, D) of real images."""
+def precision_and_recall(features, real, network):
+    """Of features (N, D) of samples and (M, D) of real images, which are of the network."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    check_neighbours(len(features), len(real))
+    check_neighbours(len(features), len(real), network)
     balls = prc_features_to_metric(features, real, save_cpu_ram=True, verbose=False)
     return {"precision": balls["precision"], "recall": balls["recall"], "samples": len(features)}
 
@@ -177,10 +179,10 @@ def inception_score(logits):
     return {"is": score["inception_score_mean"], "is_std": score["inception_score_std"]}
 
 
-def check_neighbours(samples, images):
+def check_neighbours(samples, images, network):
     if min(samples, images) < 4:
         raise UserError("precision and recall look at 3 nearest neighbours and need 4 samples and "
-                        f"4 images; there are {samples} and {images} (--without inception leaves "
+                        f"4 images; there are {samples} and {images} (--without {network} leaves "
                         "them out)")
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import zipfile
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,7 +65,9 @@ def measured(capsys):
     def run(folder, *args):
         AcceleratorState._reset_state(True)
         evaluate.main(["--run", str(folder), "--num_workers", "0", *map(str, args)])
-        return json.loads((folder / "metrics.json").read_text())
+        found = (folder / "metrics.json").read_text()
+        assert json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1]) == json.loads(found)
+        return json.loads(found)
 
     return run
 
@@ -317,6 +320,7 @@ def test_features_of_efficientnet(tmp_path, measured, train2, capsys):
     run = save_stage1(tmp_path, "vqgan", val_size=6)
     seen = measured(run, "--features", "efficientnet_lite2", "--without", "lpips")
     assert seen["rfd"] > 0 and 0 <= seen["agreement"] <= 1 and set(seen["missing"]) == {"lpips"}
+    assert seen["features"] == "efficientnet_lite2"
     assert "rFD (Lite2)" in capsys.readouterr().out
     assert_same(seen, measured(run, "--features", "efficientnet_lite2", "--without", "lpips", "--batch_size", 4))
     network = evaluate.load_efficientnet_lite(2)
@@ -337,12 +341,33 @@ def test_features_of_efficientnet(tmp_path, measured, train2, capsys):
     train2(config, "train.max_train_steps=1", "data.name=folder", f"data.root={tmp_path}/photos", "data.val_fraction=0.4")
     drawn = measured(tmp_path / "run2", "--features", "efficientnet_lite2", "-n", 6)
     assert drawn["fd"] > 0 and 0 <= drawn["precision"] <= 1 and 0 <= drawn["accuracy"] <= 1 and drawn["missing"] == {}
-    assert "fid" not in drawn and "is" not in drawn
+    assert "fid" not in drawn and "is" not in drawn and drawn["features"] == "efficientnet_lite2"
+    data = make_dataset("folder", f"{tmp_path}/photos", "val", image_size=16, val_fraction=0.4)
+    tabby_or_chihuahua = torch.tensor([281, 151])
+    logits = torch.cat([inception.lite2_features(network, to_uint8(image)[None])[1] for image, _ in data])
+    is_own = logits.argmax(1) == tabby_or_chihuahua[[1 - label for _, label in data]]
+    assert data.classes == ["n02085620", "n02123045"] and drawn["accuracy_of_images"] == is_own.double().mean()
+    with pytest.raises(UserError, match="there are 3 and .* .--without efficientnet_lite2 leaves them out"):
+        measured(tmp_path / "run2", "--features", "efficientnet_lite2", "-n", 3)
 
 
-def test_classes_of_imagenet():
-    assert inception.synsets(["n01440764", "n15075141", "n02123045"]).tolist() == [0, 999, 281]  # tench, toilet tissue, tabby
-    assert inception.synsets(["n01440764", "cats"]) is None
+def test_a_run_whose_classes_are_not_imagenets_says_so(tmp_path, measured, train2, capsys):
+    train2(write_tiny2(tmp_path, "gpt"), "train.max_train_steps=1", "data.name=shapes")
+    drawn = measured(tmp_path / "run2", "--features", "efficientnet_lite2", "-n", 4)
+    assert "accuracy" not in drawn and "without class asked for: the classes are not named by WordNet numbers" in capsys.readouterr().out
+
+
+def test_classes_of_imagenet(tmp_path):
+    named = SimpleNamespace(classes=["n01440764", "n15075141", "n02123045"], source=None)
+    assert inception.imagenet_numbers(named).tolist() == [0, 999, 281]  # tench, toilet tissue, tabby
+    named.classes[1] = "cats"
+    assert inception.imagenet_numbers(named) is None
+    for split in ("train", "val"):
+        (tmp_path / split / "n01440764").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / split / "n01440764/a.png")
+    (tmp_path / "synset_human.txt").write_text("n01440764 tench, Tinca tinca\n")
+    in_words = make_dataset("imagenet", str(tmp_path), "val", image_size=16)
+    assert in_words.classes == ["tench, Tinca tinca"] and inception.imagenet_numbers(in_words).tolist() == [0]
 
 
 def test_labels_as_in_the_split():
