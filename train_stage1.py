@@ -55,12 +55,9 @@ def main(argv=None):
     if train["validation_features"]:
         from harness.features import Reconstructions
 
-        if min(train["num_validation_images"], len(val_set)) < 2:
-            raise UserError("train.validation_features needs two validation images or more; raise "
-                            "train.num_validation_images, or data.val_fraction")
         with accelerator.local_main_process_first():
             fidelity = build(Reconstructions, {}, features=train["validation_features"],
-                             device=device)
+                             device=device, count=min(train["num_validation_images"], len(val_set)))
     memory_format = torch.channels_last if train["channels_last"] else torch.contiguous_format
     model = model.to(device, memory_format=memory_format)
     criterion = criterion.to(device, memory_format=memory_format)

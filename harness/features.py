@@ -41,10 +41,13 @@ ENDINGS = {"fid": "", "sfid": "_s"}  # of names in a file
 
 
 class Reconstructions:
-    """The Frechet distance of reconstructions from the images, of all processes, measured again and
-    again: the images' features are computed once. `name` is the metric's, rfid or rfd."""
+    """The Frechet distance of reconstructions from `count` images, of all processes, measured again
+    and again: the images' features are computed once. `name` is the metric's, rfid or rfd."""
 
-    def __init__(self, features, device):
+    def __init__(self, features, device, count):
+        if count < 2:
+            raise ValueError("train.validation_features needs two validation images or more; raise "
+                             "train.num_validation_images, or data.val_fraction")
         if features == "inception":
             network = load_inception("train.validation_features=null")
             features_of = inception_features
