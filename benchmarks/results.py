@@ -141,13 +141,26 @@ def evaluated(training, args, seed=0, rates=None, features="inception"):
     """evaluate.py's metrics of a stage-1 run on 2,000 validation images; with rates, at each.
     Inception itself is left out."""
     folder = training.folder(args, seed)
-    path = folder / "metrics.json"
-    if not path.is_file():
-        words = [sys.executable, "evaluate.py", "--run", str(folder), "--images", "2000",
-                 "--num_workers", "0", "--features", features, "--without", "lpips", "inception"]
-        run_logged(words + (["--rates", rates] if rates else []), folder)
-    metrics = json.loads(path.read_text())
+    evaluate([folder], args, rates, features)
+    metrics = json.loads((folder / "metrics.json").read_text())
     return list(metrics["rates"].values()) if rates else metrics
+
+
+def evaluate(folders, args, rates, features):
+    """Measures those of the stage-1 runs that have not been. Runs that are measured together share
+    the features of the originals."""
+    folders = [folder for folder in folders if not (folder / "metrics.json").is_file()]
+    shares = [folders[job::args.jobs] for job in range(args.jobs)]
+    words = [sys.executable, "evaluate.py", "--images", "2000", "--num_workers", "0",
+             "--features", features, "--without", "lpips", "inception"]
+    words += ["--rates", rates] if rates else []
+
+    def measure(share):
+        runs = [word for folder in share for word in ("--run", str(folder))]
+        run_logged(words + runs, share[0])
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(measure, filter(None, shares)))
 
 
 def spread(values, digits=2):
@@ -554,6 +567,9 @@ def claims_stage1(args):
     train_all(list(ANY_CLAIMS.values()), args, seeds=1)
     train_all([training for training, seeds in CLAIMS.values() if seeds == 3], args, seeds=3)
     options = {"features": "efficientnet_lite2"}
+    evaluate([training.folder(args, seed) for training, seeds in CLAIMS.values()
+              for seed in range(seeds)], args, None, **options)
+    evaluate([training.folder(args) for training in ANY_CLAIMS.values()], args, FIVE, **options)
     points = {label: [[evaluated(training, args, seed, **options) for seed in range(seeds)]]
               for label, (training, seeds) in CLAIMS.items()}
     points |= {label: [[metrics] for metrics in evaluated(training, args, 0, FIVE, **options)]
