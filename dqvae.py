@@ -179,7 +179,7 @@ class DQVAE(Tokenizer):
         features = [x.detach().contiguous() for x in features]
         errors = F.softplus(self.router(features))
         gain = (errors[:, 0] - errors[:, -1]).detach()                  # (B, h', w')
-        grain = self.explore(gain, shares) if self.training else self.refine(gain, shares)
+        grain = self.explore(gain, shares) if self.router.training else self.refine(gain, shares)
         return grain, None, errors
 
     def refine(self, score, shares):
@@ -198,10 +198,10 @@ class DQVAE(Tokenizer):
 
     @torch.no_grad()
     def explore(self, gain, shares):
-        """Training, ours: refines the regions where the predicted error falls most from the
-        coarsest to the finest granularity, by thresholds of the batch. Evaluation uses their moving
-        average, of all processes. Some regions are routed at random (40 % at first, 5 % from
-        half-way), so that errors of all granularities are seen."""
+        """Training, ours, unless the router is frozen in eval mode: refines the regions where the
+        predicted error falls most from the coarsest to the finest granularity, by thresholds of the
+        batch. Evaluation uses their moving average, of all processes. Some regions are routed at
+        random (40 % at first, 5 % from half-way), so that errors of all granularities are seen."""
         grain = (gain.unsqueeze(-1) > quantiles(gain, shares)).sum(-1)  # (B, h', w')
         thresholds = sum_over_processes(quantiles(gain, self.shares)) / world_size()
         moved = self.thresholds.lerp(thresholds, 0.05)

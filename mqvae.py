@@ -85,7 +85,7 @@ class MQVAE(Tokenizer):
         if self.training and ratio is None:
             ratio = self.training_ratios[0]
         n = self._number(ratio, grid)
-        if self.training and not self.release_training:
+        if self.score_net.training and not self.release_training:
             positions, slope = self.explore(vectors, scores, n)
         else:
             positions, slope = highest(scores, n), None
@@ -127,8 +127,8 @@ class MQVAE(Tokenizer):
         return self.pre_quant(z), scores                                # (B, hw, D), (B, h, w)
 
     def explore(self, vectors, scores, n):
-        """Training, ours: positions (B, N') to keep, and `slope` (B, hw, D), which is added to
-        DeMask's input.
+        """Training, ours, unless the score net is frozen in eval mode: positions (B, N') to keep,
+        and `slope` (B, hw, D), which is added to DeMask's input.
 
         All cells are kept at first, n from 50 % of training on. They are ranked by logit plus
         Gumbel noise, which fades out at 80 %. `slope` is zero, with a gradient for the scores: the

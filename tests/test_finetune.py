@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_MODELS, metrics, save_stage1, weights, write_tiny, write_tiny2
 
 from dq_transformer import START, DQTransformer
 from gpt import GPT
 from harness.classes import match_classes
 from harness.config import UserError
+from harness.finetune import freeze
 from harness.guard import Guard
-from harness.models import load_run
+from harness.models import load_run, make_model
 
 DECODER_ALONE = ["train.freeze=[encoder,pre_quant,quantizer]", "train.use_ema=true", "train.max_train_steps=4"]
 
@@ -69,6 +71,23 @@ def test_what_no_step_changes_is_not_kept(train, tmp_path, monkeypatch, name, fr
         assert {f"quantizer.{part}" for part in ("codebook", "ema_sum", "ema_count", "queue")} <= kept
     line = metrics(tmp_path / "run")[0]
     assert ("usage" in line) == ("quantizer" not in frozen) and line.get("usage", 1) > 0 and line["perplexity"] >= 1
+
+
+@pytest.mark.parametrize("name, frozen", [("mqvae", "score_net"), ("dqvae", "router")])
+def test_a_frozen_router_does_not_explore(name, frozen):
+    """A decoder that learns alone sees the codes that it will get."""
+    settings = yaml.safe_load(f"model:\n  {TINY_MODELS[name]}\n  image_size: 16")
+    model = make_model(settings).train()
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    model.schedule(0, 10)
+    explored = model(images).codes  # and DQ-VAE's thresholds are set
+    freeze(model, [frozen])
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    chosen = model.train()(images).codes
+    key = "positions" if name == "mqvae" else "grain"
+    assert torch.equal(chosen[key], model.eval().encode(images)[key])
+    assert chosen[key].shape != explored[key].shape or not torch.equal(chosen[key], explored[key])
+    assert all(torch.equal(before[key], value) for key, value in model.named_buffers() if "threshold" in key)
 
 
 @pytest.mark.parametrize("name, frozen", [("mqvae", ["score_net", "encoder"]), ("dqvae", ["router", "necks.0"]), ("vqvae", ["decoder"])])
