@@ -28,8 +28,7 @@ stage 2   fid, is, precision, recall      of the samples against the split, by t
           fd, accuracy                    (--features efficientnet_lite2) Frechet distance; and the
                                           share of samples that the network gives the class asked
                                           for, if classes are named by ImageNet's WordNet numbers
-          accuracy_of_images              ... and of the split's images, their own: the most that
-                                          samples can be expected to reach
+          accuracy_of_images              ... and of the split's images, their own, to compare with
           bits                            negative log-likelihood of a validation image's codes; of
                                           a MaskTransformer an upper bound
           images_per_second               of sampling, on all processes together

@@ -18,8 +18,7 @@ thread; --jobs of them run at a time.
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
     claims_stage2                   ... new ones, by transformers that train for equal seconds
-    photos                          models for any rate, on crops of photographs of 256 pixels or more:
-                                    those of the README's pictures
+    photos                          models for any rate, on crops of photographs, for visualize.py
 """
 
 import argparse
@@ -582,15 +581,6 @@ def claims_stage1(args):
                          for runs in rows] for label, rows in points.items()})
 
 
-CROPS = "data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=8"
-PHOTOS = [claim("photos_dqvae", "dqvae", "model.ratios=[[0.1,0.9]]", *CROPS),
-          claim("photos_mqvae", "mqvae", "model.topk_ratio=[0.1,0.9]", *CROPS)]
-
-
-def photos(args):
-    train_all(PHOTOS, args, seeds=1)
-
-
 def draw_claims(points):
     """rFD against codes and against bits, with the line between the VQGANs."""
     import matplotlib
@@ -704,6 +694,15 @@ def drawn(training, args, scale, data, count):
                     "efficientnet_lite2", f"data.root={data}", f"sample.cfg_scale={scale}"], folder)
         (folder / "metrics.json").rename(path)
     return json.loads(path.read_text())
+
+
+CROPS = "data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=8"
+PHOTOS = [claim("photos_dqvae", "dqvae", "model.ratios=[[0.1,0.9]]", *CROPS),
+          claim("photos_mqvae", "mqvae", "model.topk_ratio=[0.1,0.9]", *CROPS)]
+
+
+def photos(args):
+    train_all(PHOTOS, args, seeds=1)
 
 
 TABLES = {table.__name__: table

@@ -164,7 +164,7 @@ def distances(features, parts, real):
 
 
 def precision_and_recall(features, real, network):
-    """Of features (N, D) of samples and (M, D) of real images, which are of the network."""
+    """Of this network's features (N, D) of samples and (M, D) of real images."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     check_neighbours(len(features), len(real), network)
