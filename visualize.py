@@ -247,21 +247,27 @@ def ladder(args):
                         "DQ-VAE")
     images = pick_images(dataset, args.n)
     number = len(args.rates or range(5))
-    figure, axes = tiles(2 * len(images), 1 + number, images, height=1.45)
-    for ax in axes[::2, 0]:
-        ax.axis("off")
-    row(axes[1::2, 0], pixels(images), "", ["original"] * len(images))
-    for column, share in zip(axes.T[1:], each_rate(model, args.rates)):
+    is_wide = number <= 2  # maps at the left of the reconstructions, not above
+    rows = len(images) if is_wide else 2 * len(images)
+    columns = 1 + 2 * number if is_wide else 1 + number
+    figure, axes = tiles(rows, columns, images, height=1.8 if is_wide else 1.45)
+    if is_wide:
+        maps, decoded, originals = axes[:, 1::2], axes[:, 2::2], axes[:, 0]
+    else:
+        maps, decoded, originals = axes[::2, 1:], axes[1::2, 1:], axes[1::2, 0]
+        for ax in axes[::2, 0]:
+            ax.axis("off")
+    row(originals, pixels(images), "", ["original"] * len(images))
+    for upper, lower, share in zip(maps.T, decoded.T, each_rate(model, args.rates)):
         out = model(images)
         quality = zip(model.counts(out.codes)["codes"], model.bits(out.codes),
                       psnr(images, out.images))
-        row(column[::2], pixels(map_of(model, out.codes, images)), "", [f"{share:.0%}"])
-        row(column[1::2], pixels(out.images), "",
+        row(upper, pixels(map_of(model, out.codes, images)), "", [f"{share:.0%}"])
+        row(lower, pixels(out.images), "",
             [f"{codes:.0f} codes, {bits:.0f} bits\n{decibels:.1f} dB"
              for codes, bits, decibels in quality])
     what = "regions refined" if "grain" in model.code_names else "cells kept"
-    save(figure, args, f"{name} at {number} rates: share of {what} (maps above, reconstructions "
-                       "below)")
+    save(figure, args, f"{name} at {number} rates: share of {what}")
 
 
 def curves(args):

@@ -18,7 +18,8 @@ thread; --jobs of them run at a time.
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
     claims_stage2                   ... new ones, by transformers that train for equal seconds
-    photos                          models for any rate, on crops of photographs, for visualize.py
+    photos                          models of claims_stage1 for any rate, fine-tuned on crops of
+                                    larger photographs (--data), for visualize.py
 """
 
 import argparse
@@ -28,6 +29,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, quantiles, stdev
 from types import SimpleNamespace
@@ -140,24 +142,25 @@ def evaluated(training, args, seed=0, rates=None, features="inception"):
     """evaluate.py's metrics of a stage-1 run on 2,000 validation images; with rates, at each.
     Inception itself is left out."""
     folder = training.folder(args, seed)
-    evaluate([folder], args, rates, features)
+    evaluate_stage1([folder], args, rates, features)
     metrics = json.loads((folder / "metrics.json").read_text())
     return list(metrics["rates"].values()) if rates else metrics
 
 
-def evaluate(folders, args, rates, features):
-    """Measures those of the stage-1 runs that have not been. Runs that are measured together share
-    the features of the originals."""
-    folders = [folder for folder in folders if not (folder / "metrics.json").is_file()]
-    shares = [folders[job::args.jobs] for job in range(args.jobs)]
-    words = [sys.executable, "evaluate.py", "--images", "2000", "--num_workers", "0",
-             "--features", features, "--without", "lpips", "inception"]
+def evaluate_stage1(folders, args, rates, features):
+    """Measures those of the runs that have not been."""
+    words = ["--images", "2000", "--features", features, "--without", "lpips", "inception"]
     words += ["--rates", rates] if rates else []
+    evaluate([folder for folder in folders if not (folder / "metrics.json").is_file()], args, words)
 
+
+def evaluate(folders, args, words):
+    """Runs that are measured together share the features of the originals."""
     def measure(share):
         runs = [word for folder in share for word in ("--run", str(folder))]
-        run_logged(words + runs, share[0])
+        run_logged([sys.executable, "evaluate.py", "--num_workers", "0", *words, *runs], share[0])
 
+    shares = [folders[job::args.jobs] for job in range(args.jobs)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(measure, filter(None, shares)))
 
@@ -520,21 +523,21 @@ def named_right(network, training, args, seed):
 
 # The papers' claims
 
-CLAIM_STEPS = 3000
+CLAIM_STEPS = 1500
 CLAIM = (
-    "data.image_size=64", "model.quantizer={name: simvq, codebook_size: 1024, dim: 64}",
+    "data.image_size=64", "train.train_batch_size=8", "train.validation_steps=500",
+    "train.num_validation_images=500", "model.quantizer={name: simvq, codebook_size: 1024, dim: 64}",
     "loss.reconstruction=l1",
     "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=0.3", "loss.disc_weight=0.5",
-    f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 100}")
-CURVES = "train.validation_features=efficientnet_lite2", "train.validation_steps=500"
+    f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 50}")
+CURVES = "train.validation_features=efficientnet_lite2", "train.validation_steps=250"
 FIVE = "0.1,0.3,0.5,0.7,0.9"
 
 
 def claim(name, config, *settings):
-    return Training(f"claim_{name}", config, "muon", CLAIM_RATE, CLAIM_STEPS, CLAIM + settings)
+    return Training(f"claim_{name}", config, "muon", RATE, CLAIM_STEPS, CLAIM + settings)
 
 
-CLAIM_RATE = "8e-3"
 CLAIMS = {  # models for one rate, and the number of seeds
     "VQGAN f8": (claim("f8", "vqgan", "model.ch_mult=[1,1,2,2]"), 3),
     "VQGAN f8, 8,192 codes": (claim("f8_8192", "vqgan", "model.ch_mult=[1,1,2,2]",
@@ -547,7 +550,7 @@ CLAIMS = {  # models for one rate, and the number of seeds
         (claim("entropy_30", "dqvae_entropy", "model.ratios=[0.3]"), 1),
     "DQ-VAE f8/f4, entropy router, 50 %":
         (claim("entropy_50", "dqvae_entropy", "model.ratios=[0.5]"), 1),
-    "VQGAN f4": (claim("f4", "vqgan"), 1),
+    "VQGAN f4": (claim("f4", "vqgan", *CURVES), 1),
 }
 ANY_CLAIMS = {
     "MQ-VAE f4, any rate": claim("mqvae_any", "mqvae", "model.topk_ratio=[0.1,0.9]"),
@@ -566,9 +569,10 @@ def claims_stage1(args):
     train_all(list(ANY_CLAIMS.values()), args, seeds=1)
     train_all([training for training, seeds in CLAIMS.values() if seeds == 3], args, seeds=3)
     options = {"features": "efficientnet_lite2"}
-    evaluate([training.folder(args, seed) for training, seeds in CLAIMS.values()
-              for seed in range(seeds)], args, None, **options)
-    evaluate([training.folder(args) for training in ANY_CLAIMS.values()], args, FIVE, **options)
+    evaluate_stage1([training.folder(args, seed) for training, seeds in CLAIMS.values()
+                     for seed in range(seeds)], args, None, **options)
+    evaluate_stage1([training.folder(args) for training in ANY_CLAIMS.values()], args, FIVE,
+                    **options)
     points = {label: [[evaluated(training, args, seed, **options) for seed in range(seeds)]]
               for label, (training, seeds) in CLAIMS.items()}
     points |= {label: [[metrics] for metrics in evaluated(training, args, 0, FIVE, **options)]
@@ -594,11 +598,12 @@ def draw_claims(points):
     for ax, axis in zip(axes, ("codes", "bits")):
         ends = [points["VQGAN f8"][0], points["VQGAN f4"][0]]
         ax.plot([end[axis] for end in ends], [end["rfd"] for end in ends], "k--", lw=1)
-        for label, rows in points.items():
+        for (label, rows), marker in zip(points.items(), cycle("sD^v")):
             colour = next(value for word, value in colours.items() if word in label)
-            style = "-o" if len(rows) > 1 else "s"
-            ax.plot([row[axis] for row in rows], [row["rfd"] for row in rows], style, ms=5,
-                    color=colour, alpha=0.6 if len(rows) > 1 else 1, label=label)
+            is_curve = len(rows) > 1
+            ax.plot([row[axis] for row in rows], [row["rfd"] for row in rows],
+                    "-o" if is_curve else marker, ms=4 if is_curve else 7, color=colour,
+                    alpha=0.6 if is_curve else 1, label=label)
         ax.set_xlabel(f"{axis} per image")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("Frechet distance (EfficientNet-Lite2)")
@@ -644,14 +649,22 @@ def claims_stage2(args):
     table = {(label, share): for_seconds(training, args, SECONDS // share)
              for label, training in DRAWN.items()
              for share in ((1,) if "Mask" in label else (1, 2, 4))}
-    train_all(list(table.values()), args, seeds=1)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda training: row_of(training, args, tenth, others),
-                             table.values()))
+    trainings = list(table.values())
+    train_all(trainings, args, seeds=1)
+    for scale in SCALES:
+        draw_and_measure(trainings, args, scale, tenth, 500)
+    best = {training: min(SCALES, key=lambda scale: drawn(training, args, scale, tenth)["fd"])
+            for training in trainings}
+    for scale in SCALES:
+        chosen = [training for training in trainings if best[training] == scale]
+        draw_and_measure(chosen, args, scale, others, 2000)
+    rows = []
+    for (label, share), training in table.items():
+        metrics = drawn(training, args, best[training], others)
+        rows.append([label, SECONDS // share, training.steps, best[training],
+                     *(f"{metrics[name]:.{digits}f}" for name, digits in DRAWN_METRICS.items())])
     print_table(["", "seconds", "steps", "guidance", "FD (Lite2)", "precision", "recall",
-                 "class right", "bits", "images/s"],
-                [[label, SECONDS // share, training.steps, *row]
-                 for ((label, share), training), row in zip(table.items(), rows)])
+                 "class right", "bits", "images/s"], rows)
 
 
 def split_validation(args):
@@ -671,38 +684,47 @@ def split_validation(args):
 
 
 def for_seconds(training, args, seconds):
-    """The training with as many steps as take these seconds, by the speed of 100 steps."""
+    """The training, on args.data, with as many steps as take these seconds, by the speed of 100
+    steps."""
+    training = replace(training, settings=(*training.settings, f"data.root={args.data}"))
     trial = replace(training, name=f"{training.name}_trial", steps=100)
     train_all([trial], args, seeds=1)
     steps = round(seconds / trial.step_seconds(args, 0))
     return replace(training, name=f"{training.name}_{seconds}s", steps=steps)
 
 
-def row_of(training, args, tenth, others):
-    scale = min(SCALES, key=lambda scale: drawn(training, args, scale, tenth, 500)["fd"])
-    metrics = drawn(training, args, scale, others, 2000)
-    return [scale, *(f"{metrics[name]:.{digits}f}" for name, digits in DRAWN_METRICS.items())]
-
-
-def drawn(training, args, scale, data, count):
-    """evaluate.py's metrics of samples that are drawn with guidance of this scale."""
-    folder = training.folder(args)
-    path = folder / f"{data.name}_{scale}.json"
-    if not path.is_file():
-        run_logged([sys.executable, "evaluate.py", "--run", str(folder), "-n", str(count),
-                    "--images", str(count), "--num_workers", "0", "--features",
-                    "efficientnet_lite2", f"data.root={data}", f"sample.cfg_scale={scale}"], folder)
+def draw_and_measure(trainings, args, scale, data, count):
+    """Samples of those that have none of this scale of guidance yet, against the images in data."""
+    folders = {training.folder(args): record(training, args, scale, data) for training in trainings}
+    folders = {folder: path for folder, path in folders.items() if not path.is_file()}
+    evaluate(list(folders), args,
+             ["-n", str(count), "--images", str(count), "--features", "efficientnet_lite2",
+              f"data.root={data}", f"sample.cfg_scale={scale}"])
+    for folder, path in folders.items():
         (folder / "metrics.json").rename(path)
-    return json.loads(path.read_text())
 
 
-CROPS = "data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=8"
-PHOTOS = [claim("photos_dqvae", "dqvae", "model.ratios=[[0.1,0.9]]", *CROPS),
-          claim("photos_mqvae", "mqvae", "model.topk_ratio=[0.1,0.9]", *CROPS)]
+def drawn(training, args, scale, data):
+    """What draw_and_measure found."""
+    return json.loads(record(training, args, scale, data).read_text())
+
+
+def record(training, args, scale, data):
+    return training.folder(args) / f"{data.name}_{scale}.json"
+
+
+CROPS = ("data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=4",
+         "loss.disc_start=0", "loss.gan_start=50")
 
 
 def photos(args):
-    train_all(PHOTOS, args, seeds=1)
+    """The models for any rate of claims_stage1 go on, on crops of other photographs."""
+    trainings = [
+        replace(training, name=training.name.replace("claim", "photos"), rate="3e-3", steps=700,
+                settings=(*training.settings, *CROPS, f"train.init_from={training.folder(args)}"))
+        for training in (ANY_CLAIMS["DQ-VAE f8/f4, feature router, any rate"],
+                         ANY_CLAIMS["MQ-VAE f4, any rate"])]
+    train_all(trainings, args, seeds=1)
 
 
 TABLES = {table.__name__: table

@@ -97,6 +97,9 @@ def test_pictures_of_rates(any_rate, train, tmp_path, capsys):
     assert [line.split(":")[0] for line in lines] == [f"mqvae (MQ-VAE) at {r}" for r in (0.1, 0.3, 0.5, 0.7, 0.9)] + ["fixed (MQ-VAE)"]
     bits = [float(line.split(": ")[1].split()[0]) for line in lines]
     assert bits[:5] == sorted(bits[:5]) and bits[0] < bits[5] < bits[4]
+    visualize.main(["ladder", "--run", str(run), "-n", "2", "--dpi", "50", "--rates", "0.2,0.6"])
+    beside = Image.open(run / "figures/ladder.png")  # maps beside the reconstructions, not above
+    assert beside.width > beside.height
     for name in ("mqvae", "dqvae_triple"):
         run = any_rate(name, "train.max_train_steps=1") if name != "mqvae" else run
         visualize.main(["ladder", "--run", str(run), "-n", "2", "--dpi", "50"])
