@@ -18,8 +18,8 @@ thread; --jobs of them run at a time.
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
     claims_stage2                   ... new ones, by transformers that train for equal seconds
-    photos                          models of claims_stage1 for any rate, fine-tuned on crops of
-                                    larger photographs (--data), for visualize.py
+    photos                          claims_stage1's DQ-VAE for any rate goes on, on crops of larger
+                                    photographs (--data)
 """
 
 import argparse
@@ -525,12 +525,12 @@ def named_right(network, training, args, seed):
 
 CLAIM_STEPS = 1500
 CLAIM = (
-    "data.image_size=64", "train.train_batch_size=8", "train.validation_steps=500",
-    "train.num_validation_images=500", "model.quantizer={name: simvq, codebook_size: 1024, dim: 64}",
+    "data.image_size=64", "train.train_batch_size=8", "train.num_validation_images=500",
+    "model.quantizer={name: simvq, codebook_size: 1024, dim: 64}",
     "loss.reconstruction=l1",
     "loss.perceptual=efficientnet_lite0", "loss.perceptual_weight=0.3", "loss.disc_weight=0.5",
     f"loss.disc_start={CLAIM_STEPS // 2}", f"loss.gan_start={CLAIM_STEPS // 2 + 50}")
-CURVES = "train.validation_features=efficientnet_lite2", "train.validation_steps=250"
+CURVES = "train.validation_features=efficientnet_lite2"
 FIVE = "0.1,0.3,0.5,0.7,0.9"
 
 
@@ -542,7 +542,7 @@ CLAIMS = {  # models for one rate, and the number of seeds
     "VQGAN f8": (claim("f8", "vqgan", "model.ch_mult=[1,1,2,2]"), 3),
     "VQGAN f8, 8,192 codes": (claim("f8_8192", "vqgan", "model.ch_mult=[1,1,2,2]",
                                     "model.quantizer.codebook_size=8192"), 1),
-    "MQ-VAE f4, 25 %": (claim("mqvae_25", "mqvae", "model.topk_ratio=0.25", *CURVES), 3),
+    "MQ-VAE f4, 25 %": (claim("mqvae_25", "mqvae", "model.topk_ratio=0.25", CURVES), 3),
     "MQ-VAE f4, 50 %": (claim("mqvae_50", "mqvae", "model.topk_ratio=0.5"), 1),
     "DQ-VAE f8/f4, feature router, 30 %": (claim("dqvae_30", "dqvae", "model.ratios=[0.3]"), 3),
     "DQ-VAE f8/f4, feature router, 50 %": (claim("dqvae_50", "dqvae", "model.ratios=[0.5]"), 1),
@@ -550,7 +550,7 @@ CLAIMS = {  # models for one rate, and the number of seeds
         (claim("entropy_30", "dqvae_entropy", "model.ratios=[0.3]"), 1),
     "DQ-VAE f8/f4, entropy router, 50 %":
         (claim("entropy_50", "dqvae_entropy", "model.ratios=[0.5]"), 1),
-    "VQGAN f4": (claim("f4", "vqgan", *CURVES), 1),
+    "VQGAN f4": (claim("f4", "vqgan", CURVES), 1),
 }
 ANY_CLAIMS = {
     "MQ-VAE f4, any rate": claim("mqvae_any", "mqvae", "model.topk_ratio=[0.1,0.9]"),
@@ -718,13 +718,10 @@ CROPS = ("data.image_size=128", "data.min_scale=0.2", "train.train_batch_size=4"
 
 
 def photos(args):
-    """The models for any rate of claims_stage1 go on, on crops of other photographs."""
-    trainings = [
-        replace(training, name=training.name.replace("claim", "photos"), rate="3e-3", steps=700,
-                settings=(*training.settings, *CROPS, f"train.init_from={training.folder(args)}"))
-        for training in (ANY_CLAIMS["DQ-VAE f8/f4, feature router, any rate"],
-                         ANY_CLAIMS["MQ-VAE f4, any rate"])]
-    train_all(trainings, args, seeds=1)
+    training = ANY_CLAIMS["DQ-VAE f8/f4, feature router, any rate"]
+    settings = *training.settings, *CROPS, f"train.init_from={training.folder(args)}"
+    train_all([replace(training, name="photos_dqvae_any", rate="3e-3", steps=700,
+                       settings=settings)], args, seeds=1)
 
 
 TABLES = {table.__name__: table
