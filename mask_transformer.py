@@ -203,7 +203,7 @@ class MaskTransformer(CodeTransformer):
         return self._logits(layout, content, packed, masked, starts)
 
     @torch.no_grad()
-    def bits(self, codes, labels=None, strata=16):
+    def bits(self, codes, labels=None, strata=4):
         """An upper bound on the negative log-likelihood of each image's layout and contents, in
         bits (B,).
 
