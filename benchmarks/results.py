@@ -616,12 +616,12 @@ SECONDS = 1800  # of training, on one core
 
 def draws(name, config, source, *settings):
     small = ("model.n_head=4", "model.n_embd=192", "sample.top_p=null",
-             "train.num_validation_images=200")
+             "train.num_validation_images=200", "train.logging_steps=20")
     return Training(f"claim_{name}", config, "muon", "2e-3", 0, small + settings,
                     CLAIMS[source][0])
 
 
-MASKED = "model.layout_layers=1", "model.content_layers=5", "train.logging_steps=20"
+MASKED = "model.layout_layers=1", "model.content_layers=5"
 DRAWN = {
     "GPT on VQGAN f8": draws("gpt_f8", "gpt", "VQGAN f8", "model.n_layer=6"),
     "GPT on VQGAN f4": draws("gpt_f4", "gpt", "VQGAN f4", "model.n_layer=6"),
