@@ -176,6 +176,7 @@ class Evaluation:
     lpips, network    LPIPS, and that of --features, if they are there
     absent     for each of the others, why it is not
     reference  Gaussians of --reference; and `images`, if it has some
+    samples    of --samples: images, or files
     seen       features and logits of real images: computed once for several runs
     """
 
@@ -211,11 +212,14 @@ class Evaluation:
         """UserError for what cannot be measured, before anything is."""
         args = self.args
         data = set()
-        for folder in args.run if args.rates or args.reference or args.save_statistics else ():
+        asked = args.rates or args.reference or args.samples or args.save_statistics
+        for folder in args.run if asked else ():
             run = self.load(folder)
             data.add(data_key(run.data))
             if self.images is not None:
                 check_images(self.images, args.reference, sides(run.dataset.image_size))
+            if args.samples:
+                self.samples = open_samples(args.samples, sides(run.config["data"]["image_size"]))
             for rate in args.rates or ():
                 set_rate(run.stage1, rate)
         if args.save_statistics and len(data) > 1:
@@ -443,20 +447,10 @@ class Evaluation:
             yield as_tensor(images), None if labels is None else labels[numbers]
 
     def read_samples(self, size):
-        """This process's share of --samples, but for sample.py's grid.png, uint8 (B, 3, H, W),
-        and None for their labels."""
-        source = self.args.samples
-        if source.suffix == ".npz":
-            images = read_npz(source, "arr_0").get("arr_0")
-            check_images(images, source, size)
-        else:
-            images = list_images(source)[0] if source.is_dir() else []
-            images = [file for file in images if file.name != "grid.png"]
-            if not images:
-                raise UserError(f"there are no images in {source}")
-        for numbers in self.split(len(images[:self.args.n]), "samples"):
-            batch = [images[number] for number in numbers]
-            if source.is_dir():
+        """This process's share of --samples, uint8 (B, 3, H, W), and None for their labels."""
+        for numbers in self.split(len(self.samples[:self.args.n]), "samples"):
+            batch = [self.samples[number] for number in numbers]
+            if self.args.samples.is_dir():
                 batch = [read_pixels(file, size) for file in batch]
             yield as_tensor(np.stack(batch)), None
 
@@ -554,6 +548,21 @@ def spread_labels(dataset, count):
     """Labels (count,) in the dataset's proportions."""
     labels = sorted(map(dataset.label, range(len(dataset))))
     return torch.tensor([labels[i * len(labels) // count] for i in range(count)])
+
+
+def open_samples(source, size):
+    """--samples: the images (N, H, W, 3) of an .npz, or the files of a folder, but for sample.py's
+    grid.png. UserError unless they are there and (the first file) of this size."""
+    if source.suffix == ".npz":
+        images = read_npz(source, "arr_0").get("arr_0")
+        check_images(images, source, size)
+        return images
+    files = list_images(source)[0] if source.is_dir() else []
+    files = [file for file in files if file.name != "grid.png"]
+    if not files:
+        raise UserError(f"there are no images in {source}")
+    read_pixels(files[0], size)
+    return files
 
 
 def as_tensor(images):

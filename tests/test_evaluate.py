@@ -585,7 +585,9 @@ def questioned(tmp_path_factory):
     ("--run {run} sample.top_k=0", UserError, "top_k must be between 1"),
 ])
 def test_questions_that_make_no_sense(questioned, random_inception, monkeypatch, words, error, sentence):
+    """Told before an image is looked at."""
     monkeypatch.setenv("TORCH_HOME", str(random_inception))
+    monkeypatch.setattr(evaluate, "inception_features", lambda *_: pytest.fail("too late"))
     words = words.format(**questioned).split()
     with pytest.raises(error, match=sentence):
         evaluate.main(["--without", "lpips", "--num_workers", "0", *words])
