@@ -180,8 +180,10 @@ def models(device: torch.device, args: argparse.Namespace) -> Checks:
         config = load_config(str(ROOT / f"configs/quickstart/{name}.yaml"), small, STAGE1_SECTIONS)
         for precision in precisions:
             yield f"{name}, {precision}", lambda c=config, p=precision: compare_stage1(c, p, device)
-    kinds = {"gpt": {"grid": 12}, "stackformer": {"grid": 16, "num_codes": 80}, "dq_transformer": {"grids": [4, 8]},
-             "mask_transformer": {"grids": [4, 8]}}  # more than the 64 codes of a CUDA graph
+    side = 8 if device.type == "cuda" else 2  # on a GPU, more codes than the 64 of a CUDA graph
+    grids = {"grids": [side // 2, side]}
+    kinds = {"gpt": {"grid": 3 * side // 2}, "stackformer": {"grid": 2 * side, "num_codes": side * (side + 2)},
+             "dq_transformer": grids, "mask_transformer": grids}
     for name, settings in kinds.items():
         for precision in precisions:
             settings = settings | {"codebook_size": 64, "num_classes": 10, "n_head": 4, "n_embd": 64}
@@ -215,7 +217,8 @@ def compare_stage2(name: str, settings: dict, precision: str, device: torch.devi
     model = model_class(name)(**settings, dropout=0.0, label_dropout=0.1).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    codes = random_codes(SimpleNamespace(grids=[(4, 4), (8, 8)], codebook_size=64) if name == "mask_transformer" else model, 8)
+    grids = [(side, side) for side in settings.get("grids", ())]
+    codes = random_codes(SimpleNamespace(grids=grids, codebook_size=64) if name == "mask_transformer" else model, 8)
     labels, outs = torch.arange(8), []
     for where, copied in ((torch.device("cpu"), model), (device, copy.deepcopy(model).to(device))):
         with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
