@@ -98,7 +98,8 @@ def cache_key(stage1, dataset, data, indices, views, rate, precision):
     is_shards = data["name"] == "webdataset"
     if is_shards:  # many have shards and keys of the same names
         key.update(source.box.places[source.rows].tobytes())
-    left_out = ["label_column"]  # no label is in the cache
+    # No label is in the cache, and the images are named above, however many there are.
+    left_out = ["label_column", "train_size", "val_size", "val_fraction"]
     if is_folder or is_shards:
         left_out.append("root")
     data = {k: v for k, v in data.items() if k not in left_out}
