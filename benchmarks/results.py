@@ -598,7 +598,7 @@ def draw_claims(points):
     for ax, axis in zip(axes, ("codes", "bits")):
         ends = [points["VQGAN f8"][0], points["VQGAN f4"][0]]
         ax.plot([end[axis] for end in ends], [end["rfd"] for end in ends], "k--", lw=1)
-        for (label, rows), marker in zip(points.items(), cycle("sD^v")):
+        for (label, rows), marker in zip(points.items(), cycle("sD^vP")):
             colour = next(value for word, value in colours.items() if word in label)
             is_curve = len(rows) > 1
             ax.plot([row[axis] for row in rows], [row["rfd"] for row in rows],
