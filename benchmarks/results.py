@@ -1,7 +1,7 @@
 """Makes the tables of docs/results.md: trains what they need, measures it, prints them.
 
     python benchmarks/results.py TABLE [TABLE ...] --data PATH [--seeds 3] [--jobs 2]
-                                 [--runs FOLDER] [--mixed_precision bf16]
+                                 [--runs FOLDER] [--mixed_precision bf16] [--seconds 1800]
 
 PATH is a folder of photographs with train/ and val/ (measured: 100 classes of Tiny ImageNet), which
 are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a run folder in --runs
@@ -17,7 +17,7 @@ thread; --jobs of them run at a time.
     transformers                    all transformers on all codes, as a classifier sees the samples
     claims_stage1                   photographs of 64 x 64 with a perceptual loss and a GAN, judged by
                                     another network's features; drawn as assets/claims.png
-    claims_stage2                   ... new ones, by transformers that train for equal seconds
+    claims_stage2                   ... new ones, by transformers that train for equal --seconds
     photos                          claims_stage1's DQ-VAE for any rate goes on, on crops of larger
                                     photographs (--data)
 """
@@ -581,37 +581,38 @@ def claims_stage1(args):
                 [[label] + [spread([m[name] for m in runs], digits)
                             for name, digits in CLAIM_METRICS.items()]
                  for label, rows in points.items() for runs in rows])
-    draw_claims({label: [{name: mean(m[name] for m in runs) for name in CLAIM_METRICS}
-                         for runs in rows] for label, rows in points.items()})
+    draw_claims(points)
 
 
 def draw_claims(points):
-    """rFD against codes and against bits, with the line between the VQGANs."""
+    """rFD against codes and against bits, with the line between the VQGANs; a bar is the standard
+    deviation of several seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True, layout="constrained")
     colours = {"VQGAN": "black", "MQ-VAE": "tab:red", "feature": "tab:blue",
                "entropy": "tab:green"}
     for ax, axis in zip(axes, ("codes", "bits")):
-        ends = [points["VQGAN f8"][0], points["VQGAN f4"][0]]
-        ax.plot([end[axis] for end in ends], [end["rfd"] for end in ends], "k--", lw=1)
+        def means(name, rows):
+            return [mean(metrics[name] for metrics in runs) for runs in rows]
+
+        ends = points["VQGAN f8"] + points["VQGAN f4"]
+        ax.plot(means(axis, ends), means("rfd", ends), "k--", lw=1)
         for (label, rows), marker in zip(points.items(), cycle("sD^vP")):
             colour = next(value for word, value in colours.items() if word in label)
             is_curve = len(rows) > 1
-            ax.plot([row[axis] for row in rows], [row["rfd"] for row in rows],
-                    "-o" if is_curve else marker, ms=4 if is_curve else 7, color=colour,
-                    alpha=0.6 if is_curve else 1, label=label)
+            bars = [stdev(metrics["rfd"] for metrics in runs) for runs in rows if len(runs) > 1]
+            ax.errorbar(means(axis, rows), means("rfd", rows), bars or None,
+                        fmt="-o" if is_curve else marker, ms=4 if is_curve else 7, color=colour,
+                        capsize=3, alpha=0.6 if is_curve else 1, label=label)
         ax.set_xlabel(f"{axis} per image")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("Frechet distance (EfficientNet-Lite2)")
-    axes[1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(ROOT / "assets/claims.png", dpi=110)
-
-
-SECONDS = 1800  # of training, on one core
 
 
 def draws(name, config, source, *settings):
@@ -652,12 +653,12 @@ def claims_stage2(args):
     train_all(list(trials.values()), args, seeds=1)
     table = {}
     for label, training in models.items():
-        for seconds in (SECONDS // 3, SECONDS):
+        for seconds in (args.seconds // 3, args.seconds):
             steps = round(seconds / trials[label].step_seconds(args, 0))
             table[label, seconds] = replace(training, name=f"{training.name}_{seconds}s",
                                             steps=steps)
     train_all(list(table.values()), args, seeds=1)
-    longest = [table[label, SECONDS] for label in models]
+    longest = [table[label, args.seconds] for label in models]
     for scale in SCALES:
         draw_and_measure(longest, args, scale, tenth, 250)
     best = {label: min(SCALES, key=lambda scale: drawn(training, args, scale, tenth)["fd"])
@@ -734,6 +735,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--seconds", type=int, default=1800,
+                        help="of training on one core, and a third of them (claims_stage2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/results")
     args = parser.parse_args()
     args.runs = args.runs.resolve()
