@@ -3,10 +3,11 @@
     python benchmarks/results.py TABLE [TABLE ...] --data PATH [--seeds 3] [--jobs 2]
                                  [--runs FOLDER] [--mixed_precision bf16] [--seconds 1800]
 
-PATH is a folder of photographs with train/ and val/ (measured: 100 classes of Tiny ImageNet), which
-are scaled to 32 x 32; stage 2 learns the embedded shapes. Each training is a run folder in --runs
-(default: runs/results): what is done is not repeated, what was stopped goes on. A training has one
-thread; --jobs of them run at a time.
+PATH is a folder of photographs with train/CLASS/FILE and val/CLASS/FILE (measured: 100 classes of
+Tiny ImageNet), which are scaled to 32 x 32 (rates_folder, claims: 64 x 64, photos: 128 x 128);
+stage 2 learns the embedded shapes, in claims_stage2 the photographs. The claims and photos have
+seeds of their own. Each training is a run folder in --runs (default: runs/results): what is done is
+not repeated, what was stopped goes on. A training has one thread; --jobs of them run at a time.
 
     rates_stage1, rates_stage2      learning rates of AdamW and Muon for each model
     rates_folder                    ... for networks as large as those of the folder configs
