@@ -21,7 +21,7 @@ demo: install  ## DQ-VAE and DQ-Transformer on the embedded dataset, end with ne
 	$(BIN)/python train_stage2.py --config configs/quickstart/demo_dq_transformer.yaml --resume auto
 	$(BIN)/python evaluate.py --run runs/demo_dqvae --images 100 --features efficientnet_lite2 --without lpips --markdown
 
-test: install  ## run the tests, one process per core (from 6 minutes on 2 cores)
+test: install  ## run the tests, one process per core (5 to 12 minutes on 2 cores)
 	$(BIN)/python -m pytest -n logical --dist loadgroup
 
 lint: install  ## check the style
